@@ -1,0 +1,1 @@
+"""From a model to a plan: capture, op graph, costs, cut, schedule choice, split."""

@@ -1,0 +1,294 @@
+"""Facts about every op of a captured graph, from one run on fake tensors at one batch size: no memory, no arithmetic."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ..structure import tensors_in
+from .capture import Capture
+
+_HERE = os.path.dirname(__file__)
+
+
+@dataclass
+class OpFacts:
+    """What one op does.
+
+    Attributes:
+        name, op, target: as in the graph.
+        module_path: the innermost module of the model whose code the op belongs to.
+        source: ``file:line`` of that code, if known.
+        inputs: the ops and graph inputs that it uses, in order.
+        flops, moved_bytes: arithmetic and memory traffic of the forward.
+        output_bytes: bytes of the result, each storage once.
+        saved_bytes: bytes that autograd keeps for the backward and that no earlier op keeps; parameters excluded.
+        parameters: names of parameters and buffers that it reads.
+        random: draws random numbers.
+        differentiable: the result carries gradients.
+        value: the result on fake tensors, an example of its shapes and types.
+        touched: storages that it reads or writes; written: those that it changes in place.
+    """
+
+    name: str
+    op: str
+    target: str
+    module_path: str = ""
+    source: str | None = None
+    inputs: tuple[str, ...] = ()
+    flops: int = 0
+    moved_bytes: int = 0
+    n_kernels: int = 0
+    output_bytes: int = 0
+    saved_bytes: int = 0
+    parameters: tuple[str, ...] = ()
+    random: bool = False
+    differentiable: bool = False
+    value: Any = None
+    touched: set[int] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)
+
+
+class Meter(TorchDispatchMode):
+    """Count arithmetic, traffic, randomness and in-place writes of what runs below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting from zero."""
+        self.flops = 0
+        self.moved_bytes = 0
+        self.n_kernels = 0
+        self.random = False
+        self.written: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += int(count(*args, **kwargs, out_val=result))
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        inputs, outputs = tensors_in([args, kwargs]), tensors_in(result)
+        self._note_writes(func, args, kwargs)
+        if not _is_view(func):
+            self.n_kernels += 1
+            self.moved_bytes += sum(_bytes(tensor) for tensor in (*inputs, *outputs))
+        return result
+
+    def _note_writes(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if not func._schema.is_mutable:
+            return
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            self.written.update(storage_of(tensor) for tensor in tensors_in(value))
+
+
+def _is_view(func: Any) -> bool:
+    return any(ret.alias_info is not None and not ret.alias_info.is_write for ret in func._schema.returns)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Identify the memory that ``tensor`` lies in, fake or real."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def example_like(leaf: torch.Tensor, rows: int | None) -> torch.Tensor:
+    """Describe a tensor like ``leaf`` on the meta device, with ``rows`` rows if given."""
+    shape = leaf.shape if rows is None else (rows, *leaf.shape[1:])
+    return torch.empty(shape, dtype=leaf.dtype, device="meta")
+
+
+def analyse(capture: Capture, tensors: list[torch.Tensor], rows: int) -> dict[str, OpFacts]:
+    """Return the facts of every op, in graph order, at ``rows`` samples.
+
+    ``tensors`` are the call's tensor leaves (values are not looked at). Where fake tensors are not enough, because an
+    opaque module looks at data, the graph is run once for real, with a warning.
+
+    Raises:
+        Exception: what the model itself raises on real tensors.
+    """
+    try:
+        return _run(capture, tensors, rows, real=False)
+    except Exception as error:
+        text = (str(error).splitlines() or [""])[0]
+        warnings.warn(
+            f"stagecut: shapes cannot be known without running the model ({type(error).__name__}: {text}); "
+            "running it once on the example inputs",
+            stacklevel=2,
+        )
+        return _run(capture, tensors, rows, real=True)
+
+
+def _run(capture: Capture, tensors: list[torch.Tensor], rows: int, *, real: bool) -> dict[str, OpFacts]:
+    module = capture.graph_module
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    batched = [leaf.batched for leaf in capture.inputs.leaves if leaf.graph_input is not None]
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    for submodule, _ in modes:
+        submodule.training = True
+    try:
+        if real:
+            with _kept(state):
+                inputs = [_real_rows(tensor, rows) if cut else tensor for tensor, cut in zip(tensors, batched)]
+                return _interpret(capture, inputs, state)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            inputs = [
+                torch.empty_strided(*_layout(tensor, rows if cut else None), dtype=tensor.dtype)
+                for tensor, cut in zip(tensors, batched)
+            ]
+            fakes = {name: fake.from_tensor(tensor) for name, tensor in state.items()}
+            return _interpret(capture, inputs, fakes)
+    finally:
+        for submodule, mode in modes:
+            submodule.training = mode
+
+
+def _layout(tensor: torch.Tensor, rows: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    shaped = example_like(tensor, rows)
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        shaped = shaped.to(memory_format=torch.channels_last)
+    return tuple(shaped.shape), shaped.stride()
+
+
+def _real_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    repeats = -(-rows // tensor.shape[0])
+    return tensor.repeat(repeats, *[1] * (tensor.dim() - 1))[:rows].clone()
+
+
+@contextmanager
+def _kept(state: dict[str, torch.Tensor]) -> Iterator[None]:
+    before = {name: tensor.detach().clone() for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
+    with torch.random.fork_rng():
+        yield
+    with torch.no_grad():
+        for name, value in before.items():
+            state[name].copy_(value)
+
+
+class _Runner(nn.Module):
+    """Lets ``functional_call`` swap the state of a graph module that an interpreter runs."""
+
+    def __init__(self, interpreter: _Interpreter) -> None:
+        super().__init__()
+        self.module = interpreter.module
+        self._interpreter = (interpreter,)
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self._interpreter[0].run(*inputs)
+
+
+def _interpret(capture: Capture, inputs: list[torch.Tensor], state: dict[str, torch.Tensor]) -> dict[str, OpFacts]:
+    interpreter = _Interpreter(capture, state)
+    for tensor in inputs:
+        interpreter.owned.add(storage_of(tensor))
+    with interpreter.meter, torch.autograd.graph.saved_tensors_hooks(interpreter.pack, lambda saved: saved):
+        torch.func.functional_call(
+            _Runner(interpreter), {f"module.{name}": tensor for name, tensor in state.items()}, tuple(inputs), strict=False
+        )
+    return interpreter.facts
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, capture: Capture, state: dict[str, torch.Tensor]) -> None:
+        super().__init__(capture.graph_module, garbage_collect_values=False)
+        self.extra_traceback = False
+        self.facts: dict[str, OpFacts] = {}
+        self.meter = Meter()
+        self.owned = {storage_of(tensor) for tensor in state.values()}
+        self._saved: dict[int, int] = {}
+        self._names_in_model = _names_by_identity(capture)
+        self._current: OpFacts | None = None
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = storage_of(tensor)
+        if self._current is not None and storage not in self.owned and storage not in self._saved:
+            self._saved[storage] = tensor.untyped_storage().nbytes()
+            self._current.saved_bytes += tensor.untyped_storage().nbytes()
+        return tensor
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output":
+            return super().run_node(n)
+        facts = OpFacts(n.name, n.op, _target_name(n), _module_path(n), _source(n), tuple(i.name for i in n.all_input_nodes))
+        self.facts[n.name] = self._current = facts
+        self.meter.reset()
+        value = super().run_node(n)
+        meter = self.meter
+        facts.flops, facts.moved_bytes, facts.n_kernels, facts.random = (
+            meter.flops,
+            meter.moved_bytes,
+            meter.n_kernels,
+            meter.random,
+        )
+        facts.parameters = self._parameters_of(n)
+        facts.value = value
+        tensors = tensors_in(value)
+        storages = {storage_of(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+        facts.output_bytes = sum(_bytes(tensor) for tensor in tensors)
+        facts.differentiable = any(tensor.requires_grad for tensor in tensors)
+        facts.written = set(meter.written)
+        read = {storage_of(t) for i in n.all_input_nodes for t in tensors_in(self.env[i])}
+        facts.touched = set(storages) | read | facts.written
+        return value
+
+    def _parameters_of(self, n: fx.Node) -> tuple[str, ...]:
+        if n.op == "call_module":
+            module = self.fetch_attr(n.target)
+            names = [f"{n.target}.{name}" for name, _ in (*module.named_parameters(), *module.named_buffers())]
+        elif n.op == "get_attr":
+            names = [str(n.target)]
+        else:
+            return ()
+        return tuple(dict.fromkeys(self._names_in_model[name] for name in names if name in self._names_in_model))
+
+
+def _names_by_identity(capture: Capture) -> dict[str, str]:
+    """Map names inside the graph module to names in the model; tensors with several names keep their first."""
+    model, graph_module = capture.model, capture.graph_module
+    first: dict[int, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        first.setdefault(id(tensor), name)
+    inside = (
+        *graph_module.named_parameters(remove_duplicate=False),
+        *graph_module.named_buffers(remove_duplicate=False),
+    )
+    return {name: first[id(tensor)] for name, tensor in inside if id(tensor) in first}
+
+
+def _target_name(n: fx.Node) -> str:
+    if isinstance(n.target, str):
+        return n.target
+    return f"{getattr(n.target, '__module__', '')}.{getattr(n.target, '__name__', n.target)}".removeprefix(".")
+
+
+def _module_path(n: fx.Node) -> str:
+    stack = n.meta.get("nn_module_stack")
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def _source(n: fx.Node) -> str | None:
+    lines = re.findall(r'File "([^"]+)", line (\d+)', n.meta.get("stack_trace") or n.stack_trace or "")
+    own = [(file, line) for file, line in lines if "/torch/" not in file and os.path.dirname(file) != _HERE]
+    return f"{own[-1][0]}:{own[-1][1]}" if own else None
+
+

@@ -1,0 +1,160 @@
+"""The op graph: what can be cut, what must stay together, what a cut would cost; a networkx graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from torch import fx, nn
+
+from ..structure import tensors_in
+from .analysis import OpFacts, storage_of
+from .capture import Capture, ModeSwitch
+from .cluster import Cluster
+from .cost import FREE, OpCost
+
+# Weights, gradients and AdamW's two moments (Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980).
+STATE_COPIES = 4
+
+
+@dataclass(frozen=True)
+class OpNode:
+    """One op that belongs to exactly one stage.
+
+    ``inputs`` are the ops and graph inputs whose values it uses. ``parameters`` includes what it reads through the
+    graph's attribute nodes, which are not ops of their own: every stage that needs one has it.
+    """
+
+    name: str
+    target: str
+    module_path: str
+    source: str | None
+    inputs: tuple[str, ...]
+    parameters: tuple[str, ...]
+    cost: OpCost
+    output_bytes: int
+    saved_bytes: int
+    differentiable: bool
+
+
+def is_replicable(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Say whether every stage that uses ``node`` gets its own: attributes and mode switches cost nothing."""
+    if node.op == "get_attr":
+        return True
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), ModeSwitch)
+
+
+def op_nodes(capture: Capture, facts: Mapping[str, OpFacts], costs: Mapping[str, OpCost]) -> dict[str, OpNode]:
+    """List the ops that a cut assigns to stages, in graph order."""
+    module = capture.graph_module
+    replicable = {node.name for node in capture.graph.nodes if is_replicable(node, module)}
+    ops: dict[str, OpNode] = {}
+    for node in capture.graph.nodes:
+        if node.op in ("placeholder", "output") or node.name in replicable:
+            continue
+        own = facts[node.name]
+        borrowed = [name for i in node.all_input_nodes if i.name in replicable for name in facts[i.name].parameters]
+        ops[node.name] = OpNode(
+            name=node.name,
+            target=own.target,
+            module_path=own.module_path,
+            source=own.source,
+            inputs=tuple(i for i in own.inputs if i not in replicable),
+            parameters=tuple(dict.fromkeys([*own.parameters, *borrowed])),
+            cost=costs.get(node.name, FREE),
+            output_bytes=own.output_bytes,
+            saved_bytes=own.saved_bytes,
+            differentiable=own.differentiable,
+        )
+    return ops
+
+
+def state_bytes(capture: Capture) -> dict[str, int]:
+    """Return the bytes of every parameter and buffer of the model by name."""
+    named = (*capture.model.named_parameters(), *capture.model.named_buffers())
+    return {name: tensor.numel() * tensor.element_size() for name, tensor in named}
+
+
+def forced_together(
+    capture: Capture, facts: Mapping[str, OpFacts], ops: Mapping[str, OpNode], travels: Mapping[str, bool]
+) -> list[list[str]]:
+    """List groups of ops that must share a stage.
+
+    Two reasons. A value that cannot travel (no tensor, number or plain container of them) keeps its users with its
+    producer. A storage that is changed in place keeps together its producer, its writers, and every reader up to the last
+    write; later readers see the final value and may get a copy.
+    """
+    groups: list[list[str]] = []
+    users: dict[str, list[str]] = {}
+    for op in ops.values():
+        for name in op.inputs:
+            users.setdefault(name, []).append(op.name)
+    groups += [[name, *users.get(name, [])] for name in ops if not travels[name]]
+    for storage in {storage for own in facts.values() for storage in own.written}:
+        touching = [name for name in ops if storage in facts[name].touched]
+        last_write = max((i for i, name in enumerate(touching) if storage in facts[name].written), default=-1)
+        groups.append(touching[: last_write + 1])
+    return [group for group in groups if len(group) > 1]
+
+
+def ties(capture: Capture, ops: Mapping[str, OpNode]) -> dict[str, tuple[str, ...]]:
+    """Return, per parameter that several ops use, those ops."""
+    users: dict[str, list[str]] = {}
+    parameters = dict(capture.model.named_parameters())
+    for op in ops.values():
+        for name in op.parameters:
+            if name in parameters:
+                users.setdefault(name, []).append(op.name)
+    return {name: tuple(names) for name, names in users.items() if len(names) > 1}
+
+
+def op_graph(
+    capture: Capture, facts: Mapping[str, OpFacts], costs: Mapping[str, OpCost], cluster: Cluster, travels: Mapping[str, bool]
+) -> nx.DiGraph:
+    """Build the graph that the cut is searched on.
+
+    Nodes carry ``op`` (:class:`OpNode`), ``compute_s`` per device kind (forward and backward of one microbatch),
+    ``memory_bytes`` (parameters with gradients and optimizer state) and ``stash_bytes`` (saved for one microbatch). The graph
+    carries ``transfers`` (seconds of a value, activation and gradient, for everyone it joins), ``together`` and ``ties``.
+    """
+    ops = op_nodes(capture, facts, costs)
+    sizes = state_bytes(capture)
+    trainable = {name for name, p in capture.model.named_parameters() if isinstance(p, nn.Parameter) and p.requires_grad}
+    graph = nx.DiGraph()
+    charged: set[str] = set()
+    for op in ops.values():
+        own = [name for name in op.parameters if name not in charged]
+        charged.update(own)
+        memory = sum(sizes[name] * (STATE_COPIES if name in trainable else 1) for name in own)
+        seconds = op.cost.forward_s + op.cost.backward_s
+        graph.add_node(op.name, op=op, compute_s={cluster.kind.name: seconds}, memory_bytes=memory, stash_bytes=op.saved_bytes)
+    for op in ops.values():
+        graph.add_edges_from((name, op.name) for name in op.inputs if name in ops)
+    graph.graph["transfers"] = _transfers(graph, ops, facts, cluster)
+    graph.graph["together"] = forced_together(capture, facts, ops, travels)
+    graph.graph["ties"] = ties(capture, ops)
+    return graph
+
+
+def _transfers(
+    graph: nx.DiGraph, ops: Mapping[str, OpNode], facts: Mapping[str, OpFacts], cluster: Cluster
+) -> list[dict[str, object]]:
+    """Price every value by its bytes alone; the latency belongs to packets, which the simulator counts."""
+    transfers: list[dict[str, object]] = []
+    for name, op in ops.items():
+        users = list(graph.successors(name))
+        if users:
+            n_bytes = op.output_bytes * (2 if carries_gradient(facts[name]) else 1)
+            transfers.append({"nodes": [name, *users], "seconds": n_bytes / cluster.link.bytes_per_s})
+    return transfers
+
+
+def carries_gradient(facts: OpFacts) -> bool:
+    """Say whether a value has tensors that a gradient could be sent back for."""
+    return any(_is_continuous(tensor) for tensor in tensors_in(facts.value))
+
+
+def _is_continuous(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -1,0 +1,335 @@
+"""The planner: tries microbatch counts and schedules, cuts for each, and ranks by the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import networkx as nx
+import torch
+
+from ..errors import ConstraintError, InfeasibleError
+from ..runtime.instructions import Layout
+from ..runtime.program import Timeline, check, lower
+from ..runtime.schedules import TRAINING_SCHEDULES, schedule
+from ..runtime.schedules.one_f_one_b import warm_up
+from ..structure import is_encodable
+from .analysis import OpFacts, analyse
+from .capture import Capture
+from .cluster import Cluster
+from .cost import OpCost, analytic_costs, measured_costs
+from .cut import Cut, CutDevice, solve
+from .opgraph import STATE_COPIES, OpNode, carries_gradient, op_graph, state_bytes
+from .plan import FORMAT, Alternative, OpRecord, Plan, Prediction, StageRecord, WireRecord
+from .simulate import StepCosts, simulate
+from .split import fingerprint, wires_of
+
+# The runtime's own work on CPU workers, measured with benchmarks/overhead.py: per compute instruction (waiting,
+# bookkeeping, autograd's start) and per packet (header, message), and how fast packets are packed.
+ACTION_OVERHEAD_S = 150e-6
+SEND_OVERHEAD_S = 120e-6
+PACK_BYTES_PER_S = 4e9
+_COUNTS_PER_STAGE = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user fixed; None leaves the choice to the planner.
+
+    ``assignment`` maps every op to a stage and replaces the search for a cut.
+    """
+
+    n_microbatches: int | None = None
+    schedule: str | None = None
+    costs: str = "measured"
+    assignment: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A captured graph with facts and costs at one microbatch size."""
+
+    rows: int
+    facts: dict[str, OpFacts]
+    costs: dict[str, OpCost]
+    graph: nx.DiGraph
+
+    @property
+    def ops(self) -> dict[str, OpNode]:
+        """Return the ops by name, in graph order."""
+        return {name: self.graph.nodes[name]["op"] for name in self.graph.nodes}
+
+
+Progress = Callable[[str, int, int], None]
+
+
+def make_plan(
+    capture: Capture,
+    tensors: Sequence[torch.Tensor],
+    cluster: Cluster,
+    wishes: Wishes,
+    *,
+    n_threads: int = 1,
+    progress: Progress = lambda what, done, total: None,
+) -> Plan:
+    """Choose stages, microbatches and schedule for ``cluster``.
+
+    ``tensors`` are the tensor leaves of an example call; the rows of the batched ones are the batch that the plan is
+    for. Deterministic for equal costs.
+
+    Raises:
+        InfeasibleError: no cut fits the devices' memory, or there are fewer ops than stages.
+        ConstraintError: the wishes contradict each other.
+    """
+    batched = [leaf.batched for leaf in capture.inputs.leaves if leaf.graph_input is not None]
+    batch_rows = next(tensor.shape[0] for tensor, cut in zip(tensors, batched) if cut)
+    candidates: list[Plan] = []
+    failures: list[InfeasibleError] = []
+    priced: dict[int, Priced] = {}
+    for count in _counts(wishes, cluster, batch_rows):
+        rows = -(-batch_rows // min(batch_rows, count * max(len(stage) for stage in cluster.stages)))
+        if rows not in priced:
+            priced[rows] = price(capture, list(tensors), rows, cluster, wishes.costs, n_threads, progress)
+        for name in (wishes.schedule,) if wishes.schedule else TRAINING_SCHEDULES:
+            try:
+                candidates.append(_candidate(capture, priced[rows], cluster, wishes, name, count, batch_rows))
+            except InfeasibleError as error:
+                failures.append(error)
+    if not candidates:
+        raise failures[0]
+    candidates.sort(key=lambda plan: (plan.prediction.step_s, plan.n_microbatches, plan.schedule))
+    others = tuple(Alternative(p.schedule, p.n_microbatches, p.prediction.step_s) for p in candidates[1:])
+    return replace(candidates[0], alternatives=others)
+
+
+def _counts(wishes: Wishes, cluster: Cluster, batch_rows: int) -> list[int]:
+    if wishes.n_microbatches is not None:
+        if wishes.n_microbatches < 1:
+            raise ConstraintError(f"microbatches must be at least 1, got {wishes.n_microbatches}")
+        return [wishes.n_microbatches]
+    most = max(1, batch_rows // max(len(stage) for stage in cluster.stages))
+    return sorted({min(most, cluster.n_stages * factor) for factor in _COUNTS_PER_STAGE})
+
+
+def price(
+    capture: Capture,
+    tensors: list[torch.Tensor],
+    rows: int,
+    cluster: Cluster,
+    source: str,
+    n_threads: int = 1,
+    progress: Progress = lambda what, done, total: None,
+) -> Priced:
+    """Analyse and price the graph at ``rows`` samples a microbatch.
+
+    Raises:
+        ConstraintError: ``source`` is not ``"measured"`` or ``"analytic"``.
+    """
+    if source not in ("measured", "analytic"):
+        raise ConstraintError(f"costs must be 'measured' or 'analytic', got {source!r}")
+    facts = analyse(capture, tensors, rows)
+    on_meta = any(parameter.is_meta for parameter in capture.model.parameters())
+    if source == "measured" and not cluster.simulated and cluster.kind.name == "cpu" and not on_meta:
+
+        def tell(done: int, total: int) -> None:
+            progress(f"measuring ops at {rows} rows", done, total)
+
+        costs = measured_costs(capture.graph_module, facts, cluster.kind, n_threads, progress=tell)
+    else:
+        costs = analytic_costs(capture.graph_module, facts, cluster.kind)
+    travels = {name: is_encodable(own.value) for name, own in facts.items()}
+    return Priced(rows, facts, costs, op_graph(capture, facts, costs, cluster, travels))
+
+
+def _candidate(
+    capture: Capture, priced: Priced, cluster: Cluster, wishes: Wishes, name: str, count: int, batch_rows: int
+) -> Plan:
+    n_replicas = max(len(stage) for stage in cluster.stages)
+    n_pieces = min(batch_rows, count * n_replicas)
+    in_flight = _in_flight(cluster, name, n_pieces)
+    if wishes.assignment is not None:
+        stage_of = dict(wishes.assignment)
+        cut = None
+    else:
+        devices = [
+            CutDevice(f"stage {s}", cluster.kind.name, cluster.kind.memory_bytes) for s in range(cluster.n_stages)
+        ]
+        cut = solve(priced.graph, devices, ordered=True, in_flight=in_flight)
+        stage_of = {str(op): stage for op, stage in cut.stage_of.items()}
+    return assemble(capture, priced, cluster, stage_of, cut, name, count, batch_rows, in_flight)
+
+
+def _in_flight(cluster: Cluster, name: str, n_pieces: int) -> list[int]:
+    layout = _chain(cluster)
+    mine = [len(layout.microbatches_of(s, 0, n_pieces)) for s in range(layout.n_stages)]
+    if name == "fill-drain":
+        return mine
+    return [min(warm_up(layout, s), mine[s]) for s in range(layout.n_stages)]
+
+
+def _chain(cluster: Cluster) -> Layout:
+    workers, first = [], 0
+    for stage in cluster.stages:
+        workers.append(tuple(range(first, first + len(stage))))
+        first += len(stage)
+    return Layout(tuple(workers), (), ())
+
+
+def assemble(
+    capture: Capture,
+    priced: Priced,
+    cluster: Cluster,
+    stage_of: Mapping[str, int],
+    cut: Cut | None,
+    name: str,
+    count: int,
+    batch_rows: int,
+    in_flight: Sequence[int],
+) -> Plan:
+    """Write down a decision as a plan, with what the simulator predicts for it."""
+    ops = priced.ops
+    wires = _wires(capture, priced, stage_of, cluster.n_stages)
+    stages = tuple(_stage(capture, ops, stage_of, s, cluster, in_flight[s]) for s in range(cluster.n_stages))
+    blank = Prediction(0.0, 0.0, 0.0, 0.0, False, 0.0, "")
+    plan = Plan(
+        format=FORMAT,
+        model=type(capture.model).__name__,
+        fingerprint=fingerprint(capture),
+        batch_rows=batch_rows,
+        n_microbatches=count,
+        schedule=name,
+        graph_inputs=tuple(leaf.graph_input for leaf in capture.inputs.leaves if leaf.graph_input is not None),
+        ops=tuple(_op(op, stage_of[op.name]) for op in ops.values()),
+        stages=stages,
+        wires=wires,
+        prediction=blank,
+        alternatives=(),
+    )
+    timeline = predict(plan, cluster)
+    n_pieces = min(batch_rows, count * plan.layout().n_replicas)
+    work = sum(op.cost.forward_s + op.cost.backward_s for op in ops.values())
+    loads = _loads(priced, stage_of, cluster.n_stages)
+    return replace(
+        plan,
+        prediction=Prediction(
+            step_s=timeline.makespan_s,
+            bubble=timeline.bubble,
+            bottleneck_s=max(loads),
+            lower_bound_s=cut.lower_bound if cut is not None else work / cluster.n_stages,
+            optimal=cut.optimal if cut is not None else False,
+            one_device_s=n_pieces * work,
+            cost_source=_source(priced.costs),
+        ),
+    )
+
+
+def _source(costs: Mapping[str, OpCost]) -> str:
+    sources = {cost.source for cost in costs.values()} - {"none"}
+    if sources <= {"measured", "cached"} and sources:
+        return "measured"
+    return "analytic" if sources <= {"analytic"} else "measured and analytic"
+
+
+def _loads(priced: Priced, stage_of: Mapping[str, int], n_stages: int) -> list[float]:
+    """Return each stage's compute and transfers for one microbatch, as the cut counts them."""
+    loads = [0.0] * n_stages
+    for name, op in priced.ops.items():
+        loads[stage_of[name]] += op.cost.forward_s + op.cost.backward_s
+    for transfer in priced.graph.graph["transfers"]:
+        touched = {stage_of[name] for name in transfer["nodes"]}
+        if len(touched) > 1:
+            for s in touched:
+                loads[s] += transfer["seconds"]
+    return loads
+
+
+def _op(op: OpNode, stage: int) -> OpRecord:
+    return OpRecord(
+        name=op.name,
+        target=op.target,
+        module_path=op.module_path,
+        source=op.source,
+        stage=stage,
+        inputs=op.inputs,
+        forward_s=op.cost.forward_s,
+        backward_s=op.cost.backward_s,
+        output_bytes=op.output_bytes,
+        saved_bytes=op.saved_bytes,
+        cost_source=op.cost.source,
+    )
+
+
+def _stage(
+    capture: Capture, ops: Mapping[str, OpNode], stage_of: Mapping[str, int], s: int, cluster: Cluster, in_flight: int
+) -> StageRecord:
+    mine = [op for op in ops.values() if stage_of[op.name] == s]
+    sizes = state_bytes(capture)
+    names = dict.fromkeys(name for op in mine for name in op.parameters)
+    trainable = {name for name, parameter in capture.model.named_parameters() if parameter.requires_grad}
+    state = sum(sizes[name] * (STATE_COPIES if name in trainable else 1) for name in names)
+    saved = sum(op.saved_bytes for op in mine)
+    return StageRecord(
+        index=s,
+        devices=cluster.stages[s],
+        forward_s=sum(op.cost.forward_s for op in mine),
+        backward_s=sum(op.cost.backward_s for op in mine),
+        parameter_bytes=sum(sizes[name] for name in names),
+        saved_bytes=saved,
+        in_flight=in_flight,
+        memory_bytes=state + in_flight * saved,
+        memory_limit_bytes=float(min(cluster.kind.memory_bytes, 2.0**62)),
+    )
+
+
+def _wires(capture: Capture, priced: Priced, stage_of: Mapping[str, int], n_stages: int) -> tuple[WireRecord, ...]:
+    targets: dict[str, list[int]] = {}
+    for (_, target), names in sorted(wires_of(capture, stage_of, n_stages).items()):
+        for name in names:
+            targets.setdefault(name, []).append(target)
+    order = list(priced.ops)
+    return tuple(
+        WireRecord(
+            name, stage_of[name], tuple(targets[name]), priced.ops[name].output_bytes, carries_gradient(priced.facts[name])
+        )
+        for name in sorted(targets, key=order.index)
+    )
+
+
+def predict(plan: Plan, cluster: Cluster) -> Timeline:
+    """Simulate one step of ``plan``."""
+    layout = plan.layout()
+    n_pieces = min(plan.batch_rows, plan.n_microbatches * layout.n_replicas)
+    program = lower(plan.schedule, layout, schedule(plan.schedule, layout, n_pieces), n_pieces)
+    check(program)
+    packets: dict[tuple[int, int], float] = {}
+    for wire in plan.wires:
+        for target in wire.targets:
+            packets[wire.source, target] = packets.get((wire.source, target), 0.0) + wire.n_bytes
+    on_cpu = cluster.kind.name == "cpu"
+    return simulate(
+        program,
+        StepCosts(
+            forward_s=tuple(stage.forward_s for stage in plan.stages),
+            backward_s=tuple(stage.backward_s for stage in plan.stages),
+            packet_bytes=packets,
+            link=cluster.link,
+            action_overhead_s=ACTION_OVERHEAD_S if on_cpu else 0.0,
+            send_overhead_s=SEND_OVERHEAD_S if on_cpu else 0.0,
+            pack_bytes_per_s=PACK_BYTES_PER_S if on_cpu else float("inf"),
+            reduce_s=tuple(_reduce_s(stage, cluster) for stage in plan.stages),
+        ),
+    )
+
+
+def _reduce_s(stage: StageRecord, cluster: Cluster) -> float:
+    """Price a ring all-reduce of the stage's gradients, as if no backward hid it (Patarasuk and Yuan, 2009)."""
+    n = len(stage.devices)
+    return 0.0 if n == 1 else 2 * (n - 1) / n * stage.parameter_bytes / cluster.link.bytes_per_s + cluster.link.latency_s
+
+
+def random_ops(facts: Mapping[str, OpFacts]) -> dict[str, bool]:
+    """Name the ops that draw random numbers."""
+    return {name: own.random for name, own in facts.items()}
+
+
+__all__ = ["Priced", "Wishes", "assemble", "make_plan", "predict", "price", "random_ops"]

@@ -1,0 +1,176 @@
+"""The tracer: torch.fx symbolic tracing that notices what it would otherwise bake in silently.
+
+Plain symbolic tracing runs the model's Python once with stand-ins for tensors. What the Python does besides calling
+torch is lost without a word: random numbers become constants, ``no_grad`` and autocast regions vanish, a custom
+autograd function keeps its forward and loses its backward, counters count once. Each of these raises here, at the
+module where it happens, so that this module can be kept whole as one opaque call.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..structure import Structure, flatten, unflatten
+
+
+class TraceRefused(Exception):
+    """Tracing met something that it cannot keep; ``reason`` is a phrase for the capture report."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class _NothingReal(TorchDispatchMode):
+    """Refuse real tensor work during tracing that must happen at every call instead."""
+
+    def __init__(self, state: set[int]) -> None:
+        super().__init__()
+        self._state = state
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise TraceRefused(f"random numbers are drawn outside of the graph ({func})")
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(value, torch.Tensor) and id(value) in self._state:
+                    raise TraceRefused(f"a parameter or buffer is changed in place by Python code ({func})")
+        return func(*args, **(kwargs or {}))
+
+
+class Tracer(fx.Tracer):
+    """Trace a module with the modules at ``opaque`` paths kept as calls."""
+
+    def __init__(self, opaque: set[str]) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.proxy_buffer_attributes = True
+        self.record_stack_traces = True
+        self.failed_at: str | None = None
+        self._grad_enabled = torch.is_grad_enabled()
+        self._autocast = _autocast_state()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Keep torch's own layers whole, but open its containers, so that they can be cut."""
+        if module_qualified_name in self.opaque or isinstance(m, torch.jit.ScriptModule):
+            return True
+        if not m.__module__.startswith(("torch.nn.modules", "torch.ao.nn")):
+            return False
+        is_container = any(True for _ in m.children()) and not isinstance(m, nn.MultiheadAttention)
+        return not is_container
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Trace into ``m`` or keep it; remember the innermost module in which tracing failed."""
+        path = self.path_of_module(m)
+        try:
+            if self.is_leaf_module(m, path):
+                return super().call_module(m, forward, args, kwargs)
+            with unchanged(m):
+                return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed_at is None:
+                self.failed_at = path
+            raise
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record a node, unless a region that the graph cannot express is active."""
+        if torch.is_grad_enabled() != self._grad_enabled:
+            raise TraceRefused("it runs under its own grad mode (torch.no_grad or torch.enable_grad)")
+        if _autocast_state() != self._autocast:
+            raise TraceRefused("it runs under its own autocast region")
+        return super().create_node(*args, **kwargs)
+
+    def trace_call(
+        self, model: nn.Module, structure: Structure, names: list[str | None], constants: list[Any]
+    ) -> tuple[fx.Graph, Structure]:
+        """Trace ``model`` for arguments of ``structure``; returns the graph and the structure of the result.
+
+        ``names[i]`` is the placeholder of a tensor leaf, or None where the leaf is ``constants[i]``. The graph's output is
+        the flat list of the result's leaves.
+        """
+        self._structure, self._names, self._constants = structure, names, constants
+        self._call = nn.Module.__call__
+        state = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        with _no_custom_autograd(), _NothingReal(state):
+            graph = self.trace(model)
+        return graph, self._output_structure
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """Replace fx's handling of arguments: stand-ins for tensor leaves, the rest as it was given."""
+        leaves = [
+            constant if name is None else self.create_proxy("placeholder", name, (), {})
+            for name, constant in zip(self._names, self._constants)
+        ]
+        args, kwargs = unflatten(self._structure, leaves)
+
+        def run() -> list[Any]:
+            assert isinstance(self.root, nn.Module)
+            with unchanged(self.root):
+                output = self._call(self.root, *args, **kwargs)
+            flat, self._output_structure = flatten(output)
+            return flat
+
+        return run, []
+
+
+def _autocast_state() -> tuple[Any, ...]:
+    return tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Refuse a forward that changes the module's own attributes or draws Python's random numbers; undo the change."""
+    attributes = {name: _snapshot(value) for name, value in module.__dict__.items() if not name.startswith("_")}
+    drawn = random.getstate()
+    drawn_by_numpy = np.random.get_state()
+    yield
+    now = {name: value for name, value in module.__dict__.items() if not name.startswith("_")}
+    changed = [name for name in now if name not in attributes or not _equal(attributes[name], now[name])]
+    if changed:
+        for name in changed:
+            if name in attributes:
+                module.__dict__[name] = attributes[name][0]
+            else:
+                del module.__dict__[name]
+        raise TraceRefused(f"its forward changes its own attribute {changed[0]!r}")
+    if random.getstate() != drawn:
+        random.setstate(drawn)
+        raise TraceRefused("its forward draws random numbers from Python's random module")
+    if any(not np.array_equal(a, b) for a, b in zip(drawn_by_numpy, np.random.get_state())):
+        np.random.set_state(drawn_by_numpy)
+        raise TraceRefused("its forward draws random numbers from numpy")
+
+
+def _snapshot(value: Any) -> tuple[Any, Any]:
+    return value, list(value) if isinstance(value, (list, dict, set)) else None
+
+
+def _equal(before: tuple[Any, Any], now: Any) -> bool:
+    value, items = before
+    if value is not now:
+        return False
+    return items is None or (len(items) == len(now) and all(a is b for a, b in zip(items, now)))
+
+
+@contextmanager
+def _no_custom_autograd() -> Iterator[None]:
+    """Refuse custom autograd functions: a trace through one keeps its forward and loses its backward."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        raise TraceRefused(f"it uses the custom autograd function {cls.__name__}")
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]

@@ -1,0 +1,111 @@
+"""Frozen dataclasses to JSON and back, strictly: unknown keys and wrong types name their path in the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from .errors import PlanError
+
+T = TypeVar("T")
+
+
+def to_json(value: Any) -> Any:
+    """Turn a record (nested frozen dataclasses, tuples, mappings, scalars) into plain JSON values.
+
+    >>> to_json(("a", 1, None))
+    ['a', 1, None]
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [to_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PlanError(f"{value} has no place in a JSON file")
+    return value
+
+
+def from_json(kind: type[T], value: Any, path: str = "$") -> T:
+    """Build ``kind`` from plain JSON values.
+
+    Raises:
+        PlanError: a key is unknown or missing, or a value has another type than the field; the message starts
+            with the path inside the file, such as ``$.stages[1].ops``.
+    """
+    return typing.cast(T, _read(kind, value, path))
+
+
+def _read(kind: Any, value: Any, path: str) -> Any:
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return _read_union(kind, value, path)
+    if origin is tuple:
+        return _read_tuple(get_args(kind), value, path)
+    if origin in (dict, Mapping):
+        _expect(value, dict, "an object", path)
+        item_kind = get_args(kind)[1]
+        return {key: _read(item_kind, item, f"{path}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(kind):
+        return _read_record(kind, value, path)
+    return _read_scalar(kind, value, path)
+
+
+def _read_union(kind: Any, value: Any, path: str) -> Any:
+    options = get_args(kind)
+    if value is None and type(None) in options:
+        return None
+    rest = [option for option in options if option is not type(None)]
+    if len(rest) != 1:
+        raise TypeError(f"records hold at most optional types, not {kind}")
+    return _read(rest[0], value, path)
+
+
+def _read_tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    _expect(value, list, "an array", path)
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        return tuple(_read(kinds[0], item, f"{path}[{index}]") for index, item in enumerate(value))
+    if len(value) != len(kinds):
+        raise PlanError(f"{path}: expected an array of {len(kinds)} items, got {len(value)}")
+    return tuple(_read(kind, item, f"{path}[{index}]") for index, (kind, item) in enumerate(zip(kinds, value)))
+
+
+def _read_record(kind: Any, value: Any, path: str) -> Any:
+    _expect(value, dict, "an object", path)
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            raise PlanError(f"{path}.{key}: unknown key; {kind.__name__} has {', '.join(fields)}")
+    for name in fields:
+        if name not in value:
+            raise PlanError(f"{path}.{name}: missing key of {kind.__name__}")
+    return kind(**{name: _read(hints[name], value[name], f"{path}.{name}") for name in fields})
+
+
+def _read_scalar(kind: Any, value: Any, path: str) -> Any:
+    if kind is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise PlanError(f"{path}: expected a number, got {_name(value)}")
+        if not math.isfinite(value):
+            raise PlanError(f"{path}: expected a finite number, got {value}")
+        return float(value)
+    if kind is int and isinstance(value, bool):
+        raise PlanError(f"{path}: expected an integer, got {_name(value)}")
+    _expect(value, kind, {int: "an integer", str: "a string", bool: "true or false"}.get(kind, str(kind)), path)
+    return value
+
+
+def _expect(value: Any, kind: type, words: str, path: str) -> None:
+    if not isinstance(value, kind):
+        raise PlanError(f"{path}: expected {words}, got {_name(value)}")
+
+
+def _name(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

@@ -1,0 +1,150 @@
+"""Engines: where a pipeline's workers live. This one is the interface, and the mode in which all of them live here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import StagecutError
+from .executor import Executor
+from .program import PipelineSpec, Program, check, lower
+from .replicate import NoReduction
+from .requests import BACKWARD, PROGRAM_OF, TRAIN, StepReport, StepRequest
+from .schedules import schedule
+from .stage import StageRuntime, isolated_randomness
+from .transport import InlineTransport, MessageKey
+
+
+class Engine(Protocol):
+    """Runs requests on the workers of one pipeline and leaves gradients in the model's ``.grad``."""
+
+    is_main: bool
+
+    def run(self, request: StepRequest) -> StepReport:
+        """Carry out one request on all workers; raises what a worker raised."""
+
+    def forget(self, call: int) -> None:
+        """Drop the activations of a forward whose backward will not come."""
+
+    def common_seed(self, seed: int) -> int:
+        """Return the seed that every process uses where each drew one."""
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """Return every parameter and buffer of the model by name, from the workers that own them."""
+
+    def close(self) -> None:
+        """End what the engine started; safe to call twice."""
+
+
+class Programs:
+    """The programs of one pipeline, lowered and checked when a microbatch count is first seen."""
+
+    def __init__(self, spec: PipelineSpec) -> None:
+        self._spec = spec
+        self._known: dict[tuple[str, int], Program] = {}
+
+    def key_of(self, request: StepRequest) -> tuple[str, int]:
+        """Name the program that a request runs."""
+        return (PROGRAM_OF.get(request.kind, self._spec.schedule), request.n_microbatches)
+
+    def get(self, key: tuple[str, int]) -> Program:
+        """Return the checked program of that name and microbatch count."""
+        if key not in self._known:
+            name, n_microbatches = key
+            layout = self._spec.layout
+            program = lower(name, layout, schedule(name, layout, n_microbatches), n_microbatches)
+            check(program)
+            self._known[key] = program
+        return self._known[key]
+
+
+@contextmanager
+def fresh_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Let the body compute gradients from None, then add what was there before."""
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, old in zip(parameters, before):
+            if parameter.grad is None:
+                parameter.grad = old
+            elif old is not None:
+                parameter.grad = old.add_(parameter.grad) if not old.requires_grad else old + parameter.grad
+
+
+class InlineEngine:
+    """All workers in this process, one instruction at a time: for debugging, tests and small models.
+
+    The same programs, packets and stages as with processes; stages use the model's own parameters and modules,
+    and replicas add into the same gradients.
+    """
+
+    is_main = True
+
+    def __init__(self, spec: PipelineSpec, model: nn.Module, loss_fn: Callable[..., Any] | None) -> None:
+        self._model = model
+        self._programs = Programs(spec)
+        self._random = spec.random
+        mailbox: dict[MessageKey, torch.Tensor] = {}
+        self._mailbox = mailbox
+        self._executors: list[Executor] = []
+        layout = spec.layout
+        for worker in range(layout.n_workers):
+            own = [s for s, owners in enumerate(layout.workers) if worker in owners]
+            device = torch.device(spec.devices[worker])
+            stages = {s: StageRuntime(spec.stages[s], device, loss_fn) for s in own}
+            reducers = {s: NoReduction() for s in own}
+            self._executors.append(Executor(worker, layout, stages, InlineTransport(mailbox), dict(reducers)))
+
+    def run(self, request: StepRequest) -> StepReport:
+        """Carry out one request, always advancing the first worker that can move."""
+        program = self._programs.get(self._programs.key_of(request))
+        self._mailbox.clear()
+        report = StepReport()
+        trains = request.kind in (TRAIN, BACKWARD)
+        with fresh_gradients(list(self._model.parameters()) if trains else []), isolated_randomness(self._random):
+            for executor, instructions in zip(self._executors, program.workers):
+                executor.begin(request, instructions)
+            self._interleave()
+            for executor in self._executors:
+                report.merge(executor.end())
+        return report
+
+    def _interleave(self) -> None:
+        while True:
+            able = [executor for executor in self._executors if not executor.finished and executor.ready()]
+            if not able:
+                break
+            able[0].execute_next()
+        stuck = [f"worker {e.worker} at {e.instructions[e.position]}" for e in self._executors if not e.finished]
+        if stuck:
+            raise StagecutError(f"inline execution cannot go on: {'; '.join(stuck)}")
+
+    def forget(self, call: int) -> None:
+        """Drop the activations of a forward whose backward will not come."""
+        for executor in self._executors:
+            executor.forget(call)
+
+    def common_seed(self, seed: int) -> int:
+        """Return ``seed``: one process draws it for all workers."""
+        return seed
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """Return the model's own state; it lives here."""
+        return model_state(self._model)
+
+    def close(self) -> None:
+        """Drop the stages."""
+        self._executors.clear()
+
+
+def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers by every name that they have (tied ones under each)."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return {**named, **dict(model.named_buffers(remove_duplicate=False))}

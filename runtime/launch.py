@@ -1,0 +1,154 @@
+"""Local worker processes: started by the parent, watched, and never left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from ..errors import WorkerLost
+from .local_messages import Exit
+
+STOP_S = 3.0
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main(*map(int, sys.argv[2:]))"
+
+
+@dataclass
+class WorkerProcess:
+    """One worker: its process, the socket to it, and the pipe whose closing tells it that the parent is gone."""
+
+    index: int
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    channel: socket.socket
+    lifeline: int
+
+    def send_fd(self, fd: int) -> None:
+        """Pass a file descriptor to the worker."""
+        socket.send_fds(self.channel, [b"f"], [fd])
+
+    def exit_error(self) -> WorkerLost:
+        """Describe how the process ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=STOP_S)
+        code = self.process.returncode
+        if code is not None and code < 0:
+            how = f"killed by {signal.Signals(-code).name}"
+        else:
+            how = f"exit code {code}"
+        return WorkerLost(
+            f"worker {self.index} (pid {self.process.pid}) ended: {how}",
+            hint="pm.restart() starts the workers again with the parameters as they are; "
+            "a SIGKILL nobody sent is usually the kernel running out of memory",
+        )
+
+
+class WorkerPool:
+    """The worker processes of one pipeline.
+
+    Workers are plain subprocesses that import only stagecut: the user's ``__main__`` is never imported again, so no
+    ``if __name__ == "__main__"`` is needed, and notebooks work. They run in a session of their own, so Ctrl-C
+    reaches the parent alone, which ends them.
+    """
+
+    def __init__(self, n_workers: int, n_threads: int) -> None:
+        self.workers: list[WorkerProcess] = []
+        self._owner = os.getpid()
+        self._finalizer = weakref.finalize(self, _kill_all, self.workers, self._owner)
+        for index in range(n_workers):
+            self.workers.append(_start(index, n_threads))
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Wait for every worker's first answer.
+
+        Raises:
+            WorkerLost: a worker ended, or was not ready in time.
+        """
+        for worker in self.workers:
+            if not worker.connection.poll(timeout_s):
+                raise WorkerLost(f"worker {worker.index} was not ready after {timeout_s:.0f} s")
+            self.receive(worker)
+
+    def receive(self, worker: WorkerProcess) -> Any:
+        """Return the next answer of ``worker``.
+
+        Raises:
+            WorkerLost: the process has ended.
+        """
+        try:
+            return worker.connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise worker.exit_error() from error
+
+    def wait_any(self, workers: list[WorkerProcess], timeout_s: float) -> list[WorkerProcess]:
+        """Wait until at least one of ``workers`` has answered or ended; empty after ``timeout_s``."""
+        ready = set(wait([worker.connection for worker in workers], timeout_s))
+        return [worker for worker in workers if worker.connection in ready]
+
+    def close(self) -> None:
+        """Let idle workers leave; kill those that are not gone after a moment."""
+        for worker in self.workers:
+            with contextlib.suppress(OSError, ValueError):
+                worker.connection.send(Exit())
+        deadline = time.monotonic() + STOP_S
+        for worker in self.workers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        self.kill()
+
+    def kill(self) -> None:
+        """End every worker at once."""
+        self._finalizer()
+
+
+def _start(index: int, n_threads: int) -> WorkerProcess:
+    ours, theirs = socket.socketpair()
+    lifeline_read, lifeline_write = os.pipe()
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(n_threads),
+        "GLOO_SOCKET_IFNAME": _loopback(),
+    }
+    boot = _BOOT.format(module=f"{__package__}.worker")
+    arguments = [json.dumps(sys.path), str(theirs.fileno()), str(lifeline_read), str(os.getpid()), str(n_threads)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", boot, *arguments],
+        pass_fds=(theirs.fileno(), lifeline_read),
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
+    theirs.close()
+    os.close(lifeline_read)
+    return WorkerProcess(index, process, Connection(os.dup(ours.fileno())), ours, lifeline_write)
+
+
+def _loopback() -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in ("lo", "lo0") if name in names), names[0])
+
+
+def _kill_all(workers: list[WorkerProcess], owner: int) -> None:
+    """End the processes and close what belongs to them; a forked child of the owner must not do it."""
+    if os.getpid() != owner:
+        return
+    for worker in workers:
+        if worker.process.poll() is None:
+            worker.process.kill()
+    for worker in workers:
+        worker.process.wait()
+        worker.connection.close()
+        worker.channel.close()
+        with contextlib.suppress(OSError):
+            os.close(worker.lifeline)
+        worker.lifeline = -1
+    workers.clear()

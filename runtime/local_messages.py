@@ -1,0 +1,81 @@
+"""What the parent and a local worker say to each other over their private socket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import FailureSite
+from .arena import Slot
+from .instructions import Instruction, Layout
+from .requests import StepReport, StepRequest
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a worker needs before its first step. The arena's descriptor follows it on the socket.
+
+    ``payload`` is pickled (stages, loss_fn) whose tensors refer to ``parameters`` and ``buffers`` by name.
+    ``gradients`` maps a parameter to the arena slot that this worker writes its gradient to; it is empty on all but the
+    first replica of a stage.
+    """
+
+    worker: int
+    layout: Layout
+    device: str
+    store_path: str
+    arena_bytes: int
+    slots: dict[str, Slot]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    gradients: dict[str, str]
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Run:
+    """Do one step. ``instructions`` is None when ``program`` was sent before."""
+
+    program: tuple[str, int]
+    instructions: tuple[Instruction, ...] | None
+    request: StepRequest
+    trainable: frozenset[str]
+    modes: dict[str, bool]
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Drop the activations of a forward whose backward will not come."""
+
+    call: int
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Leave."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The worker has done what it was told before its first step."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """The step is complete. ``has_gradient`` names the parameters whose gradient slot was written."""
+
+    report: StepReport
+    has_gradient: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The step failed; ``error`` is the pickled exception, or None if it could not be pickled."""
+
+    error: bytes | None
+    type_name: str
+    message: str
+    traceback: str
+    site: FailureSite | None
+
+
+Answer = Ready | Done | Failed

@@ -1,0 +1,440 @@
+"""The pipeline that a user holds: an ``nn.Module`` that steps, predicts, verifies and measures."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import ShapeError, StageError, StagecutError
+from ..structure import flatten, unflatten
+from .batch import match_inputs, merge_outputs, piece_sizes, shares, signature_of, split_gradients, split_inputs, split_target
+from .engine import Engine
+from .program import PipelineSpec, Timeline
+from .program.timeline import Span
+from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepRequest
+from .verify import VerifyReport, compare, gradients_of, preserved, reference_step, whole
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step returns: the loss of the whole batch, a 0-dim tensor without graph."""
+
+    loss: torch.Tensor
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What an evaluation returns: the model's result for the whole batch, and the loss if there is one."""
+
+    output: Any
+    loss: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured steps: the timeline of the median one and the wall seconds of each call."""
+
+    timeline: Timeline
+    steps_s: tuple[float, ...]
+
+    @property
+    def step_s(self) -> float:
+        """Return the median wall seconds of a step."""
+        return statistics.median(self.steps_s)
+
+
+class Build(Protocol):
+    """Capture, plan and cut the model for the arguments of a first call."""
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Any]:
+        """Return what to launch, and the plan that it came from."""
+
+
+class Pipeline(nn.Module):
+    """A compiled model.
+
+    Made by :func:`stagecut.compile`. Its parameters are the very objects of the model that it was made from; names,
+    state dicts, ``train()`` and ``eval()`` are the model's. Workers start at the first call, or before it when
+    example inputs were given.
+
+    A pipeline is a context manager; leaving it, or :meth:`close`, ends its workers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        build: Build,
+        launch: Callable[[PipelineSpec], Engine],
+        *,
+        loss_fn: Callable[..., Any] | None,
+        loss_weight: Callable[[Any], float] | None,
+        loss_reduction: str,
+        release: Callable[[], None],
+    ) -> None:
+        super().__init__()
+        self.__dict__["_model"] = model
+        self._build = build
+        self._launch = launch
+        self._release = release
+        self._loss_fn = loss_fn
+        self._loss_weight = loss_weight
+        self._loss_reduction = loss_reduction
+        self._spec: PipelineSpec | None = None
+        self._engine: Engine | None = None
+        self._plan: Any = None
+        self._broken: BaseException | None = None
+        self._closed = False
+        self._n_calls = 0
+        self._forgotten: list[int] = []
+        self.training = model.training
+
+    @property
+    def model(self) -> nn.Module:
+        """Return the model that was compiled; its parameters are this pipeline's."""
+        model: nn.Module = self.__dict__["_model"]
+        return model
+
+    @property
+    def plan(self) -> Any:
+        """Return the plan that runs.
+
+        Raises:
+            StagecutError: nothing has been planned yet.
+        """
+        if self._plan is None:
+            raise StagecutError(
+                "the plan is made from the shapes of the first call, and there was none yet",
+                hint="stagecut.compile(..., example_inputs=(x,)) plans at once",
+            )
+        return self._plan
+
+    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepResult:
+        """Run forward and backward of one batch; gradients are added into ``.grad``.
+
+        Args:
+            args, kwargs: what the model takes; tensors are cut along dimension 0, their rows being samples.
+            target: what ``loss_fn(output, target)`` compares with; tensors with as many rows are cut alike.
+
+        Returns:
+            The loss of the whole batch: the mean over its rows of ``loss_fn``'s mean per microbatch (or what
+            ``loss_weight`` and ``loss_reduction`` say).
+
+        Raises:
+            ShapeError: the arguments do not fit the captured model.
+            WorkerLost, StallError: a worker ended or hung.
+            Exception: whatever the model or the loss raised, as itself; ``error.stagecut`` says where.
+        """
+        return self._step(args, kwargs, target, profile=False)[0]
+
+    def _step(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, profile: bool
+    ) -> tuple[StepResult, StepReport]:
+        request, _ = self._request(TRAIN, args, kwargs, target=target, want_loss=True, profile=profile)
+        report = self._run(request)
+        return StepResult(_total_loss(report, request)), report
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's result for the batch; ``backward()`` on a loss of it runs the pipeline's backward.
+
+        The schedule is fill-drain: all forwards now, all backwards when autograd asks. Under ``torch.no_grad()`` nothing
+        is kept.
+        """
+        if not torch.is_grad_enabled():
+            return self.evaluate(*args, **kwargs).output
+        request, sizes = self._request(FORWARD, args, kwargs, want_outputs=True)
+        report = self._run(request)
+        merged, how = merge_outputs([report.outputs[m] for m in range(len(sizes))], sizes)
+        leaves, structure = flatten(merged)
+        pending = _Pending(self, request, how, sizes)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        attached = iter(_PipelineFunction.apply(pending, torch.zeros((), requires_grad=True), *tensors))
+        leaves = [next(attached) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        return unflatten(structure, leaves)
+
+    def evaluate(self, *args: Any, target: Any = None, **kwargs: Any) -> EvalResult:
+        """Run the batch forward without gradients, in the mode (``train()`` or ``eval()``) that is set."""
+        want_loss = target is not None
+        request, sizes = self._request(
+            EVALUATE, args, kwargs, target=target, want_outputs=True, want_loss=want_loss
+        )
+        report = self._run(request)
+        output, _ = merge_outputs([report.outputs[m] for m in range(len(sizes))], sizes)
+        return EvalResult(output, _total_loss(report, request) if want_loss else None)
+
+    def verify(
+        self, *args: Any, target: Any = None, rtol: float | None = None, raises: bool = True, **kwargs: Any
+    ) -> VerifyReport:
+        """Compare loss and every gradient with the unsplit model on the same batch in the same microbatches.
+
+        Gradients, buffers and random state are left as they were. Where the model draws random numbers the reference
+        is the uncut captured graph under the same seeds, else it is the model itself.
+
+        Args:
+            rtol: allowed error relative to the largest gradient of the parameter; by dtype if None.
+            raises: raise if something differs, instead of only saying so in the report.
+
+        Raises:
+            StagecutError: something differs; the message names the first parameter.
+        """
+        with preserved(self.model):
+            request, _ = self._request(TRAIN, args, kwargs, target=target, want_loss=True)
+            report = self._run(request)
+            given = gradients_of(self.model, _total_loss(report, request))
+        assert self._spec is not None
+        assert self._engine is not None
+        state = self._engine.full_state()
+        owned = {name for name, parameter in self.model.named_parameters() if parameter.shape == state[name].shape}
+        with whole(self.model, state), preserved(self.model):
+            reference = reference_step(self.model, self._spec, request, self._loss_fn)
+        kind = "captured graph" if self._spec.random else "model"
+        result = compare(given, reference, owned, rtol, kind)
+        if raises and not result.ok:
+            raise StagecutError(str(result))
+        return result
+
+    def profile(self, *args: Any, target: Any = None, steps: int = 5, **kwargs: Any) -> Profile:
+        """Measure ``steps`` training steps on one batch after one warm-up; gradients and buffers are left as they were."""
+        measured: list[tuple[float, Timeline]] = []
+        with preserved(self.model):
+            self._step(args, kwargs, target, profile=False)
+            for _ in range(steps):
+                self.model.zero_grad(set_to_none=True)
+                start = time.perf_counter()
+                _, report = self._step(args, kwargs, target, profile=True)
+                measured.append((time.perf_counter() - start, _timeline(report, self._n_workers)))
+        measured.sort(key=lambda pair: pair[0])
+        return Profile(measured[len(measured) // 2][1], tuple(seconds for seconds, _ in measured))
+
+    @property
+    def _n_workers(self) -> int:
+        assert self._spec is not None
+        return self._spec.layout.n_workers
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Capture, plan and start the workers for calls like this one, without running it."""
+        if self._closed:
+            raise StageError("this pipeline is closed", hint="call stagecut.compile(...) again")
+        if self._broken is not None:
+            raise StageError(
+                f"this pipeline is broken by an earlier error: {type(self._broken).__name__}: {self._broken}",
+                hint="pm.restart() starts the workers again with the parameters as they are",
+            )
+        if self._engine is None:
+            if self._spec is None:
+                self._spec, self._plan = self._build(args, kwargs)
+            self._engine = self._launch(self._spec)
+
+    def restart(self) -> None:
+        """Start the workers again after an error; parameters and buffers are kept as they are."""
+        self.close()
+        self._closed = False
+        self._broken = None
+
+    def _request(
+        self,
+        kind: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        target: Any = None,
+        want_loss: bool = False,
+        want_outputs: bool = False,
+        profile: bool = False,
+    ) -> tuple[StepRequest, list[int]]:
+        self.prepare(*args, **kwargs)
+        spec = self._spec
+        assert spec is not None
+        assert self._engine is not None
+        inputs, rows = match_inputs(spec.inputs, self.model.forward, args, kwargs)
+        sizes = piece_sizes(rows, spec.microbatches_per_replica * spec.layout.n_replicas)
+        pieces = split_inputs(spec.inputs, inputs, sizes)
+        targets = None if target is None else split_target(target, rows, sizes)
+        autocast = _autocast_dtype(spec.devices[0])
+        self._n_calls += 1
+        request = StepRequest(
+            kind=kind,
+            call=self._n_calls,
+            signature=signature_of(pieces, hash((self.training, autocast))),
+            inputs=pieces,
+            targets=targets,
+            weights=self._weights(sizes, targets),
+            seed=self._engine.common_seed(int(torch.randint(2**31, ()).item())) if spec.random else 0,
+            autocast=autocast,
+            want_loss=want_loss,
+            want_outputs=want_outputs,
+            profile=profile,
+        )
+        return request, sizes
+
+    def _weights(self, sizes: list[int], targets: tuple[Any, ...] | None) -> tuple[float, ...]:
+        if self._loss_reduction == "sum":
+            return (1.0,) * len(sizes)
+        if self._loss_weight is None or targets is None:
+            return tuple(shares(sizes))
+        return tuple(shares([float(self._loss_weight(target)) for target in targets]))
+
+    def _run(self, request: StepRequest) -> StepReport:
+        assert self._engine is not None
+        while self._forgotten:
+            self._engine.forget(self._forgotten.pop())
+        try:
+            return self._engine.run(request)
+        except BaseException as error:
+            self._broken = error
+            self._engine.close()
+            self._engine = None
+            raise
+
+    def _run_backward(self, pending: _Pending, gradients: list[Any]) -> None:
+        if self._engine is None:
+            raise StageError("the workers that hold this result's activations are gone")
+        parts = split_gradients(gradients, pending.how, pending.sizes)
+        fields = dict(pending.request.__dict__, kind=BACKWARD, want_outputs=False, output_gradients=parts)
+        fields.update(inputs=tuple({} for _ in pending.sizes))
+        self._run(StepRequest(**fields))
+
+    def close(self) -> None:
+        """End the workers; parameters stay usable."""
+        self._closed = True
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        self._release()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def train(self, mode: bool = True) -> Pipeline:
+        """Put the model into training (or evaluation) mode."""
+        self.training = mode
+        self.model.train(mode)
+        return self
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Iterate over the model's parameters under their own names."""
+        return self.model.named_parameters(prefix, recurse, remove_duplicate)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Iterate over the model's buffers under their own names."""
+        return self.model.named_buffers(prefix, recurse, remove_duplicate)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Iterate over the model's modules under their own names."""
+        return self.model.named_modules(memo, prefix, remove_duplicate)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Pipeline:
+        """Apply ``fn`` to every module of the model."""
+        self.model.apply(fn)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the model's state under its own names: it loads into the plain model, and the other way round.
+
+        Under torchrun this is a collective call: every rank receives the whole state.
+        """
+        if self._engine is None:
+            return self.model.state_dict(*args, **kwargs)
+        state = self._engine.full_state()
+        own = self.model.state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for name in list(own):
+            found = state.get(name.removeprefix(prefix))
+            if found is not None:
+                own[name] = found.detach()
+        return own
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the model's state, from a pipeline or from the plain model."""
+        if assign:
+            raise StagecutError("assign=True would replace parameters that workers share", hint="leave assign=False")
+        load = getattr(self._engine, "load_state", None)
+        if load is not None:
+            return load(state_dict, strict)
+        return self.model.load_state_dict(state_dict, strict)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Pipeline:
+        raise StagecutError(
+            "a compiled pipeline cannot change its dtype or device: its workers own the placement",
+            hint="change the model first, then call stagecut.compile(model, devices=[...])",
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the pipeline in one line."""
+        where = "not planned yet" if self._spec is None else f"{self._spec.layout.n_stages} stages on {self._spec.devices}"
+        return f"{type(self.model).__name__}, {where}"
+
+
+class _Pending:
+    """A forward whose backward may still come; when it can no longer come its activations are dropped."""
+
+    def __init__(self, pipeline: Pipeline, request: StepRequest, how: list[str], sizes: list[int]) -> None:
+        self.pipeline = pipeline
+        self.request = request
+        self.how = how
+        self.sizes = sizes
+        self.done = False
+
+    def __del__(self) -> None:
+        if not self.done:
+            # Only noted here: the garbage collector may run in the middle of another request.
+            self.pipeline._forgotten.append(self.request.call)
+
+
+class _PipelineFunction(torch.autograd.Function):
+    """Ties the pipeline's backward into the caller's autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, pending: _Pending, anchor: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.pending = pending
+        ctx.set_materialize_grads(False)
+        outputs = tuple(tensor.view_as(tensor) for tensor in tensors)
+        ctx.mark_non_differentiable(
+            *[output for output in outputs if not (output.is_floating_point() or output.is_complex())]
+        )
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> tuple[None, ...]:
+        pending: _Pending = ctx.pending
+        if pending.done:
+            raise StageError("backward ran twice through one pipeline result; activations are freed by the first")
+        pending.done = True
+        pending.pipeline._run_backward(pending, list(gradients))
+        return (None, None, *[None for _ in gradients])
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    kind = torch.device(device).type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _total_loss(report: StepReport, request: StepRequest) -> torch.Tensor:
+    missing = [m for m in range(request.n_microbatches) if m not in report.losses]
+    if missing:
+        raise ShapeError(f"no loss was computed for microbatches {missing}")
+    parts = [report.losses[m].detach() * request.weights[m] for m in range(request.n_microbatches)]
+    return torch.stack([part.cpu() for part in parts]).sum()
+
+
+def _timeline(report: StepReport, n_workers: int) -> Timeline:
+    origin = min(span.start_s for span in report.spans)
+    spans = [
+        Span(s.worker, s.op, s.stage, s.microbatch, s.start_s - origin, s.end_s - origin) for s in report.spans
+    ]
+    return Timeline("measured", n_workers, tuple(sorted(spans, key=lambda s: (s.worker, s.start_s))))

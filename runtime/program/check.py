@@ -1,0 +1,175 @@
+"""The checks that every program passes before its first step."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ...errors import PlanError
+from ..instructions import COMPUTE, RECEIVES, SENDS, WHOLE_BATCH, Instruction, Op
+from .lower import Program
+
+Message = tuple[Op, int, int, int]
+_FORWARD_KIND = {Op.SEND_ACT: Op.SEND_ACT, Op.RECV_ACT: Op.SEND_ACT, Op.SEND_GRAD: Op.SEND_GRAD, Op.RECV_GRAD: Op.SEND_GRAD}
+
+
+def check(program: Program, *, max_in_flight: tuple[int, ...] | None = None) -> None:
+    """Prove that ``program`` runs every microbatch once everywhere, uses only what is there, and cannot deadlock.
+
+    ``max_in_flight`` bounds, per worker, the microbatches held at once.
+
+    The deadlock check runs the program under the strictest rule: a send blocks until the peer reaches the matching
+    receive, and each ordered pair of workers has one channel that delivers in order (NCCL's rule). Linear in the
+    number of instructions.
+
+    Raises:
+        PlanError: naming the worker, the position and the instruction that breaks a rule.
+    """
+    _check_complete(program)
+    for worker in range(len(program.workers)):
+        _check_values(program, worker, None if max_in_flight is None else max_in_flight[worker])
+    _check_rendezvous(program)
+
+
+def _refuse(program: Program, worker: int, position: int, why: str) -> None:
+    instruction = program.workers[worker][position]
+    raise PlanError(f"program {program.name!r}, worker {worker}, instruction {position}, {instruction}: {why}")
+
+
+def _check_complete(program: Program) -> None:
+    layout = program.layout
+    for worker, instructions in enumerate(program.workers):
+        count = Counter((i.op, i.stage, i.microbatch) for i in instructions if i.op in COMPUTE or i.op is Op.REDUCE)
+        for position, i in enumerate(instructions):
+            mine = i.op is Op.REDUCE or (
+                0 <= i.microbatch < program.n_microbatches and layout.worker_of(i.stage, i.microbatch) == worker
+            )
+            if not mine or worker not in layout.workers[i.stage]:
+                _refuse(program, worker, position, "this worker does not own that stage and microbatch")
+            if count[i.op, i.stage, i.microbatch] > 1:
+                _refuse(program, worker, position, "runs more than once")
+    kinds = {i.op for instructions in program.workers for i in instructions} & COMPUTE
+    done = {(i.op, i.stage, i.microbatch) for instructions in program.workers for i in instructions}
+    for op in sorted(kinds):
+        for s in range(layout.n_stages):
+            for m in range(program.n_microbatches):
+                if (op, s, m) not in done:
+                    raise PlanError(f"program {program.name!r}: {Instruction(op, s, m)} is missing")
+    for s, owners in enumerate(layout.workers):
+        for worker in owners:
+            if Op.BACKWARD in kinds and Instruction(Op.REDUCE, s, WHOLE_BATCH) not in program.workers[worker]:
+                raise PlanError(f"program {program.name!r}, worker {worker}: stage {s} never completes its gradients")
+
+
+class _Held:
+    """What one worker has at a point of its program."""
+
+    def __init__(self, program: Program, worker: int) -> None:
+        self.layout = program.layout
+        self.worker = worker
+        ops = {i.op for instructions in program.workers for i in instructions}
+        self.starts_with_activations = Op.FORWARD not in ops
+        self.received: set[tuple[Op, int, int, int]] = set()
+        self.done: set[tuple[Op, int, int]] = set()
+        self.freed: set[tuple[int, int]] = set()
+
+    def missing(self, i: Instruction) -> str | None:
+        """Say what instruction ``i`` needs and does not have, or None."""
+        s, m = i.stage, i.microbatch
+        if i.op is not Op.REDUCE and (s, m) in self.freed:
+            return "uses what was freed before"
+        if i.op is Op.FORWARD:
+            return self._missing_inputs(Op.RECV_ACT, Op.FORWARD, s, m, self.layout.producers(s))
+        if i.op is Op.BACKWARD:
+            if not self.starts_with_activations and (Op.FORWARD, s, m) not in self.done:
+                return "its forward has not run"
+            return self._missing_inputs(Op.RECV_GRAD, Op.BACKWARD, s, m, self.layout.consumers(s, gradients=True))
+        if i.op in SENDS:
+            source = Op.FORWARD if i.op is Op.SEND_ACT else Op.BACKWARD
+            return None if (source, s, m) in self.done else "sends what has not been computed"
+        return None
+
+    def _missing_inputs(self, receive: Op, compute: Op, s: int, m: int, peers: tuple[int, ...]) -> str | None:
+        for peer in peers:
+            local = self.layout.worker_of(peer, m) == self.worker
+            here = (compute, peer, m) in self.done if local else (receive, s, m, peer) in self.received
+            if not here:
+                return f"needs the packet of stage {peer}, which is not there"
+        return None
+
+    def apply(self, i: Instruction) -> None:
+        """Take the effect of ``i`` into account."""
+        if i.op in COMPUTE:
+            self.done.add((i.op, i.stage, i.microbatch))
+        elif i.op in RECEIVES:
+            self.received.add((i.op, i.stage, i.microbatch, i.peer_stage))
+        elif i.op is Op.FREE:
+            self.freed.add((i.stage, i.microbatch))
+
+
+def _check_values(program: Program, worker: int, max_in_flight: int | None) -> None:
+    held = _Held(program, worker)
+    alive: set[tuple[int, int]] = set()
+    for position, i in enumerate(program.workers[worker]):
+        missing = held.missing(i)
+        if missing:
+            _refuse(program, worker, position, missing)
+        held.apply(i)
+        if i.op is Op.FORWARD:
+            alive.add((i.stage, i.microbatch))
+            if max_in_flight is not None and len(alive) > max_in_flight:
+                _refuse(program, worker, position, f"holds {len(alive)} microbatches where {max_in_flight} fit")
+        elif i.op is Op.FREE:
+            alive.discard((i.stage, i.microbatch))
+    ran = {(i.stage, i.microbatch) for i in program.workers[worker] if i.op in COMPUTE}
+    for s, m in sorted(ran - held.freed):
+        raise PlanError(f"program {program.name!r}, worker {worker}: stage {s}, microbatch {m} is never freed")
+    _check_reduced_last(program, worker)
+
+
+def _check_reduced_last(program: Program, worker: int) -> None:
+    reduced: set[int] = set()
+    for position, i in enumerate(program.workers[worker]):
+        if i.op is Op.REDUCE:
+            reduced.add(i.stage)
+        elif i.op is Op.BACKWARD and i.stage in reduced:
+            _refuse(program, worker, position, "runs after the gradients of its stage were reduced")
+
+
+def message_of(i: Instruction) -> Message:
+    """Name the message that a send or a receive is about: kind, sending stage, receiving stage, microbatch."""
+    sends = i.op in SENDS
+    origin, target = (i.stage, i.peer_stage) if sends else (i.peer_stage, i.stage)
+    return (_FORWARD_KIND[i.op], origin, target, i.microbatch)
+
+
+def _check_rendezvous(program: Program) -> None:
+    """Run the transfers and reductions with blocking semantics; whoever cannot move at the end is in a deadlock."""
+    transfers = [
+        [(position, i) for position, i in enumerate(instructions) if i.op in SENDS or i.op in RECEIVES]
+        for instructions in program.workers
+    ]
+    at = [0] * len(transfers)
+    moved = True
+    while moved:
+        moved = False
+        for worker, mine in enumerate(transfers):
+            while at[worker] < len(mine):
+                _, i = mine[at[worker]]
+                peer = i.peer_worker
+                if at[peer] >= len(transfers[peer]):
+                    break
+                _, other = transfers[peer][at[peer]]
+                if other.peer_worker != worker or (other.op in SENDS) == (i.op in SENDS):
+                    break
+                if message_of(other) != message_of(i):
+                    _refuse(program, worker, mine[at[worker]][0], f"meets {other} of worker {peer}: another message")
+                at[worker] += 1
+                at[peer] += 1
+                moved = True
+    for worker, mine in enumerate(transfers):
+        if at[worker] < len(mine):
+            position, i = mine[at[worker]]
+            waiting = [
+                f"worker {w} at {transfers[w][at[w]][1]}" for w in range(len(at)) if at[w] < len(transfers[w])
+            ]
+            _refuse(program, worker, position, f"deadlock: {'; '.join(waiting)}")

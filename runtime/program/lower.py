@@ -1,0 +1,134 @@
+"""Lowering: the compute order per worker becomes instructions with sends, receives, frees and reductions.
+
+Every transfer gets a place in one global order that respects all dependencies, and each worker lists its own
+instructions in that order. So even if a send blocks until its receive is posted, on one in-order channel per pair of
+workers, the earliest unfinished transfer of the global order can always proceed: no deadlock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...errors import ConstraintError
+from ..instructions import WHOLE_BATCH, Action, Instruction, Layout, Op
+
+_UNIT_TIME = {"F": 1, "B": 2}
+
+
+@dataclass(frozen=True)
+class Program:
+    """The instructions of every worker for one step.
+
+    Attributes:
+        name: the schedule that it was lowered from.
+        layout: stages, workers and wires.
+        n_microbatches: pieces of the whole batch, over all replicas.
+        workers: per worker, its instructions in order.
+    """
+
+    name: str
+    layout: Layout
+    n_microbatches: int
+    workers: tuple[tuple[Instruction, ...], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.layout.n_stages} stages, {self.n_microbatches} microbatches"]
+        for worker, instructions in enumerate(self.workers):
+            lines += [f"worker {worker}:"] + [f"  {instruction}" for instruction in instructions]
+        return "\n".join(lines)
+
+
+def lower(name: str, layout: Layout, orders: tuple[tuple[Action, ...], ...], n_microbatches: int) -> Program:
+    """Lower compute orders to a program.
+
+    ``orders`` may hold forwards and backwards, forwards only, or backwards only (activations held from before).
+    Receives are listed where, at unit times, their send happens; a transport that matches messages may post earlier.
+
+    Raises:
+        ConstraintError: the orders wait for each other in a circle, so that no order of execution exists.
+    """
+    return Program(name, layout, n_microbatches, _Lowering(layout, orders, n_microbatches).run())
+
+
+class _Lowering:
+    def __init__(self, layout: Layout, orders: tuple[tuple[Action, ...], ...], n_microbatches: int) -> None:
+        self.layout = layout
+        self.orders = orders
+        self.has_forwards = any(action.kind == "F" for order in orders for action in order)
+        self.has_backwards = any(action.kind == "B" for order in orders for action in order)
+        self.end_of: dict[Action, int] = {}
+        self.programs: list[list[Instruction]] = [[] for _ in range(layout.n_workers)]
+        self.backwards_left = {
+            (s, worker): len(layout.microbatches_of(s, r, n_microbatches))
+            for s, owners in enumerate(layout.workers)
+            for r, worker in enumerate(owners)
+        }
+
+    def run(self) -> tuple[tuple[Instruction, ...], ...]:
+        position = [0] * len(self.orders)
+        free_at = [0] * len(self.orders)
+        for _ in range(sum(len(order) for order in self.orders)):
+            ready = [
+                (max(free_at[worker], self._inputs_at(order[position[worker]])), worker)
+                for worker, order in enumerate(self.orders)
+                if position[worker] < len(order) and self._is_ready(order[position[worker]])
+            ]
+            if not ready:
+                stuck = [
+                    f"worker {w} at {order[position[w]]}"
+                    for w, order in enumerate(self.orders)
+                    if position[w] < len(order)
+                ]
+                raise ConstraintError(f"the schedule waits for itself: {', '.join(stuck)}")
+            start, worker = min(ready)
+            action = self.orders[worker][position[worker]]
+            free_at[worker] = self.end_of[action] = start + _UNIT_TIME[action.kind]
+            position[worker] += 1
+            self._emit(worker, action)
+        self._reduce_idle_replicas()
+        return tuple(tuple(program) for program in self.programs)
+
+    def _dependencies(self, action: Action) -> list[Action]:
+        s, m = action.stage, action.microbatch
+        if action.kind == "F":
+            return [Action("F", producer, m) for producer in self.layout.producers(s)]
+        own = [Action("F", s, m)] if self.has_forwards else []
+        return own + [Action("B", consumer, m) for consumer in self.layout.consumers(s, gradients=True)]
+
+    def _is_ready(self, action: Action) -> bool:
+        return all(dependency in self.end_of for dependency in self._dependencies(action))
+
+    def _inputs_at(self, action: Action) -> int:
+        return max((self.end_of[dependency] for dependency in self._dependencies(action)), default=0)
+
+    def _emit(self, worker: int, action: Action) -> None:
+        s, m = action.stage, action.microbatch
+        own = self.programs[worker]
+        if action.kind == "F":
+            own.append(Instruction(Op.FORWARD, s, m))
+            self._transfer(worker, s, m, self.layout.consumers(s), Op.SEND_ACT, Op.RECV_ACT)
+            if not self.has_backwards:
+                own.append(Instruction(Op.FREE, s, m))
+            return
+        own.append(Instruction(Op.BACKWARD, s, m))
+        self._transfer(worker, s, m, self.layout.producers(s, gradients=True), Op.SEND_GRAD, Op.RECV_GRAD)
+        own.append(Instruction(Op.FREE, s, m))
+        self.backwards_left[s, worker] -= 1
+        if self.backwards_left[s, worker] == 0:
+            own.append(Instruction(Op.REDUCE, s, WHOLE_BATCH))
+
+    def _transfer(self, worker: int, s: int, m: int, peers: tuple[int, ...], send: Op, receive: Op) -> None:
+        for peer in peers:
+            other = self.layout.worker_of(peer, m)
+            if other != worker:
+                self.programs[worker].append(Instruction(send, s, m, peer, other))
+                self.programs[other].append(Instruction(receive, peer, m, s, worker))
+
+    def _reduce_idle_replicas(self) -> None:
+        """Let a replica that was given no microbatch take part in the reduction of its stage."""
+        if not self.has_backwards:
+            return
+        for (s, worker), left in self.backwards_left.items():
+            done = Instruction(Op.REDUCE, s, WHOLE_BATCH)
+            if left == 0 and done not in self.programs[worker]:
+                self.programs[worker].append(done)

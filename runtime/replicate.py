@@ -1,0 +1,121 @@
+"""Replicas of a stage: one gradient reduction a step through DistributedDataParallel.
+
+DDP's reducer expects one forward per backward. A pipeline has several microbatches in flight, so the stage's forwards
+do not go through DDP's own forward; they and all but the last backward leave the reducer unarmed, gradients add up in
+``.grad``, and right before the last backward ``prepare_for_backward`` arms it. The one all-reduce of the sums then
+overlaps with that backward. ``no_sync()`` on all but the last *forward*, the usual recipe for accumulation, is wrong
+here: in 1F1B the last forward is followed by several backwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Reducer(Protocol):
+    """How a stage's gradients become complete."""
+
+    scale: float
+
+    def arm(self, roots: list[torch.Tensor]) -> None:
+        """Announce the last backward of the step, which starts from ``roots``."""
+
+    def complete(self) -> None:
+        """Finish the reduction, also on a replica that was given no microbatch."""
+
+
+class NoReduction:
+    """A stage with one replica, or whose replicas add into the same ``.grad``: nothing to do."""
+
+    scale = 1.0
+
+    def arm(self, roots: list[torch.Tensor]) -> None:
+        """Nothing to announce."""
+
+    def complete(self) -> None:
+        """Nothing to finish."""
+
+
+class DataParallelReducer:
+    """Average a stage's gradients over its replicas.
+
+    ``scale`` (the replica count) is put on every microbatch's loss, so the average is the sum that the unsplit
+    model computes. Parameters that the last microbatch did not use are found by DDP from ``roots``
+    (``find_unused_parameters``), so a stage with conditional parameters neither hangs nor loses gradients.
+    """
+
+    def __init__(self, module: nn.Module, group: Any, n_replicas: int) -> None:
+        self.module = module
+        self.scale = float(n_replicas)
+        self._group = group
+        self._trainable: tuple[bool, ...] = ()
+        self._ddp: DistributedDataParallel | None = None
+        self._armed = False
+
+    def refresh(self) -> None:
+        """Rebuild DDP where the set of trainable parameters changed; every replica of the stage must call it."""
+        trainable = tuple(parameter.requires_grad for parameter in self.module.parameters())
+        if trainable == self._trainable:
+            return
+        self._trainable = trainable
+        self._ddp = None
+        if any(trainable):
+            self._ddp = DistributedDataParallel(
+                self.module,
+                process_group=self._group,
+                broadcast_buffers=False,
+                init_sync=False,
+                find_unused_parameters=True,
+            )
+
+    def arm(self, roots: list[torch.Tensor]) -> None:
+        """Let the reducer take the gradients of the backward that starts from ``roots``."""
+        roots = [root for root in roots if root.requires_grad]
+        if self._ddp is not None and _reaches(roots, self._trainable_parameters()):
+            self._prepare(self._ddp, roots)
+
+    def complete(self) -> None:
+        """Take part with what there is where no backward armed the reducer; else DDP has finished it."""
+        if self._ddp is None or self._armed:
+            self._armed = False
+            return
+        parameters = self._trainable_parameters()
+        witness = next((parameter for parameter in parameters if parameter.grad is not None), parameters[0])
+        self._prepare(self._ddp, [witness])
+        torch.autograd.backward([witness], [torch.zeros_like(witness)])
+        self._armed = False
+
+    def share_buffers(self, first_rank: int) -> None:
+        """Overwrite this replica's buffers by those of the stage's first replica."""
+        for buffer in self.module.buffers():
+            torch.distributed.broadcast(buffer, first_rank, group=self._group)
+
+    def _prepare(self, ddp: DistributedDataParallel, roots: list[torch.Tensor]) -> None:
+        ddp.reducer.prepare_for_forward()
+        ddp.reducer.prepare_for_backward(roots)
+        self._armed = True
+
+    def _trainable_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+
+def _reaches(roots: list[torch.Tensor], parameters: list[nn.Parameter]) -> bool:
+    """Say whether the autograd graph of ``roots`` leads to any of ``parameters``; stops at the first that it meets.
+
+    DDP notices unused parameters when the first hook fires, so a backward that meets none would never be reduced.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    pending: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        following = [next_node for next_node, _ in node.next_functions if next_node is not None]
+        pending += [next_node for next_node in following if next_node not in seen]
+        seen.update(following)
+    return False

@@ -1,0 +1,64 @@
+"""What one call of a pipeline asks of its workers, and what they answer: plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .program.timeline import Span
+
+TRAIN, FORWARD, BACKWARD, EVALUATE = "train", "forward", "backward", "evaluate"
+PROGRAM_OF = {FORWARD: "forward-only", BACKWARD: "backward-only", EVALUATE: "forward-only"}
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """One batch, cut into microbatches.
+
+    Attributes:
+        kind: ``train`` (forward and backward), ``forward`` (activations kept), ``backward`` (of an earlier forward) or
+            ``evaluate`` (forward without gradients).
+        call: identifies a forward and its later backward.
+        signature: per microbatch, equal numbers mean equal shapes.
+        inputs: per microbatch, the graph inputs by name.
+        targets: per microbatch, what ``loss_fn`` compares with; None where there is no loss.
+        weights: per microbatch, its share of the batch's loss; the shares of a mean sum to 1.
+        output_gradients: per microbatch, gradients of the leaves of the result (``backward`` only).
+        seed: base of the seeds of random ops.
+        autocast: dtype of the caller's autocast region, or None outside of one.
+    """
+
+    kind: str
+    call: int
+    signature: tuple[int, ...]
+    inputs: tuple[dict[str, Any], ...]
+    targets: tuple[Any, ...] | None
+    weights: tuple[float, ...]
+    seed: int
+    autocast: torch.dtype | None = None
+    output_gradients: tuple[list[Any], ...] | None = None
+    want_loss: bool = False
+    want_outputs: bool = False
+    profile: bool = False
+
+    @property
+    def n_microbatches(self) -> int:
+        """Count the microbatches of the whole batch."""
+        return len(self.signature)
+
+
+@dataclass
+class StepReport:
+    """What workers answer: losses and results by microbatch, and the times of what they did."""
+
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[int, Any] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+
+    def merge(self, other: StepReport) -> None:
+        """Add what another worker reports."""
+        self.losses.update(other.losses)
+        self.outputs.update(other.outputs)
+        self.spans.extend(other.spans)

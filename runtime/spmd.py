@@ -1,0 +1,330 @@
+"""The engine under torchrun: every rank runs the user's script, and owns the stage of its worker."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import CheckpointError, DeviceError, PlanError, ShapeError, StageError
+from ..structure import flatten, is_encodable, unflatten
+from .engine import Programs, fresh_gradients, model_state
+from .executor import Executor
+from .instructions import Op
+from .packets import decode, encode
+from .program import PipelineSpec, Span
+from .replicate import DataParallelReducer, NoReduction, Reducer
+from .requests import BACKWARD, TRAIN, StepReport, StepRequest
+from .stage import StageRuntime
+from .transport import DistTransport
+
+_SAMPLE_BYTES = 1 << 16
+_OPS = tuple(op.value for op in Op)
+
+
+def under_torchrun() -> bool:
+    """Say whether this process is one rank of several that run the same script."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or (dist.is_available() and dist.is_initialized())
+
+
+def ensure_process_group() -> None:
+    """Join the process group that torchrun describes, unless the script has done so."""
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def share_text(make: Callable[[], str]) -> str:
+    """Let rank 0 make a text and give it to every rank; its failure is every rank's failure.
+
+    The text travels as bytes, not as a pickled object.
+    """
+    group = _gloo()
+    error: Exception | None = None
+    text = ""
+    if dist.get_rank() == 0:
+        try:
+            text = "+" + make()
+        except Exception as caught:
+            error, text = caught, f"-{type(caught).__name__}: {caught}"
+    data = torch.frombuffer(bytearray(text.encode() or b"-"), dtype=torch.uint8)
+    size = torch.tensor([data.numel()])
+    dist.broadcast(size, 0, group=group)
+    if dist.get_rank() != 0:
+        data = torch.empty(int(size.item()), dtype=torch.uint8)
+    dist.broadcast(data, 0, group=group)
+    if error is not None:
+        raise error
+    text = data.numpy().tobytes().decode()
+    if text[0] == "-":
+        raise PlanError(f"rank 0 could not plan: {text[1:]}")
+    return text[1:]
+
+
+_GROUPS: dict[str, Any] = {}
+
+
+def _gloo() -> Any:
+    """Return a CPU group of all ranks, made once per process group."""
+    if _GROUPS.get("world") is not dist.group.WORLD:
+        _GROUPS.update(world=dist.group.WORLD, gloo=dist.new_group(backend="gloo"))
+    return _GROUPS["gloo"]
+
+
+class SpmdEngine:
+    """One rank's part of a pipeline; worker w is rank w.
+
+    Parameters start from rank 0's values. Each rank keeps those of its own stages and releases the memory of the
+    others: they keep their names and identity but are empty, and have no gradient, so optimizers leave them alone.
+    """
+
+    def __init__(self, spec: PipelineSpec, model: nn.Module, loss_fn: Callable[..., Any] | None) -> None:
+        layout = spec.layout
+        if dist.get_world_size() != layout.n_workers:
+            raise DeviceError(
+                f"the plan has {layout.n_workers} workers and torchrun started {dist.get_world_size()} ranks",
+                hint=f"torchrun --nproc-per-node {layout.n_workers} …",
+            )
+        self._spec = spec
+        self._model = model
+        self._group = _gloo()
+        self._worker = dist.get_rank()
+        self.is_main = self._worker == 0
+        self._device = torch.device(spec.devices[self._worker])
+        self._programs = Programs(spec)
+        self._names = {id(tensor): name for name, tensor in reversed(list(model_state(model).items()))}
+        self._compare_fingerprints()
+        self._take_over_state()
+        own = [s for s, owners in enumerate(layout.workers) if self._worker in owners]
+        stages = {s: StageRuntime(spec.stages[s], self._device, loss_fn) for s in own}
+        transport = DistTransport(self._group, tuple(range(layout.n_workers)), layout.n_stages)
+        self._executor = Executor(self._worker, layout, stages, transport, self._reducers(stages))
+        self._ties = self._tie_groups()
+
+    def _compare_fingerprints(self) -> None:
+        digest = hashlib.sha256(self._spec.fingerprint.encode()).digest()
+        self._expect_equal(digest, PlanError("the ranks hold different models or plans", hint="make the model the same way on every rank"))
+
+    def _expect_equal(self, digest: bytes, error: Exception) -> None:
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine, group=self._group)
+        if any(not torch.equal(other, everyone[0]) for other in everyone):
+            raise error
+
+    def _users(self) -> dict[str, list[int]]:
+        """List, per parameter or buffer, the stages that use it."""
+        users: dict[str, list[int]] = {name: [] for name in self._names.values()}
+        for stage in self._spec.stages:
+            tensors = [t for module in stage.modules.values() for t in (*module.parameters(), *module.buffers())]
+            tensors += [t for t in stage.attributes.values() if isinstance(t, torch.Tensor)]
+            for name in dict.fromkeys(self._names[id(t)] for t in tensors if id(t) in self._names):
+                users[name].append(stage.index)
+        return users
+
+    def _take_over_state(self) -> None:
+        """Take rank 0's values, move what is used here to this rank's device, and release the rest."""
+        users = self._users()
+        self._owner: dict[str, int] = {}
+        self._shapes: dict[str, torch.Size] = {}
+        self._owned: list[tuple[str, torch.Tensor]] = []
+        by_name = {self._names[id(t)]: t for t in model_state(self._model).values()}
+        for name, tensor in by_name.items():
+            data = tensor.detach().cpu().contiguous()
+            dist.broadcast(data, 0, group=self._group)
+            workers = [w for s in users[name] for w in self._spec.layout.workers[s]]
+            self._owner[name] = workers[0] if workers else -1
+            self._shapes[name] = tensor.shape
+            if self._worker in workers or not workers:
+                tensor.data = data.to(self._device)
+                self._owned.append((name, tensor))
+            else:
+                tensor.data = data.new_empty(0)
+        self._by_name = by_name
+
+    def _reducers(self, stages: dict[int, StageRuntime]) -> dict[int, Reducer]:
+        reducers: dict[int, Reducer] = {}
+        devices = self._spec.devices
+        for s, owners in enumerate(self._spec.layout.workers):
+            on_gpus = all(torch.device(devices[w]).type == "cuda" for w in owners)
+            group = dist.new_group(list(owners), backend="nccl" if on_gpus else "gloo") if len(owners) > 1 else None
+            if s in stages:
+                module = stages[s].module
+                reducers[s] = NoReduction() if group is None else DataParallelReducer(module, group, len(owners))
+        return reducers
+
+    def _tie_groups(self) -> list[tuple[list[nn.Parameter], Any, float]]:
+        """Make a group for every set of stages that share parameters; every rank makes them in the same order."""
+        sets: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for name, stages in self._users().items():
+            tensor = self._by_name[name]
+            if len(stages) > 1 and isinstance(tensor, nn.Parameter):
+                sets.setdefault(tuple(stages), []).append(tensor)
+        groups = []
+        for stages, parameters in sorted(sets.items()):
+            ranks = sorted({w for s in stages for w in self._spec.layout.workers[s]})
+            group = dist.new_group(ranks, backend="gloo")
+            own = [s for s in stages if self._worker in self._spec.layout.workers[s]]
+            if own:
+                groups.append((parameters, group, 1.0 / len(self._spec.layout.workers[own[0]])))
+        return groups
+
+    def run(self, request: StepRequest) -> StepReport:
+        """Carry out this rank's part of a request; every rank must make the same call with the same batch."""
+        self._check_batch(request)
+        program = self._programs.get(self._programs.key_of(request))
+        modes = {path: module.training for path, module in self._model.named_modules(remove_duplicate=False)}
+        for s, stage in self._executor.stages.items():
+            stage.set_modes(modes)
+            reducer = self._executor.reducers[s]
+            if isinstance(reducer, DataParallelReducer):
+                reducer.refresh()
+        trains = request.kind in (TRAIN, BACKWARD)
+        parameters = [tensor for _, tensor in self._owned if isinstance(tensor, nn.Parameter)]
+        with fresh_gradients(parameters if trains else []):
+            self._executor.begin(request, program.workers[self._worker])
+            report = self._executor.run()
+            if trains:
+                self._sum_ties()
+        self._share_buffers()
+        return self._gather(report, request)
+
+    def _check_batch(self, request: StepRequest) -> None:
+        """Refuse a step in which ranks were given different batches; large tensors are sampled."""
+        digest = hashlib.sha256(f"{request.kind} {request.weights}".encode())
+        targets = request.targets or ()
+        for leaf in flatten([list(request.inputs), list(targets)])[0]:
+            if isinstance(leaf, torch.Tensor):
+                stride = max(1, leaf.numel() * leaf.element_size() // _SAMPLE_BYTES)
+                sample = leaf.detach().flatten()[::stride].cpu().contiguous()
+                digest.update(f"{tuple(leaf.shape)}{zlib.crc32(sample.view(torch.uint8).numpy().tobytes())}".encode())
+        error = ShapeError(
+            "the ranks were given different batches; under torchrun every rank passes the same whole batch",
+            hint="drop the DistributedSampler and seed a shuffling loader alike on all ranks: "
+            "DataLoader(..., generator=torch.Generator().manual_seed(0))",
+        )
+        self._expect_equal(digest.digest(), error)
+
+    def common_seed(self, seed: int) -> int:
+        """Return rank 0's ``seed`` on every rank."""
+        shared = torch.tensor([seed])
+        dist.broadcast(shared, 0, group=self._group)
+        return int(shared.item())
+
+    def _sum_ties(self) -> None:
+        """Add up the gradients of parameters that several stages share, over those stages."""
+        for parameters, group, weight in self._ties:
+            for parameter in parameters:
+                present = torch.tensor([float(parameter.grad is not None)])
+                dist.all_reduce(present, group=group)
+                if not present.item():
+                    continue
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad * weight
+                total = gradient.cpu()
+                dist.all_reduce(total, group=group)
+                parameter.grad = total.to(parameter.device)
+
+    def _share_buffers(self) -> None:
+        """Let all replicas of a stage go on with the first one's buffers."""
+        for s, reducer in self._executor.reducers.items():
+            if isinstance(reducer, DataParallelReducer) and self._model.training:
+                reducer.share_buffers(self._spec.layout.workers[s][0])
+
+    def _gather(self, report: StepReport, request: StepRequest) -> StepReport:
+        """Give losses, results and times to every rank."""
+        last = self._spec.layout.n_stages - 1
+        whole = StepReport()
+        if request.want_loss:
+            losses = torch.zeros(request.n_microbatches, dtype=torch.float64)
+            for m, loss in report.losses.items():
+                losses[m] = loss.double().cpu()
+            dist.all_reduce(losses, group=self._group)
+            whole.losses = {m: losses[m].to(torch.get_default_dtype()) for m in range(request.n_microbatches)}
+        if request.want_outputs:
+            for m in range(request.n_microbatches):
+                whole.outputs[m] = self._broadcast_output(report.outputs.get(m), self._spec.layout.worker_of(last, m))
+        if request.profile:
+            whole.spans = self._gather_spans(report)
+        return whole
+
+    def _broadcast_output(self, output: Any, owner: int) -> Any:
+        structure = self._spec.stages[-1].output_structure
+        assert structure is not None
+        packet = torch.empty(0, dtype=torch.uint8)
+        if owner == self._worker:
+            leaves, found = flatten(output)
+            if found != structure or not is_encodable(leaves):
+                raise StageError("the model's result cannot be sent to the other ranks: it holds more than tensors and scalars")
+            packet = encode(leaves, [False] * len(leaves))
+        size = torch.tensor([packet.numel()])
+        dist.broadcast(size, owner, group=self._group)
+        if owner != self._worker:
+            packet = torch.empty(int(size.item()), dtype=torch.uint8)
+        dist.broadcast(packet, owner, group=self._group)
+        return unflatten(structure, decode(packet, torch.device("cpu"))[0])
+
+    def _gather_spans(self, report: StepReport) -> list[Span]:
+        rows = [[s.worker, _OPS.index(s.op), s.stage, s.microbatch, s.start_s, s.end_s] for s in report.spans]
+        count = torch.tensor([len(rows)])
+        counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+        dist.all_gather(counts, count, group=self._group)
+        longest = max(int(c.item()) for c in counts)
+        mine = torch.full((longest, 6), -1.0, dtype=torch.float64)
+        if rows:
+            mine[: len(rows)] = torch.tensor(rows, dtype=torch.float64)
+        everyone = [torch.empty_like(mine) for _ in counts]
+        dist.all_gather(everyone, mine, group=self._group)
+        return [
+            Span(int(row[0]), _OPS[int(row[1])], int(row[2]), int(row[3]), row[4], row[5])
+            for table, c in zip(everyone, counts)
+            for row in table[: int(c.item())].tolist()
+        ]
+
+    def forget(self, call: int) -> None:
+        """Drop the activations of a forward whose backward will not come."""
+        self._executor.forget(call)
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """Collect every parameter and buffer on every rank (a collective call)."""
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in self._by_name.items():
+            owner = self._owner[name]
+            if owner < 0:
+                state[name] = tensor.detach().cpu()
+                continue
+            held = tensor.detach().cpu().contiguous()
+            data = held.clone() if owner == self._worker else torch.empty(self._shapes[name], dtype=tensor.dtype)
+            dist.broadcast(data, owner, group=self._group)
+            state[name] = data
+        return {name: state[self._names[id(tensor)]] for name, tensor in model_state(self._model).items()}
+
+    def load_state(self, state_dict: Mapping[str, Any], strict: bool) -> Any:
+        """Load the entries that this rank owns, after checking names and shapes of all.
+
+        Raises:
+            CheckpointError: a name is missing or unknown (``strict``), or a shape differs.
+        """
+        known = set(self._model.state_dict())
+        missing, unexpected = sorted(known - set(state_dict)), sorted(set(state_dict) - known)
+        if strict and (missing or unexpected):
+            raise CheckpointError(f"state dict does not fit the model: missing {missing}, unexpected {unexpected}")
+        aliases = {name: self._names[id(tensor)] for name, tensor in model_state(self._model).items()}
+        for name in known & set(state_dict):
+            expected = self._shapes[aliases[name]]
+            if tuple(state_dict[name].shape) != tuple(expected):
+                raise CheckpointError(f"{name}: expected shape {tuple(expected)}, got {tuple(state_dict[name].shape)}")
+        with torch.no_grad():
+            for name, tensor in self._owned:
+                sources = [alias for alias, first in aliases.items() if first == name and alias in state_dict]
+                if sources:
+                    tensor.copy_(state_dict[sources[0]])
+        return nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    def close(self) -> None:
+        """Nothing to end: the ranks belong to torchrun."""
+

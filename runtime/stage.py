@@ -1,0 +1,266 @@
+"""A stage at work: its ops as one compiled torch.fx module, forward and backward of single microbatches."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..structure import flatten, map_leaves, unflatten
+from .program.specs import NodeRecord, NodeRef, StageSpec
+
+
+class Seed:
+    """The seed that random ops of the current microbatch mix with their own name."""
+
+    def __init__(self) -> None:
+        self.base = 0
+        self.microbatch = 0
+
+    def apply(self, name: str) -> None:
+        """Seed this process's generators for the op ``name``."""
+        mixed = zlib.crc32(f"{self.base}/{self.microbatch}/{name}".encode())
+        torch.manual_seed((self.base << 32 | mixed) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+class Seeded(nn.Module):
+    """Run a random op under its own seed, so that its numbers do not depend on where or when it runs."""
+
+    def __init__(self, seed: Seed, name: str, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self._seed = seed
+        self._name = name
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Seed and call."""
+        self._seed.apply(self._name)
+        return self.function(*args, **kwargs)
+
+
+class _Caller:
+    """Call a tensor method by name (picklable, unlike a lambda)."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+
+    def __call__(self, owner: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(owner, self.method)(*args, **kwargs)
+
+
+def build_module(spec: StageSpec, seed: Seed) -> fx.GraphModule:
+    """Compile the stage's records into a module that takes (graph inputs…, wire values…) and returns its results.
+
+    The results are a dict from node name to value, for every value that leaves the stage or is reported.
+    """
+    graph = fx.Graph()
+    root: dict[str, Any] = {**spec.modules, **spec.attributes}
+    known: dict[str, fx.Node] = {name: graph.placeholder(_safe(name)) for name in input_names(spec)}
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, NodeRef):
+            return known[value.name]
+        if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+            return type(value)([resolve(item) for item in value])
+        if isinstance(value, dict):
+            return {key: resolve(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(resolve(value.start), resolve(value.stop), resolve(value.step))
+        return value
+
+    for record in spec.nodes:
+        op, target, args = record.op, record.target, resolve(record.args)
+        if record.random:
+            op, target = "call_module", _seed_op(record, root, seed)
+        known[record.name] = graph.create_node(op, target, args, resolve(record.kwargs), name=_safe(record.name))
+    graph.output({name: known[name] for name in result_names(spec)})
+    return fx.GraphModule(root, graph, class_name=f"Stage{spec.index}")
+
+
+def _safe(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _seed_op(record: NodeRecord, root: dict[str, Any], seed: Seed) -> str:
+    if record.op == "call_module":
+        function = root[record.target]
+    elif record.op == "call_method":
+        function = _Caller(record.target)
+    else:
+        function = record.target
+    path = f"_seeded_{_safe(record.name)}"
+    root[path] = Seeded(seed, record.name, function)
+    return path
+
+
+def input_names(spec: StageSpec) -> tuple[str, ...]:
+    """List what the stage's module takes: graph inputs, then the values of each incoming packet."""
+    return spec.graph_inputs + tuple(value for group in spec.wires_in for value in group.values)
+
+
+def result_names(spec: StageSpec) -> tuple[str, ...]:
+    """List what the stage's module returns: values for other stages, then values of the model's result."""
+    inputs = set(input_names(spec))
+    names = [value for group in spec.wires_out for value in group.values]
+    names += [leaf.node for leaf in spec.outputs if leaf.node is not None and leaf.node not in inputs]
+    return tuple(dict.fromkeys(names))
+
+
+@dataclass
+class Held:
+    """What a stage keeps of one microbatch between its forward and its FREE."""
+
+    results: dict[str, Any] = field(default_factory=dict)
+    leaves: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+    loss: torch.Tensor | None = None
+
+
+class StageRuntime:
+    """One stage on one worker.
+
+    ``loss_fn`` is called as ``loss_fn(output, target)`` on the last stage; without one the model's own loss is taken
+    from its result (a 0-dim tensor, or ``result.loss`` / ``result["loss"]``).
+    """
+
+    def __init__(self, spec: StageSpec, device: torch.device, loss_fn: Callable[..., Any] | None) -> None:
+        self.spec = spec
+        self.device = device
+        self.loss_fn = loss_fn
+        self.seed = Seed()
+        self.module = build_module(spec, self.seed)
+        self.held: dict[int, Held] = {}
+
+    def forward(self, m: int, graph_inputs: dict[str, Any], packets: dict[str, tuple[Any, bool]]) -> Held:
+        """Compute microbatch ``m``: ``packets`` holds (value, gradient wanted) for each incoming wire value."""
+        held = Held()
+        values = [map_leaves(self._to_device, graph_inputs[name]) for name in self.spec.graph_inputs]
+        for group in self.spec.wires_in:
+            for name in group.values:
+                value, wanted = packets[name]
+                held.leaves[name] = _as_leaf(value) if wanted and torch.is_grad_enabled() else value
+                values.append(held.leaves[name])
+        self.seed.microbatch = m
+        held.results = self.module.forward(*values)
+        self.held[m] = held
+        if self.spec.is_last:
+            held.output = self._output(held, dict(zip(input_names(self.spec), values)))
+        return held
+
+    def _to_device(self, leaf: Any) -> Any:
+        return leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf
+
+    def _output(self, held: Held, inputs: dict[str, Any]) -> Any:
+        known = {**inputs, **held.results}
+        leaves = [leaf.constant if leaf.node is None else known[leaf.node] for leaf in self.spec.outputs]
+        assert self.spec.output_structure is not None
+        return unflatten(self.spec.output_structure, leaves)
+
+    def compute_loss(self, m: int, target: Any) -> torch.Tensor:
+        """Compute the loss of microbatch ``m`` (last stage only)."""
+        held = self.held[m]
+        if self.loss_fn is None:
+            held.loss = loss_of(held.output)
+        else:
+            held.loss = self.loss_fn(held.output, map_leaves(self._to_device, target))
+        loss = held.loss
+        if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(f"the loss must be a 0-dim tensor (a mean over the microbatch), got {what}")
+        return loss
+
+    def backward(self, m: int, roots: list[torch.Tensor], gradients: list[torch.Tensor | None]) -> None:
+        """Add the gradients of microbatch ``m`` to the stage's parameters and to its incoming values."""
+        pairs = [(root, gradient) for root, gradient in zip(roots, gradients) if root.requires_grad]
+        if pairs:
+            torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
+
+    def input_gradients(self, m: int, producer: int) -> list[Any]:
+        """Return the gradients for the packet that came from stage ``producer``, None where there is none."""
+        group = next(group for group in self.spec.wires_in if group.stage == producer)
+        return [map_leaves(_gradient_of, self.held[m].leaves[name]) for name in group.values]
+
+    def roots_with_gradients(
+        self, m: int, incoming: dict[int, list[Any]]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """Pair the results that other stages used with the sum of the gradients that came back for them."""
+        results = self.held[m].results
+        total: dict[str, list[torch.Tensor | None]] = {}
+        for group in self.spec.wires_out:
+            for name, gradient in zip(group.values, incoming.get(group.stage, [None] * len(group.values))):
+                parts = _flat_gradients(gradient, len(flatten(results[name])[0]))
+                known = total.get(name)
+                total[name] = parts if known is None else [_add(a, b) for a, b in zip(known, parts)]
+        roots: list[torch.Tensor] = []
+        gradients: list[torch.Tensor | None] = []
+        for name, parts in total.items():
+            for tensor, part in zip(flatten(results[name])[0], parts):
+                if part is not None and isinstance(tensor, torch.Tensor):
+                    roots.append(tensor)
+                    gradients.append(part)
+        return roots, gradients
+
+    def free(self, m: int) -> None:
+        """Drop everything held of microbatch ``m``."""
+        self.held.pop(m, None)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the stage's parameters by their path in the stage's module, each once."""
+        return dict(self.module.named_parameters())
+
+    def set_modes(self, modes: dict[str, bool]) -> None:
+        """Put leaf modules, and what is inside them, into the mode of their owners in the user's model."""
+        for path, owner in self.spec.mode_owners.items():
+            for inner, module in self.spec.modules[path].named_modules():
+                module.training = modes[".".join(part for part in (owner, inner) if part)]
+
+
+@contextlib.contextmanager
+def isolated_randomness(enabled: bool) -> Iterator[None]:
+    """Keep the process's random state as it was (for stages that run inside the user's process)."""
+    if not enabled:
+        yield
+        return
+    with torch.random.fork_rng():
+        yield
+
+
+def loss_of(output: Any) -> Any:
+    """Find the loss in a model's own result."""
+    if isinstance(output, torch.Tensor):
+        return output
+    found = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    if found is None:
+        raise ValueError(
+            f"no loss_fn was given and the model's result ({type(output).__name__}) has no 'loss': "
+            "pass stagecut.compile(..., loss_fn=...)"
+        )
+    return found
+
+
+def _as_leaf(value: Any) -> Any:
+    def leaf(item: Any) -> Any:
+        if isinstance(item, torch.Tensor) and (item.is_floating_point() or item.is_complex()):
+            return item.detach().requires_grad_()
+        return item
+
+    return map_leaves(leaf, value)
+
+
+def _gradient_of(leaf: Any) -> Any:
+    return leaf.grad if isinstance(leaf, torch.Tensor) and leaf.requires_grad else None
+
+
+def _flat_gradients(gradient: Any, count: int) -> list[torch.Tensor | None]:
+    return [None] * count if gradient is None else flatten(gradient)[0]
+
+
+def _add(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

@@ -1,0 +1,175 @@
+"""Verification: loss and gradients of the pipeline against the unsplit model in the same microbatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..structure import unflatten
+from .batch import cloned
+from .program import PipelineSpec
+from .requests import StepRequest
+from .stage import StageRuntime, isolated_randomness, loss_of
+
+_RTOL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What verification found.
+
+    ``errors`` holds, per parameter, the largest absolute difference of the gradient over the largest absolute value
+    of the reference's gradient. ``reference`` says what it was compared with: ``"model"`` or ``"captured graph"``.
+    """
+
+    loss: float
+    reference_loss: float
+    errors: dict[str, float]
+    tolerances: dict[str, float]
+    loss_rtol: float
+    reference: str
+
+    @property
+    def first_difference(self) -> str | None:
+        """Return the first parameter whose gradient differs, in the model's order, or None."""
+        return next((name for name, error in self.errors.items() if not error <= self.tolerances[name]), None)
+
+    @property
+    def loss_error(self) -> float:
+        """Return the relative error of the loss."""
+        return abs(self.loss - self.reference_loss) / max(abs(self.reference_loss), 1e-30)
+
+    @property
+    def worst(self) -> float:
+        """Return the largest relative gradient error of any parameter."""
+        return max(self.errors.values(), default=0.0)
+
+    @property
+    def ok(self) -> bool:
+        """Say whether loss and all gradients agree."""
+        return self.first_difference is None and self.loss_error <= self.loss_rtol
+
+    def __str__(self) -> str:
+        against = f"the unsplit {self.reference}"
+        if self.ok:
+            return (
+                f"exact: loss and {len(self.errors)} gradients equal those of {against} "
+                f"(worst relative gradient error {self.worst:.1e}, loss {self.loss_error:.1e})"
+            )
+        name = self.first_difference
+        if name is None:
+            return f"the loss differs from that of {against}: {self.loss!r} against {self.reference_loss!r}"
+        return (
+            f"the gradient of {name!r} differs from that of {against}: relative error {self.errors[name]:.3g}, "
+            f"allowed {self.tolerances[name]:.1g}"
+        )
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Leave gradients, buffers and random state as they were before the body."""
+    gradients = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    random_state = torch.get_rng_state()
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for buffer, before in buffers:
+            buffer.data = buffer.data.new_empty(before.shape) if buffer.shape != before.shape else buffer.data
+            buffer.copy_(before)
+        torch.set_rng_state(random_state)
+
+
+@contextmanager
+def whole(model: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Let parameters and buffers that live on other ranks be here for the while."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    absent = [(tensor, tensor.data, state[name]) for name, tensor in own.items() if tensor.shape != state[name].shape]
+    for tensor, _, value in absent:
+        tensor.data = value.clone()
+    try:
+        yield
+    finally:
+        for tensor, data, _ in absent:
+            tensor.grad = None
+            tensor.data = data
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The loss and every parameter's gradient of one step."""
+
+    loss: torch.Tensor
+    of: dict[str, torch.Tensor | None]
+
+
+def gradients_of(model: nn.Module, loss: torch.Tensor) -> Gradients:
+    """Copy the gradients that ``model`` has now."""
+    return Gradients(loss, {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()})
+
+
+def reference_step(
+    model: nn.Module, spec: PipelineSpec, request: StepRequest, loss_fn: Callable[..., Any] | None
+) -> Gradients:
+    """Run the unsplit model on the microbatches of ``request``; changes its gradients and buffers."""
+    losses = []
+    with isolated_randomness(True):
+        for m in range(request.n_microbatches):
+            target = None if request.targets is None else cloned(request.targets[m])
+            with torch.autocast(
+                torch.device(spec.devices[0]).type, dtype=request.autocast, enabled=request.autocast is not None
+            ):
+                output = _forward(model, spec, request, m)
+                loss = loss_of(output) if loss_fn is None else loss_fn(output, target)
+            torch.autograd.backward([loss], [torch.full_like(loss, request.weights[m])])
+            losses.append(loss.detach() * request.weights[m])
+    return gradients_of(model, torch.stack(losses).sum())
+
+
+def _forward(model: nn.Module, spec: PipelineSpec, request: StepRequest, m: int) -> Any:
+    inputs = cloned(request.inputs[m])
+    if spec.random:
+        runtime = StageRuntime(spec.whole, torch.device(spec.devices[0]), None)
+        runtime.seed.base = request.seed
+        return runtime.forward(m, inputs, {}).output
+    leaves = [leaf.constant if leaf.graph_input is None else inputs[leaf.graph_input] for leaf in spec.inputs.leaves]
+    args, kwargs = unflatten(spec.inputs.structure, leaves)
+    return model(*args, **kwargs)
+
+
+def compare(
+    given: Gradients, reference: Gradients, owned: set[str], rtol: float | None, kind: str
+) -> VerifyReport:
+    """Compare loss and the gradients of the ``owned`` parameters with the reference."""
+    errors, tolerances = {}, {}
+    for name, expected in reference.of.items():
+        if name not in owned:
+            continue
+        errors[name] = relative_error(given.of[name], expected)
+        dtype = torch.float32 if expected is None else expected.dtype
+        tolerances[name] = rtol if rtol is not None else _RTOL.get(dtype, 1e-4)
+    loss_rtol = rtol if rtol is not None else _RTOL.get(reference.loss.dtype, 1e-4)
+    return VerifyReport(float(given.loss), float(reference.loss), errors, tolerances, loss_rtol, kind)
+
+
+def relative_error(given: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    """Return max |given - expected| / max |expected|; infinite if only one of them exists."""
+    if given is None or expected is None:
+        return 0.0 if given is expected else float("inf")
+    given, expected = given.detach().cpu(), expected.detach().cpu()
+    if expected.numel() == 0:
+        return 0.0
+    difference = (given - expected).abs().max().item()
+    scale = expected.abs().max().item()
+    if difference == 0.0:
+        return 0.0
+    return float(difference / scale) if scale > 0 else float("inf")

@@ -1,0 +1,185 @@
+"""A local worker process: gets its stages over a private socket, runs steps, and leaves with its parent."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import pickle
+import select
+import socket
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from .arena import Arena, load_with_state, parameter_over
+from .executor import Executor
+from .instructions import Instruction
+from .local_messages import Done, Exit, Failed, Forget, Ready, Run, Setup
+from .program.specs import StageSpec
+from .replicate import DataParallelReducer, NoReduction, Reducer
+from .requests import BACKWARD, TRAIN
+from .stage import StageRuntime
+from .transport import DistTransport
+
+_PARENT_POLL_S = 0.5
+
+
+def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> None:
+    """Serve commands until told to leave, or until the parent is gone."""
+    threading.Thread(target=_follow_parent, args=(lifeline_fd, parent_pid), daemon=True).start()
+    torch.set_num_threads(n_threads)
+    connection = Connection(command_fd)
+    connection.send(Ready())
+    server: _Server | None = None
+    while True:
+        try:
+            command = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            break
+        if isinstance(command, Exit):
+            break
+        try:
+            if isinstance(command, Setup):
+                server = _Server(command, _receive_fd(command_fd))
+                answer: Any = Ready()
+            else:
+                assert server is not None, "a worker is set up before it runs"
+                answer = server.handle(command)
+        except Exception as error:
+            answer = _failure(error)
+        if answer is not None:
+            connection.send(answer)
+    # No teardown of process groups: it would wait for peers that may be gone.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _follow_parent(lifeline_fd: int, parent_pid: int) -> None:
+    """End this process when the parent ends, whatever the main thread is doing.
+
+    The pipe closes with the parent; the parent's pid is looked at too, since a process that the parent forked may
+    hold the other end open.
+    """
+    while True:
+        readable, _, _ = select.select([lifeline_fd], [], [], _PARENT_POLL_S)
+        if readable or os.getppid() != parent_pid:
+            os._exit(1)
+
+
+def _receive_fd(command_fd: int) -> int:
+    with socket.socket(fileno=os.dup(command_fd)) as channel:
+        fds = array.array("i")
+        _, ancillary, _, _ = channel.recvmsg(1, socket.CMSG_LEN(fds.itemsize))
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: fds.itemsize])
+            return fds[0]
+    raise RuntimeError("the parent sent no memory descriptor")
+
+
+def _failure(error: Exception) -> Failed:
+    pickled = None
+    with contextlib.suppress(Exception):
+        pickled = cloudpickle.dumps(error)
+        pickle.loads(pickled)
+    text = "".join(traceback.format_exception(error))
+    return Failed(pickled, type(error).__name__, str(error), text, getattr(error, "stagecut", None))
+
+
+class _Server:
+    """The state of a worker between commands."""
+
+    def __init__(self, setup: Setup, arena_fd: int) -> None:
+        self.setup = setup
+        self.arena = Arena(arena_fd, setup.arena_bytes, setup.slots)
+        self.state: dict[str, torch.Tensor] = {name: parameter_over(self.arena.view(name)) for name in setup.parameters}
+        self.private_buffers = self._owns_private_buffers()
+        for name in setup.buffers:
+            view = self.arena.view(name)
+            self.state[name] = view.clone() if self.private_buffers else view
+        specs, loss_fn = load_with_state(setup.payload, self.state)
+        self.stages = {spec.index: StageRuntime(spec, torch.device(setup.device), loss_fn) for spec in specs}
+        self.programs: dict[tuple[str, int], tuple[Instruction, ...]] = {}
+        self._join(specs)
+
+    def _owns_private_buffers(self) -> bool:
+        """Replicas change buffers side by side, so each works on its own copy; the first one's are kept."""
+        return any(self.setup.worker in owners and len(owners) > 1 for owners in self.setup.layout.workers)
+
+    def _join(self, specs: list[StageSpec]) -> None:
+        layout, worker = self.setup.layout, self.setup.worker
+        transport: Any = None
+        self.groups: dict[int, Any] = {}
+        reducers: dict[int, Reducer] = {}
+        if layout.n_workers > 1:
+            store = dist.FileStore(self.setup.store_path, layout.n_workers)
+            dist.init_process_group("gloo", store=store, rank=worker, world_size=layout.n_workers)
+        for s, owners in enumerate(layout.workers):
+            group = dist.new_group(list(owners), backend="gloo") if len(owners) > 1 else None
+            if worker in owners:
+                self.groups[s] = group
+                module = self.stages[s].module
+                reducers[s] = DataParallelReducer(module, group, len(owners)) if group is not None else NoReduction()
+        transport = DistTransport(None, tuple(range(layout.n_workers)), layout.n_stages)
+        progress = np.frombuffer(self.arena.view("progress").numpy(), dtype=np.int64)
+
+        def tick(position: int) -> None:
+            progress[worker] = position
+
+        self.executor = Executor(worker, layout, self.stages, transport, reducers, tick)
+
+    def handle(self, command: Run | Forget) -> Done | None:
+        """Carry out one command."""
+        if isinstance(command, Forget):
+            self.executor.forget(command.call)
+            return None
+        if command.instructions is not None:
+            self.programs[command.program] = command.instructions
+        self._prepare(command)
+        self.executor.begin(command.request, self.programs[command.program])
+        report = self.executor.run()
+        has_gradient = self._hand_over_gradients() if command.request.kind in (TRAIN, BACKWARD) else ()
+        self._hand_over_buffers()
+        return Done(report, has_gradient)
+
+    def _prepare(self, command: Run) -> None:
+        for name in self.setup.parameters:
+            parameter = self.state[name]
+            parameter.grad = None
+            parameter.requires_grad_(name in command.trainable)
+        if self.private_buffers:
+            for name in self.setup.buffers:
+                self.state[name].copy_(self.arena.view(name))
+            for group in self.groups.values():
+                if group is not None:
+                    dist.barrier(group)
+        for s, stage in self.stages.items():
+            stage.set_modes(command.modes)
+            reducer = self.executor.reducers[s]
+            if isinstance(reducer, DataParallelReducer):
+                reducer.refresh()
+
+    def _hand_over_gradients(self) -> tuple[str, ...]:
+        """Copy the gradients to the memory that the parent reads; replicas hold equal ones, and the first writes."""
+        written = []
+        for name, slot in self.setup.gradients.items():
+            gradient = self.state[name].grad
+            if gradient is not None:
+                self.arena.view(slot).copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+                written.append(name)
+        return tuple(written)
+
+    def _hand_over_buffers(self) -> None:
+        first = any(owners[0] == self.setup.worker for owners in self.setup.layout.workers)
+        if self.private_buffers and first:
+            for name in self.setup.buffers:
+                self.arena.view(name).copy_(self.state[name])
