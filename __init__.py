@@ -7,25 +7,31 @@
 2
 """
 
-from .api import compile, plan
-from .errors import (
-    CaptureError,
-    CheckpointError,
-    ConstraintError,
-    DeviceError,
-    InfeasibleError,
-    PlanError,
-    ShapeError,
-    StagecutError,
-    StageError,
-    StallError,
-    WorkerLost,
-)
-from .partitioner.capture import Capture, capture
-from .partitioner.plan import Plan, load
-from .runtime.pipeline import EvalResult, Pipeline, Profile, StepResult
-from .runtime.program import Timeline
-from .runtime.verify import VerifyReport
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import compile, plan
+    from .errors import (
+        CaptureError,
+        CheckpointError,
+        ConstraintError,
+        DeviceError,
+        InfeasibleError,
+        PlanError,
+        ShapeError,
+        StagecutError,
+        StageError,
+        StallError,
+        WorkerLost,
+    )
+    from .partitioner.capture import Capture, capture
+    from .partitioner.plan import Plan, load
+    from .runtime.pipeline import EvalResult, Pipeline, Profile, StepResult
+    from .runtime.program import Timeline
+    from .runtime.verify import VerifyReport
 
 __version__ = "0.1.0"
 
@@ -54,3 +60,28 @@ __all__ = [
     "load",
     "plan",
 ]
+
+# Where each name lives. Names are loaded at first use, so that a worker process, which needs only the runtime, does not
+# spend a second on importing the partitioner and what it stands on.
+_HOMES = {
+    "api": ("compile", "plan"),
+    "partitioner.capture": ("Capture", "capture"),
+    "partitioner.plan": ("Plan", "load"),
+    "runtime.pipeline": ("EvalResult", "Pipeline", "Profile", "StepResult"),
+    "runtime.program": ("Timeline",),
+    "runtime.verify": ("VerifyReport",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name, "errors" if name in __all__ else None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -92,13 +92,22 @@ def _read_scalar(kind: Any, value: Any, path: str) -> Any:
     if kind is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise PlanError(f"{path}: expected a number, got {_name(value)}")
-        if not math.isfinite(value):
-            raise PlanError(f"{path}: expected a finite number, got {value}")
-        return float(value)
+        number = _finite(value)
+        if number is None:
+            raise PlanError(f"{path}: expected a finite number, got {_name(value)}")
+        return number
     if kind is int and isinstance(value, bool):
         raise PlanError(f"{path}: expected an integer, got {_name(value)}")
     _expect(value, kind, {int: "an integer", str: "a string", bool: "true or false"}.get(kind, str(kind)), path)
     return value
+
+
+def _finite(value: int | float) -> float | None:
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _expect(value: Any, kind: type, words: str, path: str) -> None:
@@ -107,5 +116,8 @@ def _expect(value: Any, kind: type, words: str, path: str) -> None:
 
 
 def _name(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of thousands of digits
+        return type(value).__name__
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

@@ -67,15 +67,17 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def _open(value: Any, leaves: list[Any]) -> Structure:
-    if value is None or isinstance(value, (torch.Tensor, int, float, str)):
+    # torch's pytree would open a torch.Size and close it as a tuple.
+    if value is None or isinstance(value, (torch.Tensor, torch.Size, int, float, str)):
         leaves.append(value)
         return LEAF
-    children, spec = _pytree.tree_flatten(value, is_leaf=lambda item: item is not value)
-    if len(children) != 1 or children[0] is not value:
-        return Structure("pytree", spec, tuple(_open(child, leaves) for child in children))
+    items, spec = _pytree.tree_flatten(value, is_leaf=lambda item: item is not value)
+    if len(items) != 1 or items[0] is not value:
+        return Structure("pytree", spec, tuple(_open(item, leaves) for item in items))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = tuple(field.name for field in dataclasses.fields(value) if field.init)
-        return Structure("dataclass", (type(value), names), tuple(_open(getattr(value, name), leaves) for name in names))
+        children = tuple(_open(getattr(value, name), leaves) for name in names)
+        return Structure("dataclass", (type(value), names), children)
     leaves.append(value)
     return LEAF
 
@@ -99,24 +101,31 @@ def is_encodable(value: Any) -> bool:
     return type(value) is dict and all(type(key) is str and is_encodable(item) for key, item in value.items())
 
 
-def call_leaves(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Structure]:
+def call_leaves(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], Structure]:
     """Flatten a call's arguments the same way however they were written: ``f(x, mask=m)`` equals ``f(x, m)``.
 
     Raises:
         TypeError: the arguments do not fit the signature of ``forward``.
     """
-    bound = inspect.signature(forward).bind(*args, **kwargs)
+    bound = _bound(forward, args, kwargs)
     return flatten((bound.args, bound.kwargs))
 
 
 def leaf_paths(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """Name every leaf of a call by its argument, with a running number where an argument has several."""
-    bound = inspect.signature(forward).bind(*args, **kwargs)
+    bound = _bound(forward, args, kwargs)
     names: list[str] = []
     for name, value in [*_positional(bound), *bound.kwargs.items()]:
         count = flatten(value)[1].n_leaves
         names += [name] if count == 1 else [f"{name}_{index}" for index in range(count)]
     return names
+
+
+def _bound(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    """Bind a call; what ``**kwargs`` takes is in the order of its names, not in the order in which it was written."""
+    return inspect.signature(forward).bind(*args, **dict(sorted(kwargs.items())))
 
 
 def _positional(bound: inspect.BoundArguments) -> list[tuple[str, Any]]:

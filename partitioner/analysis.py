@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..structure import tensors_in
 from .capture import Capture
-
-_HERE = os.path.dirname(__file__)
+from .tracing import SOURCE
 
 
 @dataclass
@@ -229,7 +226,7 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "output":
             return super().run_node(n)
-        facts = OpFacts(n.name, n.op, _target_name(n), _module_path(n), _source(n), tuple(i.name for i in n.all_input_nodes))
+        facts = OpFacts(n.name, n.op, _target_name(n), _module_path(n), n.meta.get(SOURCE), tuple(i.name for i in n.all_input_nodes))
         self.facts[n.name] = self._current = facts
         self.meter.reset()
         value = super().run_node(n)
@@ -284,11 +281,3 @@ def _target_name(n: fx.Node) -> str:
 def _module_path(n: fx.Node) -> str:
     stack = n.meta.get("nn_module_stack")
     return str(next(reversed(stack.values()))[0]) if stack else ""
-
-
-def _source(n: fx.Node) -> str | None:
-    lines = re.findall(r'File "([^"]+)", line (\d+)', n.meta.get("stack_trace") or n.stack_trace or "")
-    own = [(file, line) for file, line in lines if "/torch/" not in file and os.path.dirname(file) != _HERE]
-    return f"{own[-1][0]}:{own[-1][1]}" if own else None
-
-

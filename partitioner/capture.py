@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -230,7 +230,13 @@ class _Ladder:
         outputs = tuple(
             OutputLeaf(leaf.name) if isinstance(leaf, fx.Node) else OutputLeaf(None, leaf) for leaf in output.args[0]
         )
-        return Capture(self.model, graph_module, self.inputs, outputs, output_structure, opaque, owners)
+        return Capture(self.model, graph_module, self._named_inputs(graph), outputs, output_structure, opaque, owners)
+
+    def _named_inputs(self, graph: fx.Graph) -> InputSpec:
+        """Take over the names that fx gave to the placeholders; it avoids Python's own, such as ``input``."""
+        names = iter([node.name for node in graph.nodes if node.op == "placeholder"])
+        leaves = [replace(leaf, graph_input=next(names)) if leaf.graph_input else leaf for leaf in self.inputs.leaves]
+        return InputSpec(self.inputs.structure, tuple(leaves))
 
 
 def _attribute(root: Any, path: str) -> Any:

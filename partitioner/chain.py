@@ -36,35 +36,38 @@ class _Family:
     barred: Floats  # (rows, kinds)
     bytes: Floats  # (rows, 2): static, stash
     working: Floats  # (rows,)
+    net_size: Floats  # (nets,)
     net_count: Floats  # (nets, rows): nodes of the net inside
     cut_s: Floats  # (rows,)
 
 
 def _family(dag: Dag, windows: Windows, words: Words) -> _Family:
     scale = 2.0**40 / (float(dag.least_s.sum()) or 1.0)
-    whole = np.floor(dag.least_s * scale) + 1.0
-    key = weigh(words, whole).astype(np.int64)
-    order = np.argsort(key, kind="stable")
-    words, key = words[order], key[order]
-    weight = weigh(words, windows.weights)
-    sizes = dag.members_of_net.sum(axis=0)
-    net_count = weigh(words, dag.members_of_net)
+    words = words[_states(windows, words, np.zeros(len(words))).any(axis=1)]
+    key = weigh(words, np.floor(dag.least_s * scale) + 1.0)
+    words = words[np.argsort(key, kind="stable")]
+    sizes = np.array([len(net) for net in dag.nets], dtype=np.float64)
+    net_count = weigh(words, dag.incidence)
     cut_s = ((net_count > 0) & (net_count < sizes)) @ dag.net_s
-    states = windows.meet(weight, windows.weights.sum(axis=0) - weight, cut_s)
-    keep = states.any(axis=1)
-    words = words[keep]
+    states = _states(windows, words, cut_s)
     return _Family(
         words=words,
-        key=key[keep],
+        key=np.sort(key).astype(np.int64),
         reach=int(min(windows.limit_s * scale + len(dag) + 1, 2.0**60)),
-        states=states[keep],
+        states=states,
         time_s=weigh(words, dag.time_s),
         barred=weigh(words, dag.barred.astype(np.float64)),
         bytes=weigh(words, np.stack([dag.static_bytes, dag.stash_bytes], axis=1)),
         working=weigh(words, dag.working.astype(np.float64)),
-        net_count=np.ascontiguousarray(net_count[keep].T),
-        cut_s=cut_s[keep],
+        net_size=sizes,
+        net_count=np.ascontiguousarray(net_count.T),
+        cut_s=cut_s,
     )
+
+
+def _states(windows: Windows, words: Words, cut_s: Floats) -> Flags:
+    weight = weigh(words, windows.weights)
+    return windows.meet(weight, windows.weights.sum(axis=0) - weight, cut_s)
 
 
 def best_chain(
@@ -132,7 +135,7 @@ class _Table:
     def _transfers_s(self, i: int, rows: Ints) -> Floats:
         family = self.family
         inside = family.net_count[:, i]
-        cut = np.flatnonzero((inside > 0) & (inside < self.dag.members_of_net.sum(axis=0)))
+        cut = np.flatnonzero((inside > 0) & (inside < family.net_size))
         count = family.net_count[cut[:, None], rows[None, :]]
         shared = (count > 0).astype(np.float64) + (count == inside[cut, None])
         return family.cut_s[i] + family.cut_s[rows] - self.dag.net_s[cut] @ shared  # type: ignore[no-any-return]

@@ -119,7 +119,7 @@ def _pin(node: Hashable, attributes: dict[str, Any], devices: Sequence[CutDevice
 def _net(entry: dict[str, Any], index: dict[Hashable, int]) -> tuple[tuple[int, ...], float]:
     unknown = [node for node in entry["nodes"] if node not in index]
     if unknown:
-        raise ConstraintError(f"the transfer {entry['nodes']} names nodes that the graph does not have: {unknown}")
+        raise ConstraintError(f"the transfer {entry['nodes']} names unknown nodes: {unknown}")
     nodes = tuple(index[node] for node in entry["nodes"])
     return nodes, _positive(entry["seconds"], f"seconds of the transfer {entry['nodes']}")
 
@@ -129,9 +129,7 @@ def _together(graph: nx.DiGraph, index: dict[Hashable, int]) -> list[tuple[int, 
     for group in graph.graph.get("together", ()):
         unknown = [node for node in group if node not in index]
         if unknown:
-            raise ConstraintError(
-                f"the together-group {list(group)} names nodes that the graph does not have: {unknown}"
-            )
+            raise ConstraintError(f"the together-group {list(group)} names unknown nodes: {unknown}")
         pairs += [(index[group[0]], index[node]) for node in group[1:]]
     return pairs
 

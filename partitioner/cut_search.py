@@ -112,32 +112,35 @@ class _Search:
                 return
 
     def prove(self) -> None:
-        """List every downset that a better cut could use; where these are many, bisect for a lower bound first.
+        """List every downset that a better cut could use; where these are many, first raise the lower bound.
 
         With a limit below the upper bound there are fewer downsets: if a chain of them is found it is the optimum,
         and if none is, the limit is a lower bound.
         """
-        if self._closed():
-            self.proven = True
-            return
-        low, high = self.lower_bound_s, self.limit_s
-        limit, most, overflowed = high, min(_FEW, self.max_downsets), False
+        self.proven = self._closed()
+        most = min(_FEW, self.max_downsets)
+        while not self.proven:
+            self._bisect(most)
+            if most == self.max_downsets:
+                return
+            most = min(8 * most, self.max_downsets)
+
+    def _bisect(self, most: int) -> None:
+        """Try the upper bound, then limits below it, with a number of downsets that can be looked at."""
+        high = limit = self.limit_s
         while True:
             try:
                 found = self._exact(limit, most)
             except TooManyDownsets:
-                overflowed |= most == self.max_downsets
                 high = limit
             else:
                 if found is not None or limit >= self.limit_s:
                     self.best, self.proven = found or self.best, True
                     return
-                self.lower_bound_s = low = limit
-            most = self.max_downsets
-            is_fine = high - low <= _FINE * self.limit_s
-            if is_fine and overflowed:
+                self.lower_bound_s = limit
+            if high - self.lower_bound_s <= _FINE * high:
                 return
-            limit = self.limit_s if is_fine else (low + high) / 2
+            limit = (self.lower_bound_s + high) / 2
 
     def _closed(self) -> bool:
         return self.best is not None and self.limit_s <= self.lower_bound_s

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from .reduction import Dag, Floats
 from .slots import Windows
@@ -43,12 +44,13 @@ def bits(mask: int) -> Iterator[int]:
         mask ^= low
 
 
-def weigh(words: Words, values: Floats) -> Floats:
+def weigh(words: Words, values: Floats | csr_array) -> Floats:
     """Sum the values of the set bits: (rows, words) x (n, ...) -> (rows, ...)."""
     total = np.empty((len(words), *values.shape[1:]))
+    n = values.shape[0]
     for start in range(0, len(words), _CHUNK):
         part = np.ascontiguousarray(words[start : start + _CHUNK].astype("<u8", copy=False)).view(np.uint8)
-        flags = np.unpackbits(part, axis=1, count=len(values), bitorder="little") if len(values) else part[:, :0]
+        flags = np.unpackbits(part, axis=1, count=n, bitorder="little") if n else part[:, :0]
         total[start : start + _CHUNK] = flags.astype(np.float64) @ values
     return total
 

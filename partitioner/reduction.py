@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
 Floats = NDArray[np.float64]
@@ -59,12 +59,11 @@ class Dag:
         return np.where(self.barred > 0, np.inf, self.time_s).min(axis=1)  # type: ignore[no-any-return]
 
     @cached_property
-    def members_of_net(self) -> Floats:
-        """The incidence matrix of nodes and nets."""  # (n, nets)
-        incidence = np.zeros((len(self), len(self.nets)))
-        for t, net in enumerate(self.nets):
-            incidence[list(net), t] = 1.0
-        return incidence
+    def incidence(self) -> csr_array:
+        """1 where a net has a node."""  # (n, nets)
+        nodes = [v for net in self.nets for v in net]
+        columns = [t for t, net in enumerate(self.nets) for _ in net]
+        return csr_array((np.ones(len(nodes)), (nodes, columns)), shape=(len(self), len(self.nets)))
 
 
 def contract(dag: Dag, pairs: Iterable[tuple[int, int]] = ()) -> Dag:

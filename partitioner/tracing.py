@@ -8,7 +8,9 @@ module where it happens, so that this module can be kept whole as one opaque cal
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +21,9 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..structure import Structure, flatten, unflatten
+
+SOURCE = "stagecut_source"
+_NOT_THE_MODEL = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep, "<")
 
 
 class TraceRefused(Exception):
@@ -54,7 +59,6 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.opaque = opaque
         self.proxy_buffer_attributes = True
-        self.record_stack_traces = True
         self.failed_at: str | None = None
         self._grad_enabled = torch.is_grad_enabled()
         self._autocast = _autocast_state()
@@ -87,7 +91,9 @@ class Tracer(fx.Tracer):
             raise TraceRefused("it runs under its own grad mode (torch.no_grad or torch.enable_grad)")
         if _autocast_state() != self._autocast:
             raise TraceRefused("it runs under its own autocast region")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        node.meta[SOURCE] = _calling_line()
+        return node
 
     def trace_call(
         self, model: nn.Module, structure: Structure, names: list[str | None], constants: list[Any]
@@ -120,6 +126,17 @@ class Tracer(fx.Tracer):
             return flat
 
         return run, []
+
+
+def _calling_line() -> str | None:
+    """Find the innermost line of the model's own code: fx's recorded stack traces would import torch.compile's stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(_NOT_THE_MODEL):
+            return f"{file}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def _autocast_state() -> tuple[Any, ...]:

@@ -6,16 +6,12 @@ process that maps it. Pages that nobody writes cost nothing.
 
 from __future__ import annotations
 
-import io
 import mmap
 import os
-import pickle
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-import cloudpickle
 import torch
 from torch import nn
 
@@ -61,7 +57,9 @@ class Arena:
         """Return the tensor at ``name``; all views of all processes share one memory."""
         slot = self.slots[name]
         flat = self._bytes[slot.offset : slot.offset + slot.n_bytes].view(slot.dtype)
-        return flat.as_strided(slot.shape, slot.strides)
+        # .data: views share their base's version counter, and autograd would take a buffer's update for a change of
+        # every parameter in the arena.
+        return flat.as_strided(slot.shape, slot.strides).data
 
     def close(self) -> None:
         """Give up the file; the memory lives as long as tensors over it do."""
@@ -75,41 +73,6 @@ def _anonymous_file() -> int:
         return os.memfd_create("stagecut", os.MFD_CLOEXEC)
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
-
-
-class _StatePickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """cloudpickle that replaces the model's own tensors by their names."""
-
-    def __init__(self, file: io.BytesIO, names: dict[int, str]) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self._names = names
-
-    def persistent_id(self, obj: Any) -> str | None:
-        return self._names.get(id(obj)) if isinstance(obj, torch.Tensor) else None
-
-
-class _StateUnpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, state: dict[str, torch.Tensor]) -> None:
-        super().__init__(file)
-        self._state = state
-
-    def persistent_load(self, pid: str) -> torch.Tensor:
-        return self._state[pid]
-
-
-def dump_with_state(value: Any, names: dict[int, str]) -> bytes:
-    """Pickle ``value``; tensors whose ``id`` is in ``names`` become references."""
-    file = io.BytesIO()
-    _StatePickler(file, names).dump(value)
-    return file.getvalue()
-
-
-def load_with_state(data: bytes, state: dict[str, torch.Tensor]) -> Any:
-    """Unpickle what :func:`dump_with_state` made, with ``state`` in place of the references.
-
-    Only ever called on bytes that this process's own parent wrote to its private socket.
-    """
-    return _StateUnpickler(io.BytesIO(data), state).load()
 
 
 def parameter_over(view: torch.Tensor) -> nn.Parameter:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import WorkerLost
 from .local_messages import Exit
+from .pickling import dumps, loads
 
 STOP_S = 3.0
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main(*map(int, sys.argv[2:]))"
@@ -85,7 +86,7 @@ class WorkerPool:
             WorkerLost: the process has ended.
         """
         try:
-            return worker.connection.recv()
+            return loads(worker.connection.recv_bytes())
         except (EOFError, ConnectionResetError) as error:
             raise worker.exit_error() from error
 
@@ -98,7 +99,7 @@ class WorkerPool:
         """Let idle workers leave; kill those that are not gone after a moment."""
         for worker in self.workers:
             with contextlib.suppress(OSError, ValueError):
-                worker.connection.send(Exit())
+                worker.connection.send_bytes(dumps(Exit()))
         deadline = time.monotonic() + STOP_S
         for worker in self.workers:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -117,6 +118,8 @@ def _start(index: int, n_threads: int) -> WorkerProcess:
         **os.environ,
         "OMP_NUM_THREADS": str(n_threads),
         "GLOO_SOCKET_IFNAME": _loopback(),
+        # DDP's C++ side advises against find_unused_parameters, which exactness needs (see replicate.py).
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
     boot = _BOOT.format(module=f"{__package__}.worker")
     arguments = [json.dumps(sys.path), str(theirs.fileno()), str(lifeline_read), str(os.getpid()), str(n_threads)]

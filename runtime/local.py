@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import shutil
 import tempfile
 import time
@@ -12,16 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import cloudpickle
 import numpy as np
 import torch
 from torch import nn
 
 from ..errors import StageError, StallError
-from .arena import Arena, dump_with_state
+from .arena import Arena
 from .engine import Programs, model_state
 from .launch import WorkerPool, WorkerProcess
 from .local_messages import Done, Failed, Forget, Run, Setup
+from .pickling import dumps, loads
 from .program import PipelineSpec
 from .requests import BACKWARD, TRAIN, StepReport, StepRequest
 
@@ -137,12 +136,12 @@ class LocalEngine:
             gradients={name: slot for (w, name), slot in self._gradient_slots.items() if w == worker.index},
             payload=self._pickle(stages, own_loss),
         )
-        worker.connection.send_bytes(cloudpickle.dumps(setup))
+        worker.connection.send_bytes(dumps(setup))
         worker.send_fd(self._arena.fd)
 
     def _pickle(self, stages: list[Any], loss_fn: Callable[..., Any] | None) -> bytes:
         try:
-            return dump_with_state((stages, loss_fn), self._names)
+            return dumps((stages, loss_fn), self._names)
         except Exception as error:
             raise StageError(f"{self._culprit(stages, loss_fn)} cannot be sent to a worker: {error}") from error
 
@@ -151,7 +150,7 @@ class LocalEngine:
         parts = [("loss_fn", loss_fn)] + [(f"module {path!r}", m) for stage in stages for path, m in stage.modules.items()]
         for name, part in parts:
             try:
-                dump_with_state(part, self._names)
+                dumps(part, self._names)
             except Exception:
                 return name
         return "a stage"
@@ -169,7 +168,7 @@ class LocalEngine:
             for worker in self._pool.workers:
                 instructions = None if key in self._sent else program.workers[worker.index]
                 own = self._share_of(request, worker.index)
-                worker.connection.send_bytes(cloudpickle.dumps(Run(key, instructions, own, trainable, modes)))
+                worker.connection.send_bytes(dumps(Run(key, instructions, own, trainable, modes)))
             self._sent.add(key)
             done = self._collect(list(self._pool.workers), self._timeout_s, key)
         except BaseException:
@@ -221,7 +220,7 @@ class LocalEngine:
         error: BaseException | None = None
         if failed.error is not None:
             with contextlib.suppress(Exception):
-                error = pickle.loads(failed.error)
+                error = loads(failed.error)
         if not isinstance(error, BaseException):
             error = StageError(f"{failed.type_name}: {failed.message}")
             if failed.site is not None:
@@ -269,7 +268,7 @@ class LocalEngine:
         """Drop the activations of a forward whose backward will not come."""
         for worker in self._pool.workers:
             with contextlib.suppress(OSError, ValueError):
-                worker.connection.send_bytes(cloudpickle.dumps(Forget(call)))
+                worker.connection.send_bytes(dumps(Forget(call)))
 
     def common_seed(self, seed: int) -> int:
         """Return ``seed``: one process draws it for all workers."""

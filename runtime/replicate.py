@@ -9,11 +9,16 @@ here: in 1F1B the last forward is followed by several backwards.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+# torch 2.13 renamed the switch.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
 class Reducer(Protocol):
@@ -67,9 +72,9 @@ class DataParallelReducer:
             self._ddp = DistributedDataParallel(
                 self.module,
                 process_group=self._group,
-                broadcast_buffers=False,
                 init_sync=False,
                 find_unused_parameters=True,
+                **_NO_BUFFER_SYNC,
             )
 
     def arm(self, roots: list[torch.Tensor]) -> None:
@@ -85,8 +90,10 @@ class DataParallelReducer:
             return
         parameters = self._trainable_parameters()
         witness = next((parameter for parameter in parameters if parameter.grad is not None), parameters[0])
-        self._prepare(self._ddp, [witness])
-        torch.autograd.backward([witness], [torch.zeros_like(witness)])
+        # DDP looks for parameters behind the roots' graph nodes, and a parameter itself has none: hence the view.
+        root = witness.view_as(witness)
+        self._prepare(self._ddp, [root])
+        torch.autograd.backward([root], [torch.zeros_like(witness)])
         self._armed = False
 
     def share_buffers(self, first_rank: int) -> None:

@@ -25,6 +25,7 @@ from .stage import StageRuntime
 from .transport import DistTransport
 
 _SAMPLE_BYTES = 1 << 16
+_LOSS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OPS = tuple(op.value for op in Op)
 
 
@@ -240,11 +241,11 @@ class SpmdEngine:
         last = self._spec.layout.n_stages - 1
         whole = StepReport()
         if request.want_loss:
-            losses = torch.zeros(request.n_microbatches, dtype=torch.float64)
+            losses = torch.zeros(request.n_microbatches, 2, dtype=torch.float64)
             for m, loss in report.losses.items():
-                losses[m] = loss.double().cpu()
+                losses[m, 0], losses[m, 1] = loss.double().item(), _LOSS_DTYPES.index(loss.dtype)
             dist.all_reduce(losses, group=self._group)
-            whole.losses = {m: losses[m].to(torch.get_default_dtype()) for m in range(request.n_microbatches)}
+            whole.losses = {m: losses[m, 0].to(_LOSS_DTYPES[int(losses[m, 1])]) for m in range(request.n_microbatches)}
         if request.want_outputs:
             for m in range(request.n_microbatches):
                 whole.outputs[m] = self._broadcast_output(report.outputs.get(m), self._spec.layout.worker_of(last, m))

@@ -16,6 +16,8 @@ from .program import PipelineSpec
 from .requests import StepRequest
 from .stage import StageRuntime, isolated_randomness, loss_of
 
+# Below this share of the model's largest gradient a gradient counts as rounding.
+_FLOOR = 1e-3
 _RTOL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -24,7 +26,7 @@ class VerifyReport:
     """What verification found.
 
     ``errors`` holds, per parameter, the largest absolute difference of the gradient over the largest absolute value
-    of the reference's gradient. ``reference`` says what it was compared with: ``"model"`` or ``"captured graph"``.
+    of the reference's gradient (at least a thousandth of the largest of any parameter). ``reference`` says what it was compared with: ``"model"`` or ``"captured graph"``.
     """
 
     loss: float
@@ -151,25 +153,29 @@ def compare(
 ) -> VerifyReport:
     """Compare loss and the gradients of the ``owned`` parameters with the reference."""
     errors, tolerances = {}, {}
+    largest = max((float(g.abs().max()) for g in reference.of.values() if g is not None and g.numel()), default=0.0)
     for name, expected in reference.of.items():
         if name not in owned:
             continue
-        errors[name] = relative_error(given.of[name], expected)
+        errors[name] = relative_error(given.of[name], expected, _FLOOR * largest)
         dtype = torch.float32 if expected is None else expected.dtype
         tolerances[name] = rtol if rtol is not None else _RTOL.get(dtype, 1e-4)
     loss_rtol = rtol if rtol is not None else _RTOL.get(reference.loss.dtype, 1e-4)
     return VerifyReport(float(given.loss), float(reference.loss), errors, tolerances, loss_rtol, kind)
 
 
-def relative_error(given: torch.Tensor | None, expected: torch.Tensor | None) -> float:
-    """Return max |given - expected| / max |expected|; infinite if only one of them exists."""
+def relative_error(given: torch.Tensor | None, expected: torch.Tensor | None, floor: float = 0.0) -> float:
+    """Return max |given - expected| / max(max |expected|, floor); infinite if only one of them exists.
+
+    The floor matters for gradients that are zero but for rounding, such as that of a bias in front of a BatchNorm.
+    """
     if given is None or expected is None:
         return 0.0 if given is expected else float("inf")
     given, expected = given.detach().cpu(), expected.detach().cpu()
     if expected.numel() == 0:
         return 0.0
     difference = (given - expected).abs().max().item()
-    scale = expected.abs().max().item()
     if difference == 0.0:
         return 0.0
+    scale = max(expected.abs().max().item(), floor)
     return float(difference / scale) if scale > 0 else float("inf")

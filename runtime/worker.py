@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import contextlib
 import os
-import pickle
 import select
 import socket
 import sys
@@ -14,15 +13,15 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-import cloudpickle
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from .arena import Arena, load_with_state, parameter_over
+from .arena import Arena, parameter_over
 from .executor import Executor
 from .instructions import Instruction
 from .local_messages import Done, Exit, Failed, Forget, Ready, Run, Setup
+from .pickling import dumps, loads
 from .program.specs import StageSpec
 from .replicate import DataParallelReducer, NoReduction, Reducer
 from .requests import BACKWARD, TRAIN
@@ -37,11 +36,11 @@ def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> 
     threading.Thread(target=_follow_parent, args=(lifeline_fd, parent_pid), daemon=True).start()
     torch.set_num_threads(n_threads)
     connection = Connection(command_fd)
-    connection.send(Ready())
+    connection.send_bytes(dumps(Ready()))
     server: _Server | None = None
     while True:
         try:
-            command = pickle.loads(connection.recv_bytes())
+            command = loads(connection.recv_bytes())
         except EOFError:
             break
         if isinstance(command, Exit):
@@ -56,7 +55,7 @@ def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> 
         except Exception as error:
             answer = _failure(error)
         if answer is not None:
-            connection.send(answer)
+            connection.send_bytes(dumps(answer))
     # No teardown of process groups: it would wait for peers that may be gone.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -89,8 +88,8 @@ def _receive_fd(command_fd: int) -> int:
 def _failure(error: Exception) -> Failed:
     pickled = None
     with contextlib.suppress(Exception):
-        pickled = cloudpickle.dumps(error)
-        pickle.loads(pickled)
+        pickled = dumps(error)
+        loads(pickled)
     text = "".join(traceback.format_exception(error))
     return Failed(pickled, type(error).__name__, str(error), text, getattr(error, "stagecut", None))
 
@@ -106,7 +105,7 @@ class _Server:
         for name in setup.buffers:
             view = self.arena.view(name)
             self.state[name] = view.clone() if self.private_buffers else view
-        specs, loss_fn = load_with_state(setup.payload, self.state)
+        specs, loss_fn = loads(setup.payload, self.state)
         self.stages = {spec.index: StageRuntime(spec, torch.device(setup.device), loss_fn) for spec in specs}
         self.programs: dict[tuple[str, int], tuple[Instruction, ...]] = {}
         self._join(specs)
