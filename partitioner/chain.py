@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,14 +80,13 @@ def best_chain(
 
         load(J, I) = t(I) - t(J) + a(I) + a(J) - sum over nets cut by both of c (1 + [no node of the net in I - J])
 
-    where a(.) is the seconds of the nets that a downset cuts.  O(pairs of nested downsets x (nets cut + steps)).
+    where a(.) is the seconds of the nets that a downset cuts.  O(pairs of downsets of consecutive states x (words +
+    nets cut)), in vector operations of which there are as many as downsets on the smaller side.
     """
-    family = _family(dag, windows, words)
-    table = _Table(dag, slots, windows.limit_s, family)
-    for i in range(len(family.words)):
-        if i % 64 == 0:
-            check_time()
-        table.fill(i)
+    table = _Table(dag, slots, windows.limit_s, _family(dag, windows, words))
+    level = slots.used.sum(axis=1)
+    for index in sorted(range(len(slots.steps)), key=lambda index: int(level[slots.steps[index].source])):
+        table.take_step(index, check_time)
     return table.read()
 
 
@@ -102,55 +102,67 @@ class _Table:
         if len(family.words) and not family.words[0].any() and family.states[0, 0]:
             self.value[0, 0] = 0.0
 
-    def fill(self, i: int) -> None:
-        family = self.family
-        steps = [(index, step) for index, step in enumerate(self.slots.steps) if family.states[i, step.target]]
-        sources = sorted({step.source for _, step in steps})
-        low = int(np.searchsorted(family.key, family.key[i] - family.reach))
-        if not sources or low == i:
-            return
-        alive = (self.value[sources, low:i] < np.inf).any(axis=0)
-        rows = low + np.flatnonzero(alive)
-        nested = ~(family.words[rows] & ~family.words[i]).any(axis=1)
+    def take_step(self, index: int, check_time: Callable[[], None]) -> None:
+        """Extend every chain that ends in the step's source state by one stage."""
+        step, key, reach = self.slots.steps[index], self.family.key, self.family.reach
+        early = np.flatnonzero(self.value[step.source] < np.inf)
+        late = np.flatnonzero(self.family.states[:, step.target])
+        if len(early) <= len(late):
+            first, last = np.searchsorted(key[late], [key[early] + 1, key[early] + reach + 1])
+            pairs = ((row, late[i:j]) for row, i, j in zip(early, first, last))
+        else:
+            first, last = np.searchsorted(key[early], [key[late] - reach, key[late]])
+            pairs = ((early[i:j], row) for row, i, j in zip(late, first, last))
+        for count, (one, other) in enumerate(pairs):
+            if count % 64 == 0:
+                check_time()
+            self._relax(index, one, other)
+
+    def _relax(self, index: int, early: Any, late: Any) -> None:
+        """Try the stages between downsets: one of ``early`` and ``late`` is a row, the other an array of rows."""
+        family, step = self.family, self.slots.steps[index]
+        nested = ~(family.words[early] & ~family.words[late]).any(axis=1)
         if self.slots.exact:
-            nested &= family.working[rows] < family.working[i]
-        rows = rows[nested]
-        if len(rows):
-            self._relax(i, rows, steps)
+            nested &= family.working[early] < family.working[late]
+        if not nested.any():
+            return
+        if np.ndim(early) == 0:
+            late = late[nested]
+            value = np.maximum(self.value[step.source, early], self._loads_s(early, late, step))
+            better = value < np.minimum(self.value[step.target, late], self.limit_s)
+            late, value = late[better], value[better]
+        else:
+            early = early[nested]
+            values = np.maximum(self.value[step.source, early], self._loads_s(early, late, step))
+            early, value = early[values.argmin()], values.min()
+            if not value < min(self.value[step.target, late], self.limit_s):
+                return
+        self.value[step.target, late] = value
+        self.parent[step.target, late] = early
+        self.via[step.target, late] = index
 
-    def _relax(self, i: int, rows: Ints, steps: list[tuple[int, Step]]) -> None:
-        transfers_s = self._transfers_s(i, rows)
-        loads: dict[tuple[int, int], Floats] = {}
-        for index, step in steps:
-            stage = (step.c, step.in_flight)
-            if stage not in loads:
-                loads[stage] = self._loads_s(i, rows, step, transfers_s)
-            value = np.maximum(self.value[step.source, rows], loads[stage])
-            best = int(value.argmin())
-            if value[best] < min(self.limit_s, self.value[step.target, i]):
-                self.value[step.target, i] = value[best]
-                self.parent[step.target, i] = rows[best]
-                self.via[step.target, i] = index
-
-    def _transfers_s(self, i: int, rows: Ints) -> Floats:
-        family = self.family
-        inside = family.net_count[:, i]
-        cut = np.flatnonzero((inside > 0) & (inside < family.net_size))
-        count = family.net_count[cut[:, None], rows[None, :]]
-        shared = (count > 0).astype(np.float64) + (count == inside[cut, None])
-        return family.cut_s[i] + family.cut_s[rows] - self.dag.net_s[cut] @ shared  # type: ignore[no-any-return]
-
-    def _loads_s(self, i: int, rows: Ints, step: Step, transfers_s: Floats) -> Floats:
-        """The load of the stage from each row to row i; infinite where it cannot run or does not fit."""
+    def _loads_s(self, early: Any, late: Any, step: Step) -> Floats:
+        """The load of the stage between the downsets; infinite where it cannot run or does not fit."""
         family, kind, device = self.family, self.slots.kind_of[step.c], self.slots.device(step.c)
-        load = family.time_s[i, kind] - family.time_s[rows, kind]
+        load = family.time_s[late, kind] - family.time_s[early, kind]
         if device.pays_transfers:
-            load = load + transfers_s
-        possible = family.barred[rows, kind] == family.barred[i, kind]
+            one, rows = (early, late) if np.ndim(early) == 0 else (late, early)
+            load = load + self._transfers_s(one, rows)
+        possible = family.barred[early, kind] == family.barred[late, kind]
         if device.memory_bytes is not None:
-            static, stash = (family.bytes[i] - family.bytes[rows]).T
+            static, stash = (family.bytes[late] - family.bytes[early]).T
             possible &= static + step.in_flight * stash <= device.memory_bytes * (1 + 1e-12)
         return np.where(possible, load, np.inf)
+
+    def _transfers_s(self, one: int, rows: Ints) -> Floats:
+        """Seconds that the stage between a downset and each of some nested ones pays."""
+        family = self.family
+        inside = family.net_count[:, one]
+        cut = np.flatnonzero((inside > 0) & (inside < family.net_size))
+        count = family.net_count[cut[:, None], rows[None, :]]
+        shared = ((count > 0) & (count < family.net_size[cut, None])).astype(np.float64)
+        shared += count == inside[cut, None]
+        return family.cut_s[one] + family.cut_s[rows] - self.dag.net_s[cut] @ shared  # type: ignore[no-any-return]
 
     def read(self) -> Chain | None:
         family = self.family

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import networkx as nx
 
-from .cut_input import read_dag, read_devices, read_in_flight
+from .cut_input import check_pin_order, read_dag, read_devices, read_in_flight
 from .cut_search import Outcome, search
 from .misfit import explain, too_many_stages
 from .reduction import Dag, merge_idle
@@ -88,8 +88,9 @@ def solve(
     2020), with downsets listed only where a stage below the best known load can end.  The time is
     O(pairs of nested downsets listed), which is exponential in the width of the graph in the worst case.
 
-    >>> graph = nx.DiGraph([("a", "b"), ("b", "c")], transfers=[{"nodes": ["a", "b"], "seconds": 2.0}])
-    >>> nx.set_node_attributes(graph, {"cpu": 3.0}, "compute_s")
+    >>> graph = nx.DiGraph(transfers=[{"nodes": ["a", "b"], "seconds": 2.0}])
+    >>> graph.add_nodes_from("abc", compute_s={"cpu": 3.0})
+    >>> graph.add_edges_from(["ab", "bc"])
     >>> cut = solve(graph, [CutDevice("cpu:0", "cpu"), CutDevice("cpu:1", "cpu")])
     >>> cut.stage_of, cut.max_load, cut.optimal
     ({'a': 0, 'b': 0, 'c': 1}, 6.0, True)
@@ -101,6 +102,7 @@ def solve(
     dag = read_dag(graph, devices, kinds)
     devices = _drop_slack_limits(dag, devices, max(held))
     if ordered:
+        check_pin_order(dag, devices)
         slots = fixed_order(devices, kinds, held)
         dag = _fill_stages(dag, len(devices))
     else:

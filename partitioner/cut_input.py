@@ -159,6 +159,23 @@ def _check_groups(dag: Dag, devices: Sequence[CutDevice], kinds: Sequence[str]) 
                 )
 
 
+def check_pin_order(dag: Dag, devices: Sequence[CutDevice]) -> None:
+    """Check that no pinned node comes after a node that is pinned to a later device.
+
+    Raises:
+        ConstraintError: one does.
+    """
+    pinned = [(v, max(pins)) for v, pins in enumerate(dag.pins) if pins]
+    for u, d in pinned:
+        for v, e in pinned:
+            if e < d and dag.after[u] >> v & 1:
+                raise ConstraintError(
+                    f"nodes {show(dag.members[v])} are pinned to {devices[e].name!r} and come after nodes "
+                    f"{show(dag.members[u])}, pinned to {devices[d].name!r}, a later device",
+                    hint="swap the pins or the devices, or pass ordered=False",
+                )
+
+
 def show(members: Sequence[Hashable], most: int = 6) -> str:
     """List nodes for a message, cut short after ``most``.
 

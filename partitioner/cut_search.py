@@ -24,7 +24,7 @@ from .slots import Slots, windows
 TOLERANCE = 1e-9  # relative: a cut that is better by less is not looked for
 _SAMPLE = 512
 _MAX_ROUNDS = 12
-_FEW = 5000
+_FEW = 20_000
 _FINE = 2e-3  # bisect for a lower bound down to this part of the upper bound
 
 
@@ -67,7 +67,7 @@ def search(dag: Dag, slots: Slots, deadline: float, max_downsets: int) -> Outcom
     return Outcome(state.best, state.lower_bound_s, state.proven, state.n_downsets)
 
 
-def any_solution(dag: Dag, slots: Slots, time_limit_s: float = 0.5) -> Solution | None:
+def any_solution(dag: Dag, slots: Slots, time_limit_s: float = 0.2) -> Solution | None:
     """Find a cut that meets the constraints, good or bad; None says only that none was found soon."""
     state = _Search(dag, slots, time.monotonic() + time_limit_s, _FEW)
     try:

@@ -214,8 +214,9 @@ def _validate(plan: Plan) -> None:
             raise PlanError(f"$.stages[{index}].index: expected {index}, got {stage.index}")
         if not stage.devices:
             raise PlanError(f"$.stages[{index}].devices: a stage has at least one device")
-    if plan.n_microbatches < 1:
-        raise PlanError(f"$.n_microbatches: expected at least 1, got {plan.n_microbatches}")
+    for name in ("batch_rows", "n_microbatches"):
+        if getattr(plan, name) < 1:
+            raise PlanError(f"$.{name}: expected at least 1, got {getattr(plan, name)}")
     if plan.schedule not in TRAINING_SCHEDULES:
         raise PlanError(f"$.schedule: unknown schedule {plan.schedule!r}; known: {', '.join(TRAINING_SCHEDULES)}")
     _validate_ops(plan)

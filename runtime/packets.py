@@ -23,10 +23,8 @@ def encode(values: list[Any], wants_gradient: list[bool]) -> torch.Tensor:
     ``wants_gradient[i]`` says, for a tensor ``values[i]``, that the receiver shall send a gradient back.
     """
     tensors: list[torch.Tensor] = []
-    described = [
-        _describe(value, wanted, tensors) for value, wanted in zip(values, wants_gradient)
-    ]
-    header = _header_bytes(json.dumps(described))
+    described = [_describe(value, tensors) for value in values]
+    header = _header_bytes(json.dumps([described, wants_gradient]))
     offsets, total = _offsets(len(header), tensors)
     packet = torch.empty(total, dtype=torch.uint8)
     packet[:PREFIX_BYTES] = torch.tensor([total, len(header)], dtype=torch.int64).view(torch.uint8)
@@ -41,10 +39,10 @@ def decode(packet: torch.Tensor, device: torch.device) -> tuple[list[Any], list[
     """Unpack what :func:`encode` packed; tensors on a CPU share the packet's memory."""
     header_bytes = int(packet[8:PREFIX_BYTES].view(torch.int64).item())
     header = packet[PREFIX_BYTES : PREFIX_BYTES + header_bytes].numpy().tobytes()
-    described = _parsed(header)
+    described, wants_gradient = _parsed(header)
     tensors = _read_tensors(packet, header_bytes, described, device)
     values = [_rebuild(item, tensors) for item in described]
-    return values, [bool(item.get("g")) if isinstance(item, dict) else False for item in described]
+    return values, list(wants_gradient)
 
 
 def total_bytes(prefix: torch.Tensor) -> int:
@@ -62,14 +60,14 @@ def _parsed(header: bytes) -> Any:
     return json.loads(header)
 
 
-def _describe(value: Any, wanted: bool, tensors: list[torch.Tensor]) -> Any:
+def _describe(value: Any, tensors: list[torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided:
             raise TypeError(f"a {value.layout} tensor cannot cross a stage boundary")
         index = len(tensors)
         tensors.append(value.detach())
         dtype = str(value.dtype).removeprefix("torch.")
-        return {"t": index, "d": dtype, "s": list(value.shape), "r": list(_dense_strides(value)), "g": wanted}
+        return {"t": index, "d": dtype, "s": list(value.shape), "r": list(_dense_strides(value))}
     if isinstance(value, torch.Size):
         return {"z": list(value)}
     if isinstance(value, torch.dtype):
@@ -77,11 +75,11 @@ def _describe(value: Any, wanted: bool, tensors: list[torch.Tensor]) -> Any:
     if isinstance(value, torch.device):
         return {"v": str(value)}
     if type(value) is tuple:
-        return {"u": [_describe(item, wanted, tensors) for item in value]}
+        return {"u": [_describe(item, tensors) for item in value]}
     if type(value) is list:
-        return {"l": [_describe(item, wanted, tensors) for item in value]}
+        return {"l": [_describe(item, tensors) for item in value]}
     if type(value) is dict:
-        return {"m": {key: _describe(item, wanted, tensors) for key, item in value.items()}}
+        return {"m": {key: _describe(item, tensors) for key, item in value.items()}}
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"c": value}
     raise TypeError(f"a value of type {type(value).__name__} cannot cross a stage boundary")

@@ -9,7 +9,12 @@ from ..instructions import COMPUTE, RECEIVES, SENDS, WHOLE_BATCH, Instruction, O
 from .lower import Program
 
 Message = tuple[Op, int, int, int]
-_FORWARD_KIND = {Op.SEND_ACT: Op.SEND_ACT, Op.RECV_ACT: Op.SEND_ACT, Op.SEND_GRAD: Op.SEND_GRAD, Op.RECV_GRAD: Op.SEND_GRAD}
+_SENT_AS = {
+    Op.SEND_ACT: Op.SEND_ACT,
+    Op.RECV_ACT: Op.SEND_ACT,
+    Op.SEND_GRAD: Op.SEND_GRAD,
+    Op.RECV_GRAD: Op.SEND_GRAD,
+}
 
 
 def check(program: Program, *, max_in_flight: tuple[int, ...] | None = None) -> None:
@@ -18,8 +23,8 @@ def check(program: Program, *, max_in_flight: tuple[int, ...] | None = None) -> 
     ``max_in_flight`` bounds, per worker, the microbatches held at once.
 
     The deadlock check runs the program under the strictest rule: a send blocks until the peer reaches the matching
-    receive, and each ordered pair of workers has one channel that delivers in order (NCCL's rule). Linear in the
-    number of instructions.
+    receive, each ordered pair of workers has one channel that delivers in order (NCCL's rule), and a reduction blocks
+    until every replica of its stage reaches it. Linear in the number of instructions.
 
     Raises:
         PlanError: naming the worker, the position and the instruction that breaks a rule.
@@ -139,37 +144,42 @@ def message_of(i: Instruction) -> Message:
     """Name the message that a send or a receive is about: kind, sending stage, receiving stage, microbatch."""
     sends = i.op in SENDS
     origin, target = (i.stage, i.peer_stage) if sends else (i.peer_stage, i.stage)
-    return (_FORWARD_KIND[i.op], origin, target, i.microbatch)
+    return (_SENT_AS[i.op], origin, target, i.microbatch)
 
 
 def _check_rendezvous(program: Program) -> None:
     """Run the transfers and reductions with blocking semantics; whoever cannot move at the end is in a deadlock."""
-    transfers = [
-        [(position, i) for position, i in enumerate(instructions) if i.op in SENDS or i.op in RECEIVES]
+    waits = [
+        [(position, i) for position, i in enumerate(instructions) if i.op in SENDS | RECEIVES or i.op is Op.REDUCE]
         for instructions in program.workers
     ]
-    at = [0] * len(transfers)
+    at = [0] * len(waits)
     moved = True
     while moved:
         moved = False
-        for worker, mine in enumerate(transfers):
+        for worker, mine in enumerate(waits):
             while at[worker] < len(mine):
-                _, i = mine[at[worker]]
-                peer = i.peer_worker
-                if at[peer] >= len(transfers[peer]):
+                position, i = mine[at[worker]]
+                party = program.layout.workers[i.stage] if i.op is Op.REDUCE else (worker, i.peer_worker)
+                if any(at[w] == len(waits[w]) for w in party):
                     break
-                _, other = transfers[peer][at[peer]]
-                if other.peer_worker != worker or (other.op in SENDS) == (i.op in SENDS):
+                heads = [waits[w][at[w]][1] for w in party]
+                if i.op is Op.REDUCE:
+                    if any(head != i for head in heads):
+                        break
+                elif not _meet(worker, i, heads[1]):
                     break
-                if message_of(other) != message_of(i):
-                    _refuse(program, worker, mine[at[worker]][0], f"meets {other} of worker {peer}: another message")
-                at[worker] += 1
-                at[peer] += 1
+                elif message_of(heads[1]) != message_of(i):
+                    _refuse(program, worker, position, f"meets {heads[1]} of worker {i.peer_worker}: another message")
+                for w in party:
+                    at[w] += 1
                 moved = True
-    for worker, mine in enumerate(transfers):
-        if at[worker] < len(mine):
-            position, i = mine[at[worker]]
-            waiting = [
-                f"worker {w} at {transfers[w][at[w]][1]}" for w in range(len(at)) if at[w] < len(transfers[w])
-            ]
-            _refuse(program, worker, position, f"deadlock: {'; '.join(waiting)}")
+    stuck = [(w, *mine[at[w]]) for w, mine in enumerate(waits) if at[w] < len(mine)]
+    if stuck:
+        worker, position, _ = stuck[0]
+        _refuse(program, worker, position, f"deadlock: {'; '.join(f'worker {w} at {i}' for w, _, i in stuck)}")
+
+
+def _meet(worker: int, i: Instruction, other: Instruction) -> bool:
+    """Say whether a transfer of ``worker`` and what its peer has come to are the two ends of one channel."""
+    return other.peer_worker == worker and other.op is not Op.REDUCE and (other.op in SENDS) != (i.op in SENDS)

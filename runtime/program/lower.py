@@ -1,8 +1,9 @@
 """Lowering: the compute order per worker becomes instructions with sends, receives, frees and reductions.
 
-Every transfer gets a place in one global order that respects all dependencies, and each worker lists its own
-instructions in that order. So even if a send blocks until its receive is posted, on one in-order channel per pair of
-workers, the earliest unfinished transfer of the global order can always proceed: no deadlock.
+Every transfer and reduction gets a place in one global order that respects all dependencies, and each worker lists its
+own instructions in that order. So even if a send blocks until its receive is posted, on one in-order channel per pair
+of workers, and a reduction until all replicas have reached it, the earliest unfinished one can always proceed: no
+deadlock.
 """
 
 from __future__ import annotations
@@ -58,11 +59,7 @@ class _Lowering:
         self.has_backwards = any(action.kind == "B" for order in orders for action in order)
         self.end_of: dict[Action, int] = {}
         self.programs: list[list[Instruction]] = [[] for _ in range(layout.n_workers)]
-        self.backwards_left = {
-            (s, worker): len(layout.microbatches_of(s, r, n_microbatches))
-            for s, owners in enumerate(layout.workers)
-            for r, worker in enumerate(owners)
-        }
+        self.backwards_left = [n_microbatches] * layout.n_stages
 
     def run(self) -> tuple[tuple[Instruction, ...], ...]:
         position = [0] * len(self.orders)
@@ -85,7 +82,6 @@ class _Lowering:
             free_at[worker] = self.end_of[action] = start + _UNIT_TIME[action.kind]
             position[worker] += 1
             self._emit(worker, action)
-        self._reduce_idle_replicas()
         return tuple(tuple(program) for program in self.programs)
 
     def _dependencies(self, action: Action) -> list[Action]:
@@ -113,9 +109,11 @@ class _Lowering:
         own.append(Instruction(Op.BACKWARD, s, m))
         self._transfer(worker, s, m, self.layout.producers(s, gradients=True), Op.SEND_GRAD, Op.RECV_GRAD)
         own.append(Instruction(Op.FREE, s, m))
-        self.backwards_left[s, worker] -= 1
-        if self.backwards_left[s, worker] == 0:
-            own.append(Instruction(Op.REDUCE, s, WHOLE_BATCH))
+        self.backwards_left[s] -= 1
+        if self.backwards_left[s] == 0:
+            # One place in the global order for all replicas, those that were given no microbatch included.
+            for owner in self.layout.workers[s]:
+                self.programs[owner].append(Instruction(Op.REDUCE, s, WHOLE_BATCH))
 
     def _transfer(self, worker: int, s: int, m: int, peers: tuple[int, ...], send: Op, receive: Op) -> None:
         for peer in peers:
@@ -123,12 +121,3 @@ class _Lowering:
             if other != worker:
                 self.programs[worker].append(Instruction(send, s, m, peer, other))
                 self.programs[other].append(Instruction(receive, peer, m, s, worker))
-
-    def _reduce_idle_replicas(self) -> None:
-        """Let a replica that was given no microbatch take part in the reduction of its stage."""
-        if not self.has_backwards:
-            return
-        for (s, worker), left in self.backwards_left.items():
-            done = Instruction(Op.REDUCE, s, WHOLE_BATCH)
-            if left == 0 and done not in self.programs[worker]:
-                self.programs[worker].append(done)

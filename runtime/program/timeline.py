@@ -61,14 +61,15 @@ class Timeline:
 
         A forward prints its microbatch's last digit, a backward the letter of the same number (0 is ``a``), idle ``.``.
         """
-        if not self.spans:
+        makespan_s = self.makespan_s
+        if not makespan_s:
             return ""
         rows = defaultdict(lambda: ["."] * columns)
         for span in self.spans:
             if span.op not in _SHORT:
                 continue
-            first = min(int(span.start_s / self.makespan_s * columns), columns - 1)
-            last = max(first + 1, round(span.end_s / self.makespan_s * columns))
+            first = min(int(span.start_s / makespan_s * columns), columns - 1)
+            last = max(first + 1, round(span.end_s / makespan_s * columns))
             mark = str(span.microbatch % 10) if span.op == "F" else chr(ord("a") + span.microbatch % 10)
             for column in range(first, min(last, columns)):
                 rows[span.worker][column] = mark

@@ -15,7 +15,7 @@ from stagecut.errors import ConstraintError, InfeasibleError
 from stagecut.partitioner.cut import Cut, CutDevice, solve
 
 KINDS = ("gpu", "cpu")
-MOST_ASSIGNMENTS = 2500
+MOST_ASSIGNMENTS = 2200
 property_test = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
@@ -92,7 +92,12 @@ def brute_force_ordered(graph: nx.DiGraph, devices: Sequence[CutDevice], in_flig
 
 def brute_force_unordered(graph: nx.DiGraph, devices: Sequence[CutDevice], in_flight: Sequence[int]) -> float:
     best = math.inf
-    arrangements = list(itertools.permutations(devices))
+    pinned = {pin for _, pin in graph.nodes(data="pin") if pin is not None}
+    sorts = {
+        tuple((d.kind, d.memory_bytes, d.pays_transfers, d.name if d.name in pinned else "") for d in order): order
+        for order in itertools.permutations(devices)
+    }
+    arrangements = list(sorts.values())
     for stages in monotone_stages(graph, len(devices)):
         used = [stage for stage in stages if stage]
         if not all(stages[: len(used)]):
@@ -219,3 +224,130 @@ def test_bound_holds_when_downsets_run_out(
 ) -> None:
     graph, devices, in_flight = problem
     check_against_brute_force(graph, devices, in_flight, ordered, max_downsets=most)
+
+
+def chain(times: Sequence[float], memory_bytes: float = 0.0) -> nx.DiGraph:
+    graph = nx.path_graph(len(times), create_using=nx.DiGraph)
+    for v, seconds in enumerate(times):
+        graph.nodes[v].update(compute_s={"cpu": seconds}, memory_bytes=memory_bytes)
+    return graph
+
+
+def cpus(n: int, memory_bytes: float | None = None) -> list[CutDevice]:
+    return [CutDevice(f"cpu:{i}", "cpu", memory_bytes) for i in range(n)]
+
+
+def test_devices_are_read_from_the_graph() -> None:
+    graph = chain([1.0, 2.0])
+    graph.graph["devices"] = [{"name": "x", "kind": "cpu", "memory_bytes": None, "pays_transfers": True}]
+    assert solve(graph).order == ("x",)
+
+
+def test_unordered_devices_may_stay_unused_where_transfers_are_dear() -> None:
+    graph = chain([1.0, 1.0])
+    graph.graph["transfers"] = [{"nodes": [0, 1], "seconds": 5.0}]
+    assert solve(graph, cpus(2)).order == ("cpu:0",)
+    assert solve(graph, cpus(2), ordered=True).loads_s == (6.0, 6.0)
+
+
+def test_ordered_stage_holds_work_even_if_idle_nodes_could_fill_it() -> None:
+    graph = chain([0.0, 4.0, 1.0, 0.0])
+    cut = solve(graph, cpus(2), ordered=True)
+    assert cut.stage_of == {0: 0, 1: 0, 2: 1, 3: 1}
+
+
+def test_nodes_without_time_fill_stages_where_too_few_take_time() -> None:
+    cut = solve(chain([0.0, 1.0, 0.0]), cpus(3), ordered=True)
+    assert cut.stage_of == {0: 0, 1: 1, 2: 2}
+
+
+def test_in_flight_microbatches_count_against_the_limit() -> None:
+    graph = chain([1.0, 1.0, 1.0, 1.0])
+    nx.set_node_attributes(graph, 10.0, "stash_bytes")
+    cut = solve(graph, cpus(2, 30.0), ordered=True, in_flight=[3, 1])
+    assert cut.memory_bytes == (30.0, 30.0)
+    assert cut.loads_s == (1.0, 3.0)
+
+
+def test_same_input_gives_the_same_cut() -> None:
+    graph = nx.gnp_random_graph(30, 0.1, seed=3, directed=True)
+    graph = nx.DiGraph((u, v) for u, v in graph.edges if u < v)
+    for v in graph:
+        graph.nodes[v]["compute_s"] = {"cpu": 1.0}
+    first, second = (solve(graph, cpus(4)) for _ in range(2))
+    assert first.optimal
+    assert (first.stage_of, first.order) == (second.stage_of, second.order)
+
+
+def test_when_time_is_up_the_bound_is_proven_and_the_cut_is_not_called_optimal() -> None:
+    graph = nx.DiGraph()
+    for v in range(60):
+        graph.add_node(v, compute_s={"cpu": 1.0 + 0.01 * (v * 37 % 60)})
+    graph.add_edges_from((v, v + 6) for v in range(54))
+    graph.graph["transfers"] = [{"nodes": [v, v + 6], "seconds": 0.37 + 0.01 * (v % 7)} for v in range(54)]
+    cut = solve(graph, cpus(7), time_limit_s=0.5, max_downsets=300)
+    check_cut(graph, cpus(7), [1] * 7, False, cut)
+    assert sum(costs["cpu"] for _, costs in graph.nodes(data="compute_s")) / 7 <= cut.lower_bound * (1 + 1e-9)
+    assert not cut.optimal
+    assert cut.lower_bound < cut.max_load
+
+
+def test_memory_error_names_the_device_the_bytes_and_what_would_fit() -> None:
+    with pytest.raises(InfeasibleError) as caught:
+        solve(chain([1.0] * 4, memory_bytes=10.0), cpus(2, 15.0))
+    text = str(caught.value)
+    assert "20 bytes on 'cpu:0', 5 more than its 15" in text
+    assert "raise every limit by 5 bytes" in text
+    assert "use 4 devices" in text
+
+
+def test_memory_error_says_when_one_node_is_too_large_for_any_device() -> None:
+    graph = chain([1.0, 1.0], memory_bytes=1.0)
+    graph.nodes[1]["memory_bytes"] = 40.0
+    with pytest.raises(InfeasibleError, match=r"\[1\] alone need 40"):
+        solve(graph, cpus(2, 15.0))
+
+
+def test_too_many_stages_are_refused_with_the_most_there_can_be() -> None:
+    graph = chain([1.0, 1.0, 1.0])
+    graph.graph["together"] = [[0, 1]]
+    with pytest.raises(InfeasibleError, match="at most 2 stages"):
+        solve(graph, cpus(3), ordered=True)
+
+
+def test_pins_against_the_order_of_the_devices_are_refused() -> None:
+    graph = chain([1.0, 1.0])
+    graph.nodes[0]["pin"], graph.nodes[1]["pin"] = "cpu:1", "cpu:0"
+    assert solve(graph, cpus(2)).order == ("cpu:1", "cpu:0")
+    with pytest.raises(ConstraintError, match="pinned"):
+        solve(graph, cpus(2), ordered=True)
+
+
+BAD_GRAPHS: dict[str, dict[str, Any]] = {
+    "unknown device": {"nodes": {0: {"pin": "nowhere"}}},
+    "kind of the pinned device": {"nodes": {0: {"pin": "cpu:0", "kinds": ["gpu"], "compute_s": {"gpu": 1.0}}}},
+    "unknown node in together": {"graph": {"together": [[0, 9]]}},
+    "unknown node in a transfer": {"graph": {"transfers": [{"nodes": [0, 9], "seconds": 1.0}]}},
+    "two pins in one stage": {"nodes": {0: {"pin": "cpu:0"}, 2: {"pin": "cpu:1"}}, "graph": {"together": [[0, 2]]}},
+    "pins around a pinned node": {"nodes": {0: {"pin": "cpu:0"}, 1: {"pin": "cpu:1"}, 2: {"pin": "cpu:0"}}},
+    "negative time": {"nodes": {0: {"compute_s": {"cpu": -1.0}}}},
+    "no time for a kind": {"nodes": {0: {"kinds": ["tpu"]}}},
+    "no times": {"nodes": {0: {"compute_s": None}}},
+}
+
+
+@pytest.mark.parametrize("what", BAD_GRAPHS)
+def test_contradictions_are_named(what: str) -> None:
+    graph = chain([1.0, 1.0, 1.0])
+    for node, attributes in BAD_GRAPHS[what].get("nodes", {}).items():
+        graph.nodes[node].update(attributes)
+    graph.graph.update(BAD_GRAPHS[what].get("graph", {}))
+    devices = [*cpus(2), CutDevice("gpu:0", "gpu")]
+    with pytest.raises(ConstraintError):
+        solve(graph, devices)
+
+
+@pytest.mark.parametrize(("devices", "in_flight"), [([], None), (cpus(1) * 2, None), (cpus(2), [1]), (cpus(1), [-1])])
+def test_bad_devices_are_refused(devices: list[CutDevice], in_flight: list[int] | None) -> None:
+    with pytest.raises(ConstraintError):
+        solve(chain([1.0]), devices, in_flight=in_flight)

@@ -1,0 +1,306 @@
+"""The checks of a program against an executor that blocks wherever a transport may block."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from stagecut.errors import PlanError
+from stagecut.runtime.instructions import RECEIVES, SENDS, WHOLE_BATCH, Instruction, Layout, Op
+from stagecut.runtime.program import Program, check, lower
+from stagecut.runtime.schedules import TRAINING_SCHEDULES, schedule
+
+property_test = settings(max_examples=150, deadline=None, derandomize=True)
+mutation_test = settings(max_examples=500, deadline=None, derandomize=True)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """A chain of 1 to 5 stages with 1 to 3 replicas each, skips over any stages, gradients on some of the wires."""
+    n_stages = draw(st.integers(1, 5))
+    workers, first = [], 0
+    for _ in range(n_stages):
+        n_replicas = draw(st.integers(1, 3))
+        workers.append(tuple(range(first, first + n_replicas)))
+        first += n_replicas
+    chain = [(s, s + 1) for s in range(n_stages - 1) if draw(st.integers(0, 9))]
+    skips = [(a, b) for a in range(n_stages) for b in range(a + 2, n_stages) if not draw(st.integers(0, 2))]
+    wires = sorted({*chain, *skips})
+    return Layout(tuple(workers), tuple(wires), tuple(wire for wire in wires if draw(st.integers(0, 3))))
+
+
+def shared(layout: Layout, n_workers: int) -> Layout:
+    """The same stages dealt to few workers, so that some own several."""
+    workers = tuple(tuple(dict.fromkeys(worker % n_workers for worker in owners)) for owners in layout.workers)
+    used = sorted({worker for owners in workers for worker in owners})
+    return replace(layout, workers=tuple(tuple(used.index(worker) for worker in owners) for owners in workers))
+
+
+@st.composite
+def programs(draw: st.DrawFn, names: tuple[str, ...]) -> Program:
+    layout, name, n = draw(layouts()), draw(st.sampled_from(names)), draw(st.integers(1, 8))
+    if name != "1f1b" and draw(st.booleans()):
+        layout = shared(layout, draw(st.integers(1, 4)))
+    return lower(name, layout, schedule(name, layout, n), n)
+
+
+class Broken(Exception):
+    """The executor cannot go on."""
+
+
+class BlockingExecutor:
+    """Run a program on values, by rules as strict as a transport's can be.
+
+    A send blocks until the receiving worker stands at a receive from the sender, and what it then gets is what was
+    sent, wanted or not. A reduction blocks until every replica of the stage stands at it.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.layout = program, program.layout
+        ops = {i.op for instructions in program.workers for i in instructions}
+        self.kinds = ops & {Op.FORWARD, Op.BACKWARD}
+        self.at = [0] * len(program.workers)
+        self.inbox: dict[tuple[int, Op, int, int], dict[int, tuple[object, ...]]] = defaultdict(dict)
+        self.result: dict[tuple[int, Op, int, int], tuple[object, ...]] = {}
+        self.ran: list[tuple[Op, int, int]] = []
+        self.reduced: list[tuple[int, int]] = []
+
+    def head(self, worker: int) -> Instruction | None:
+        mine = self.program.workers[worker]
+        return mine[self.at[worker]] if self.at[worker] < len(mine) else None
+
+    def run(self) -> None:
+        everyone = range(len(self.at))
+        while any(self.head(worker) for worker in everyone):
+            if not any(self.step(worker) for worker in everyone):
+                raise Broken(f"nobody moves: {[str(self.head(worker)) for worker in everyone]}")
+        for s in range(self.layout.n_stages):
+            for m in range(self.program.n_microbatches):
+                for kind in self.kinds:
+                    if self.ran.count((kind, s, m)) != 1:
+                        raise Broken(f"{kind} of {s}, {m} ran {self.ran.count((kind, s, m))} times")
+        if Op.BACKWARD in self.kinds:
+            wanted = sorted((s, worker) for s, owners in enumerate(self.layout.workers) for worker in owners)
+            if sorted(self.reduced) != wanted:
+                raise Broken(f"reduced {self.reduced}")
+        if self.result:
+            raise Broken(f"still held: {list(self.result)}")
+
+    def step(self, worker: int) -> bool:
+        i = self.head(worker)
+        if i is None:
+            return False
+        if i.op in (Op.FORWARD, Op.BACKWARD):
+            self.compute(worker, i)
+        elif i.op in SENDS:
+            other = self.head(i.peer_worker)
+            if other is None or other.op not in RECEIVES or other.peer_worker != worker:
+                return False
+            self.deliver(worker, i, other)
+            self.at[i.peer_worker] += 1
+        elif i.op in RECEIVES:
+            return False
+        elif i.op is Op.FREE:
+            for kind in (Op.FORWARD, Op.BACKWARD):
+                self.result.pop((worker, kind, i.stage, i.microbatch), None)
+                self.inbox.pop((worker, kind, i.stage, i.microbatch), None)
+        else:
+            owners = self.layout.workers[i.stage]
+            if any(self.head(owner) != i for owner in owners):
+                return False
+            for owner in owners:
+                self.at[owner] += 1
+                self.reduced.append((i.stage, owner))
+            return True
+        self.at[worker] += 1
+        return True
+
+    def compute(self, worker: int, i: Instruction) -> None:
+        s, m = i.stage, i.microbatch
+        backward = i.op is Op.BACKWARD
+        peers = self.layout.consumers(s, gradients=True) if backward else self.layout.producers(s)
+        given_by = self.inbox[worker, i.op, s, m]
+        for peer in peers:
+            if given_by.get(peer) != (i.op, peer, m):
+                raise Broken(f"{i} on worker {worker} has {given_by.get(peer)} of stage {peer}")
+        if backward and Op.FORWARD in self.kinds and (worker, Op.FORWARD, s, m) not in self.result:
+            raise Broken(f"{i}: no activations")
+        if self.layout.worker_of(s, m) == worker:
+            self.ran.append((i.op, s, m))
+        self.result[worker, i.op, s, m] = (i.op, s, m)
+        targets = self.layout.producers(s, gradients=True) if backward else self.layout.consumers(s)
+        for target in targets:
+            if self.layout.worker_of(target, m) == worker:
+                self.inbox[worker, i.op, target, m][s] = (i.op, s, m)
+
+    def deliver(self, worker: int, send: Instruction, receive: Instruction) -> None:
+        kind = Op.FORWARD if send.op is Op.SEND_ACT else Op.BACKWARD
+        if (worker, kind, send.stage, send.microbatch) not in self.result:
+            raise Broken(f"{send}: nothing to send")
+        wanted = Op.FORWARD if receive.op is Op.RECV_ACT else Op.BACKWARD
+        packet = self.result[worker, kind, send.stage, send.microbatch]
+        self.inbox[send.peer_worker, wanted, receive.stage, receive.microbatch][receive.peer_stage] = packet
+
+
+def dependent(a: Instruction, b: Instruction) -> bool:
+    return (a.stage, a.microbatch) == (b.stage, b.microbatch) or WHOLE_BATCH in (a.microbatch, b.microbatch)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> Program:
+    """A program of a schedule with one to three of its instructions dropped, doubled, moved or exchanged."""
+    program = draw(programs((*TRAINING_SCHEDULES, "forward-only", "backward-only")))
+    workers = [list(instructions) for instructions in program.workers]
+    for _ in range(draw(st.integers(1, 3))):
+        mine = workers[draw(st.sampled_from([w for w, own in enumerate(workers) if own] or [0]))]
+        what = draw(st.sampled_from(["drop", "double", "exchange", "exchange dependent", "move"]))
+        position = draw(st.integers(0, max(0, len(mine) - 1)))
+        if what == "exchange dependent":
+            pairs = [p for p in range(len(mine) - 1) if dependent(mine[p], mine[p + 1])]
+            position = draw(st.sampled_from(pairs)) if pairs else position
+        if not mine:
+            continue
+        if what == "drop":
+            del mine[position]
+        elif what == "double":
+            mine.insert(position, mine[position])
+        elif what == "move":
+            mine.insert(draw(st.integers(0, len(mine) - 1)), mine.pop(position))
+        elif position + 1 < len(mine):
+            mine[position], mine[position + 1] = mine[position + 1], mine[position]
+    return replace(program, workers=tuple(tuple(own) for own in workers))
+
+
+@property_test
+@given(programs((*TRAINING_SCHEDULES, "forward-only", "backward-only")))
+def test_what_lowering_makes_is_accepted_and_runs_even_if_every_transfer_blocks(program: Program) -> None:
+    check(program)
+    BlockingExecutor(program).run()
+
+
+@mutation_test
+@given(damaged())
+def test_a_damaged_program_is_refused_or_runs_to_its_end(program: Program) -> None:
+    try:
+        check(program)
+    except PlanError as error:
+        refusal = error.message
+    else:
+        refusal = None
+    event("accepted" if refusal is None else "refused")
+    if refusal is None:
+        BlockingExecutor(program).run()
+        return
+    named = {str(i) for instructions in program.workers for i in instructions}
+    missing = {
+        str(Instruction(op, s, m))
+        for op in (Op.FORWARD, Op.BACKWARD)
+        for s in range(program.layout.n_stages)
+        for m in range(program.n_microbatches)
+    }
+    kept = "is never freed" in refusal or "never completes its gradients" in refusal
+    assert kept or any(name in refusal for name in named | missing)
+
+
+def two_workers(first: list[Instruction], second: list[Instruction]) -> Program:
+    layout = Layout(((0,), (1,)), ((0, 1),), ((0, 1),))
+    return Program("by hand", layout, 2, (tuple(first), tuple(second)))
+
+
+def by_hand() -> tuple[list[Instruction], list[Instruction]]:
+    """Two stages, two microbatches, one forward one backward."""
+    first = [
+        Instruction(Op.FORWARD, 0, 0),
+        Instruction(Op.SEND_ACT, 0, 0, 1, 1),
+        Instruction(Op.FORWARD, 0, 1),
+        Instruction(Op.RECV_GRAD, 0, 0, 1, 1),
+        Instruction(Op.SEND_ACT, 0, 1, 1, 1),
+        Instruction(Op.BACKWARD, 0, 0),
+        Instruction(Op.FREE, 0, 0),
+        Instruction(Op.RECV_GRAD, 0, 1, 1, 1),
+        Instruction(Op.BACKWARD, 0, 1),
+        Instruction(Op.FREE, 0, 1),
+        Instruction(Op.REDUCE, 0, WHOLE_BATCH),
+    ]
+    second = [
+        Instruction(Op.RECV_ACT, 1, 0, 0, 0),
+        Instruction(Op.FORWARD, 1, 0),
+        Instruction(Op.BACKWARD, 1, 0),
+        Instruction(Op.SEND_GRAD, 1, 0, 0, 0),
+        Instruction(Op.FREE, 1, 0),
+        Instruction(Op.RECV_ACT, 1, 1, 0, 0),
+        Instruction(Op.FORWARD, 1, 1),
+        Instruction(Op.BACKWARD, 1, 1),
+        Instruction(Op.SEND_GRAD, 1, 1, 0, 0),
+        Instruction(Op.FREE, 1, 1),
+        Instruction(Op.REDUCE, 1, WHOLE_BATCH),
+    ]
+    return first, second
+
+
+def test_a_program_written_by_hand_is_accepted() -> None:
+    check(two_workers(*by_hand()))
+
+
+def test_two_workers_that_each_send_before_they_receive_are_in_a_deadlock() -> None:
+    first, second = by_hand()
+    first[3], first[4] = first[4], first[3]  # sends microbatch 1 while worker 1 sends the gradient of microbatch 0
+    with pytest.raises(PlanError, match="deadlock") as refused:
+        check(two_workers(first, second))
+    assert "worker 0, instruction 3, send activation(stage 0, microbatch 1) to stage 1" in refused.value.message
+    assert "worker 1 at send gradient(stage 1, microbatch 0) to stage 0" in refused.value.message
+
+
+def test_messages_that_pass_each_other_on_one_channel_are_refused() -> None:
+    layout = Layout(((0,), (1,)), ((0, 1),), ())
+    first = [Instruction(Op.FORWARD, 0, 0), Instruction(Op.FORWARD, 0, 1)]
+    first += [Instruction(Op.SEND_ACT, 0, 1, 1, 1), Instruction(Op.SEND_ACT, 0, 0, 1, 1)]
+    first += [Instruction(Op.FREE, 0, 0), Instruction(Op.FREE, 0, 1)]
+    second = [Instruction(Op.RECV_ACT, 1, 0, 0, 0), Instruction(Op.RECV_ACT, 1, 1, 0, 0)]
+    second += [Instruction(Op.FORWARD, 1, 0), Instruction(Op.FREE, 1, 0)]
+    second += [Instruction(Op.FORWARD, 1, 1), Instruction(Op.FREE, 1, 1)]
+    with pytest.raises(PlanError, match=r"send activation\(stage 0, microbatch 1\).*another message"):
+        check(Program("crossing", layout, 2, (tuple(first), tuple(second))))
+
+
+def remove(program: list[Instruction], op: Op, microbatch: int) -> list[Instruction]:
+    return [i for i in program if (i.op, i.microbatch) != (op, microbatch)]
+
+
+def test_each_broken_rule_is_named() -> None:
+    first, second = by_hand()
+    cases = {
+        r"F\(stage 1, microbatch 0\) is missing": (first, remove(second, Op.FORWARD, 0)),
+        r"free\(stage 0, microbatch 0\): uses what was freed before": (first[:6] + first[6:7] * 2 + first[7:], second),
+        r"B\(stage 0, microbatch 1\): runs more than once": (first[:9] + first[8:], second),
+        r"worker 1: stage 1 never completes its gradients": (first, second[:-1]),
+        r"worker 1: stage 1, microbatch 1 is never freed": (first, remove(second, Op.FREE, 1)),
+        r"B\(stage 1, microbatch 0\): uses what was freed before": (
+            first,
+            [*second[:2], second[4], *second[2:4], *second[5:]],
+        ),
+        r"F\(stage 1, microbatch 0\): needs the packet of stage 0": (first, second[1:2] + second[:1] + second[2:]),
+        r"B\(stage 1, microbatch 0\): its forward has not run": (first, [second[0], second[2], second[1], *second[3:]]),
+        r"send gradient\(stage 1, microbatch 0\).*sends what has not been computed": (
+            first,
+            [*second[:2], second[3], second[2], *second[4:]],
+        ),
+        r"B\(stage 0, microbatch 0\): runs after the gradients of its stage were reduced": (
+            [first[-1], *first[:-1]],
+            second,
+        ),
+        r"F\(stage 1, microbatch 0\): this worker does not own that stage": ([*first, second[1]], second),
+    }
+    for words, (one, two) in cases.items():
+        with pytest.raises(PlanError, match=words):
+            check(two_workers(one, two))
+
+
+def test_the_memory_cap_is_counted_in_microbatches_held_at_once() -> None:
+    program = two_workers(*by_hand())
+    check(program, max_in_flight=(2, 1))
+    with pytest.raises(PlanError, match=r"worker 0.*F\(stage 0, microbatch 1\): holds 2 microbatches where 1 fit"):
+        check(program, max_in_flight=(1, 1))

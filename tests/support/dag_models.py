@@ -1,0 +1,270 @@
+"""Random DAG models, random cuts of them, and the unsplit reference: what the exactness tests and benchmarks/parity.py share."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import stagecut
+from stagecut.partitioner.capture import capture
+from stagecut.partitioner.cluster import describe
+from stagecut.partitioner.planner import Wishes, make_plan, price
+
+WIDTH = 4
+T = TypeVar("T")
+
+
+class Chooser(Protocol):
+    """Where the choices come from: hypothesis in tests, a seeded generator in the benchmark."""
+
+    def choose(self, options: Sequence[T]) -> T:
+        """Pick one of ``options``."""
+
+
+class RandomChooser:
+    """Choices from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def choose(self, options: Sequence[T]) -> T:
+        return self._random.choice(options)
+
+
+UNARY = ("linear", "frozen", "again", "tied", "relu", "relu_", "tanh", "norm", "half", "detach", "sized", "mask", "kept", "heads")
+BINARY = ("add", "mul", "cat", "where", "sub_")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op of a random model: its kind, the earlier values that it uses, and a number for its parameters."""
+
+    kind: str
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DagSpec:
+    """A random model as data: inputs, ops, which values it returns, and which of them the loss uses."""
+
+    n_inputs: int
+    ops: tuple[Op, ...]
+    outputs: tuple[int, ...]
+    in_loss: tuple[int, ...]
+
+
+def draw_spec(chooser: Chooser, *, max_ops: int = 9) -> DagSpec:
+    """Draw a model; op i may use any input or earlier op, so there are skips, fan-out and dead ends."""
+    n_inputs = chooser.choose([1, 1, 2, 3])
+    n_ops = chooser.choose(range(2, max_ops + 1))
+    ops = [Op("linear", (0,))]
+    for _ in range(n_ops):
+        kind = chooser.choose(UNARY + BINARY)
+        count = 2 if kind in BINARY else 1
+        known = list(range(n_inputs + len(ops)))
+        ops.append(Op(kind, tuple(chooser.choose(known[-4:] if chooser.choose([True, False]) else known) for _ in range(count))))
+    ops.append(Op("linear", (n_inputs + len(ops) - 1,)))
+    values = list(range(n_inputs, n_inputs + len(ops)))
+    extra = [chooser.choose(values) for _ in range(chooser.choose([0, 0, 1, 2]))]
+    outputs = tuple(dict.fromkeys([values[-1], *extra]))
+    in_loss = tuple(v for v in outputs if v == values[-1] or chooser.choose([True, False]))
+    return DagSpec(n_inputs, tuple(ops), outputs, in_loss)
+
+
+class TwoHeads(nn.Module):
+    """A module that returns a tuple of a tensor, a dict and a plain number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.second = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor], float]:
+        return self.first(x), {"second": self.second(x)}, 0.5
+
+
+class Opaque(nn.Module):
+    """A module that branches on data, so it is kept whole and receives and returns containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, pair: tuple[torch.Tensor, float]) -> torch.Tensor:
+        x, factor = pair
+        if float(x.detach().sum()) > 1e9:
+            return x
+        return self.linear(x) * factor
+
+
+class DagModel(nn.Module):
+    """The model of a :class:`DagSpec`. All values are (batch, 4); the result is a dict of lists."""
+
+    def __init__(self, spec: DagSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.shared = nn.Linear(WIDTH, WIDTH)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.layers = nn.ModuleDict()
+        self.register_buffer("scale", torch.full((WIDTH,), 0.7))
+        for index, op in enumerate(spec.ops):
+            layer: nn.Module | None = None
+            if op.kind in ("linear", "frozen"):
+                layer = nn.Linear(WIDTH, WIDTH)
+                layer.requires_grad_(op.kind == "linear")
+            elif op.kind == "norm":
+                layer = nn.LayerNorm(WIDTH)
+            elif op.kind == "cat":
+                layer = nn.Linear(2 * WIDTH, WIDTH)
+            elif op.kind == "heads":
+                layer = nn.ModuleDict({"heads": TwoHeads(), "opaque": Opaque()})
+            if layer is not None:
+                self.layers[str(index)] = layer
+
+    def forward(self, first: torch.Tensor, *, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+        values = [first, *(extra["more"] if extra is not None else [])]
+        for index, op in enumerate(self.spec.ops):
+            values.append(self._apply_op(index, op.kind, [values[i] for i in op.inputs]))
+        return {"values": [values[i] for i in self.spec.outputs], "constant": 3}
+
+    def _apply_op(self, index: int, kind: str, inputs: list[torch.Tensor]) -> torch.Tensor:
+        x = inputs[0]
+        if kind in ("linear", "frozen", "norm"):
+            return self.layers[str(index)](x)
+        if kind == "again":
+            return self.shared(x)
+        if kind == "tied":
+            return F.linear(x, self.shared.weight.t())
+        if kind == "relu":
+            return F.relu(x)
+        if kind == "relu_":
+            return F.relu_(x * 1.5)
+        if kind == "tanh":
+            return torch.tanh(x)
+        if kind == "half":
+            return torch.chunk(x, 2, dim=1)[0].repeat(1, 2)
+        if kind == "detach":
+            return x.detach() * 0.5 + x
+        if kind == "sized":
+            return x.reshape(x.size(0), -1) / x.shape[1]
+        if kind == "mask":
+            return x.masked_fill(x.detach() < 0, 0.1)
+        if kind == "kept":
+            return x * self.scale
+        if kind == "heads":
+            a, b, factor = self.layers[str(index)]["heads"](x)
+            return self.layers[str(index)]["opaque"]((a, factor)) + b["second"] * factor
+        y = inputs[1]
+        if kind == "add":
+            return x + y
+        if kind == "mul":
+            return x * torch.sigmoid(y)
+        if kind == "cat":
+            return self.layers[str(index)](torch.cat([x, y], dim=1))
+        if kind == "where":
+            return torch.where(y > 0, x, y)
+        fresh = x + 0.0
+        fresh -= y
+        return fresh
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean over rows of a function of some of the outputs; sent to workers, so a plain object."""
+
+    used: tuple[int, ...]
+
+    def __call__(self, output: dict[str, Any], target: dict[str, torch.Tensor]) -> torch.Tensor:
+        parts = [((output["values"][i] - target["y"]) ** 2).sum(dim=1) * target["w"] for i in self.used]
+        return torch.stack(parts).sum(dim=0).mean()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with a batch and a way to cut and run it."""
+
+    model: DagModel
+    args: tuple[torch.Tensor, ...]
+    kwargs: dict[str, Any]
+    target: dict[str, torch.Tensor]
+    loss: Loss
+    plan: stagecut.Plan
+    devices: list[list[str]]
+
+
+def draw_case(chooser: Chooser, *, max_ops: int = 9, max_stages: int = 4, replicas: Sequence[int] = (1,)) -> Case:
+    """Draw model, batch size, cut, replica counts, microbatches and schedule."""
+    spec = draw_spec(chooser, max_ops=max_ops)
+    torch.manual_seed(chooser.choose(range(1000)))
+    model = DagModel(spec).double()
+    rows = chooser.choose([1, 2, 3, 5, 8, 11])
+    args, kwargs, target = make_batch(spec, rows)
+    loss = Loss(tuple(i for i, v in enumerate(spec.outputs) if v in spec.in_loss))
+    captured = capture(model, args, kwargs)
+    stage_of, n_stages = _draw_cut(chooser, captured, args, kwargs, max_stages)
+    devices = [["cpu"] * chooser.choose(replicas) for _ in range(n_stages)]
+    wishes = Wishes(chooser.choose([1, 2, 3, 4]), chooser.choose(["1f1b", "fill-drain"]), "analytic", stage_of)
+    plan = make_plan(captured, _tensors(args, kwargs), describe(devices), wishes)
+    return Case(model, args, kwargs, target, loss, plan, devices)
+
+
+def make_batch(spec: DagSpec, rows: int) -> tuple[tuple[torch.Tensor, ...], dict[str, Any], dict[str, torch.Tensor]]:
+    """Make arguments and targets with ``rows`` rows."""
+    inputs = [torch.randn(rows, WIDTH, dtype=torch.float64) for _ in range(spec.n_inputs)]
+    target = {"y": torch.randn(rows, WIDTH, dtype=torch.float64), "w": torch.rand(rows, dtype=torch.float64)}
+    kwargs = {"extra": {"more": inputs[1:], "flag": True}} if spec.n_inputs > 1 else {}
+    return (inputs[0],), kwargs, target
+
+
+def _tensors(args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    return [*args, *(kwargs["extra"]["more"] if kwargs else [])]
+
+
+def _draw_cut(
+    chooser: Chooser, captured: stagecut.Capture, args: Any, kwargs: Any, max_stages: int
+) -> tuple[dict[str, int], int]:
+    """Draw stages that are convex and keep together what must be; any downset chain can come out."""
+    graph = price(captured, _tensors(args, kwargs), args[0].shape[0], describe(["cpu"]), "analytic").graph
+    stage_of = {name: chooser.choose(range(max_stages)) for name in graph}
+    groups = graph.graph["together"]
+    changed = True
+    while changed:
+        before = dict(stage_of)
+        for name in graph:
+            stage_of[name] = max([stage_of[name], *(stage_of[p] for p in graph.predecessors(name))])
+        for group in groups:
+            latest = max(stage_of[name] for name in group)
+            stage_of.update(dict.fromkeys(group, latest))
+        changed = stage_of != before
+    used = sorted(set(stage_of.values()))
+    return {name: used.index(stage) for name, stage in stage_of.items()}, len(used)
+
+
+def reference(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Compute loss and gradients of the whole batch on a copy of the unsplit model, without stagecut."""
+    model = copy.deepcopy(case.model)
+    loss = case.loss(model(*case.args, **case.kwargs), case.target)
+    if loss.requires_grad:
+        loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def worst_error(case: Case, loss: torch.Tensor) -> float:
+    """Return the largest relative error of loss and gradients of ``case.model`` against the reference."""
+    expected_loss, expected = reference(case)
+    errors = [float((loss - expected_loss).abs() / expected_loss.abs().clamp_min(1e-12))]
+    largest = max((float(g.abs().max()) for g in expected.values() if g is not None), default=0.0)
+    for name, parameter in case.model.named_parameters():
+        given, wanted = parameter.grad, expected[name]
+        if (given is None) != (wanted is None):
+            raise AssertionError(f"{name}: gradient {'missing' if given is None else 'unexpected'}")
+        if given is not None and wanted is not None:
+            errors.append(float((given - wanted).abs().max() / max(float(wanted.abs().max()), 1e-3 * largest, 1e-12)))
+    return max(errors)

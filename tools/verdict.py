@@ -1,0 +1,148 @@
+"""What a plan means in a few sentences: the step, its limit, the cut, the waiting, the memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..partitioner.plan import Plan, StageRecord
+from ..runtime.program import Span, Timeline
+from .words import count, duration, memory, share, size
+
+_ALMOST_FULL = 0.9
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One short sentence per question that a reader has."""
+
+    step: str
+    limit: str
+    one_device: str
+    cut: str
+    crossing: str
+    waiting: str
+    fit: str
+
+    def line(self) -> str:
+        """Join what decides: the step, what limits it, and one device for comparison."""
+        return f"{self.step}; {self.limit}; {self.one_device}"
+
+
+def judge(plan: Plan, timeline: Timeline) -> Verdict:
+    """Say what ``plan`` means, from its own numbers and its ``timeline``."""
+    p = plan.prediction
+    return Verdict(
+        step=f"predicted step {duration(p.step_s)} ({p.cost_source} costs), bubble {share(p.bubble)}, {_order(plan)}",
+        limit=_limit(plan),
+        one_device=_one_device(plan),
+        cut=_cut(plan),
+        crossing=_crossing(plan),
+        waiting=_waiting(plan, timeline),
+        fit=_fit(plan),
+    )
+
+
+def stage_load_s(stage: StageRecord) -> float:
+    """Return the seconds of compute that one microbatch takes of a stage, shared by its replicas."""
+    return (stage.forward_s + stage.backward_s) / len(stage.devices)
+
+
+def slowest_stage(plan: Plan) -> StageRecord:
+    """Return the stage with the largest load."""
+    return max(plan.stages, key=stage_load_s)
+
+
+def occupied(timeline: Timeline, worker: int) -> list[Span]:
+    """List what keeps a worker busy, in order of time; what takes no time is left out."""
+    spans = [span for span in timeline.spans if span.worker == worker and span.end_s > span.start_s]
+    return sorted(spans, key=lambda span: (span.start_s, span.end_s))
+
+
+def idle_s(timeline: Timeline, worker: int) -> float:
+    """Return the seconds in which a worker neither computes nor sends nor reduces."""
+    idle = until = 0.0
+    for span in occupied(timeline, worker):
+        idle += max(0.0, span.start_s - until)
+        until = max(until, span.end_s)
+    return idle + max(0.0, timeline.makespan_s - until)
+
+
+def stages_of(plan: Plan) -> list[int]:
+    """Return the stage of each worker."""
+    return [stage.index for stage in plan.stages for _ in stage.devices]
+
+
+def crossing_bytes(plan: Plan, boundary: int) -> int:
+    """Count the bytes of one microbatch's forward that pass between stage ``boundary`` and the next."""
+    return sum(wire.n_bytes for wire in plan.wires for target in wire.targets if wire.source <= boundary < target)
+
+
+def _order(plan: Plan) -> str:
+    return f"{plan.schedule}, {count(plan.n_microbatches, 'microbatch', 'microbatches')}, {count(plan.batch_rows, 'row')}"
+
+
+def _limit(plan: Plan) -> str:
+    stage = slowest_stage(plan)
+    if len(plan.stages) == 1:
+        return "one stage, no cut"
+    mean = sum(map(stage_load_s, plan.stages)) / len(plan.stages)
+    over = stage_load_s(stage) / mean - 1 if mean else 0.0
+    balance = "all stages equal" if over < 0.005 else f"{share(over)} above the mean"
+    return f"limited by stage {stage.index}, {duration(stage_load_s(stage))} a microbatch ({balance})"
+
+
+def _one_device(plan: Plan) -> str:
+    step_s, one_s = plan.prediction.step_s, plan.prediction.one_device_s
+    if min(step_s, one_s) <= 0:
+        return "nothing to compare with one device"
+    if one_s < step_s:
+        return f"ONE DEVICE IS FASTER: {duration(one_s)}, {step_s / one_s:.2f} times as fast"
+    return f"one device takes {duration(one_s)}, {one_s / step_s:.2f} times as long"
+
+
+def _cut(plan: Plan) -> str:
+    p = plan.prediction
+    if len(plan.stages) == 1:
+        return f"1 stage of {count(len(plan.ops), 'op')}"
+    if p.optimal:
+        proof = "no cut has a smaller bottleneck (proven)"
+    elif p.lower_bound_s > 0:
+        proof = f"at most {share(p.bottleneck_s / p.lower_bound_s - 1)} above the best bottleneck (proven)"
+    else:
+        proof = "without a proven bound"
+    return f"{len(plan.ops)} ops in {len(plan.stages)} stages; {proof}"
+
+
+def _crossing(plan: Plan) -> str:
+    if not plan.wires:
+        return "nothing crosses between stages"
+    widest = max(range(len(plan.stages) - 1), key=lambda boundary: crossing_bytes(plan, boundary))
+    total = sum(wire.n_bytes * len(wire.targets) for wire in plan.wires)
+    back = sum(wire.n_bytes * len(wire.targets) for wire in plan.wires if wire.gradient)
+    return (
+        f"{count(len(plan.wires), 'value')}, {size(total)} forward and {size(back)} back a microbatch; "
+        f"most between stages {widest} and {widest + 1}: {size(crossing_bytes(plan, widest))}"
+    )
+
+
+def _waiting(plan: Plan, timeline: Timeline) -> str:
+    idle = [idle_s(timeline, w) for w in range(timeline.n_workers)]
+    if not idle or timeline.makespan_s <= 0:
+        return "nothing runs"
+    worker = max(range(len(idle)), key=idle.__getitem__)
+    least = min(idle) / timeline.makespan_s
+    most = f"worker {worker} (stage {stages_of(plan)[worker]}) waits longest, {duration(idle[worker])}"
+    return f"workers wait {share(least)} to {share(max(idle) / timeline.makespan_s)} of the step, {most}{_filling(plan)}"
+
+
+def _filling(plan: Plan) -> str:
+    """Say what part of the bubble no cut can avoid: (p - 1) / (m + p - 1) for p equal stages and m microbatches."""
+    p, m = len(plan.stages), min(plan.n_microbatches, max(1, plan.batch_rows // plan.layout().n_replicas))
+    return f"; filling and draining {p} equal stages is {share((p - 1) / (m + p - 1))}" if p > 1 else ""
+
+
+def _fit(plan: Plan) -> str:
+    stage = max(plan.stages, key=lambda stage: stage.memory_bytes / max(stage.memory_limit_bytes, 1.0))
+    filled = stage.memory_bytes / max(stage.memory_limit_bytes, 1.0)
+    word = "DOES NOT FIT" if filled > 1 else "fits, barely" if filled > _ALMOST_FULL else "fits"
+    return f"{word}: fullest is stage {stage.index}, {memory(stage)}"

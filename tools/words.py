@@ -1,0 +1,103 @@
+"""Numbers with units, and names from models made safe to print."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from ..partitioner.plan import Plan, StageRecord
+
+# What cluster.py and the planner write for a worker without a limit is larger than any memory.
+_NO_LIMIT = 2.0**61
+
+
+def duration(seconds: float) -> str:
+    """Write seconds with three digits.
+
+    >>> duration(0.0123456), duration(2.5e-5), duration(12.0)
+    ('12.3 ms', '0.025 ms', '12 s')
+    """
+    return f"{seconds:.3g} s" if seconds >= 10 else f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def size(n_bytes: float) -> str:
+    """Write bytes with three digits and a binary unit.
+
+    >>> size(65536), size(0), size(3.5 * 2**40)
+    ('64 KiB', '0 B', '3.5 TiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if n_bytes < 1000 or unit == "TiB":
+            break
+        n_bytes /= 1024
+    return f"{n_bytes:.3g} {unit}"
+
+
+def share(value: float) -> str:
+    """Write a share of 1 as percent; what is small and not nothing is not written as nothing.
+
+    >>> share(0.44), share(0.00004), share(0.0)
+    ('44%', '<1%', '0%')
+    """
+    return "<1%" if 0 < value < 0.005 else f"{value:.0%}"
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """Write a number with its noun.
+
+    >>> count(1, "value"), count(2, "value"), count(2, "box", "boxes")
+    ('1 value', '2 values', '2 boxes')
+    """
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def clean(name: str) -> str:
+    """Escape what is no printable character: a name cannot move a terminal's cursor or break an XML file.
+
+    >>> clean("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+
+
+def columns(text: str) -> int:
+    """Count the columns of ``text``; wide characters have two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cut ``text`` to ``limit`` columns and keep its end, which tells modules of one parent apart.
+
+    >>> shorten("encoder.layers.11.norm", 12)
+    '…ers.11.norm'
+    """
+    if columns(text) <= limit:
+        return text
+    while columns(text) > limit - 1:
+        text = text[1:]
+    return f"…{text}"
+
+
+def memory(stage: StageRecord) -> str:
+    """Write a stage's memory against its limit."""
+    if stage.memory_limit_bytes >= _NO_LIMIT:
+        return f"{size(stage.memory_bytes)}, no limit"
+    filled = stage.memory_bytes / stage.memory_limit_bytes if stage.memory_limit_bytes > 0 else 1.0
+    return f"{size(stage.memory_bytes)} of {size(stage.memory_limit_bytes)} ({share(filled)})"
+
+
+def devices(stage: StageRecord) -> str:
+    """List a stage's devices; many of one name are counted.
+
+    >>> from dataclasses import replace
+    >>> stage = StageRecord(0, ("cpu", "cpu"), 0.0, 0.0, 0, 0, 1, 0, 1.0)
+    >>> devices(stage), devices(replace(stage, devices=("A100:0", "A100:1")))
+    ('2 x cpu', 'A100:0, A100:1')
+    """
+    names = list(dict.fromkeys(stage.devices))
+    counts = [stage.devices.count(name) for name in names]
+    return ", ".join(clean(name) if n == 1 else f"{n} x {clean(name)}" for name, n in zip(names, counts))
+
+
+def n_ops(plan: Plan, stage: int) -> int:
+    """Count the ops of a stage."""
+    return sum(1 for op in plan.ops if op.stage == stage)
