@@ -17,7 +17,7 @@ from torch import fx, nn
 from ..errors import CaptureError
 from ..runtime.program import InputLeaf, InputSpec, OutputLeaf
 from ..structure import LEAF, Structure, call_leaves, flatten, leaf_paths, tensors_in, unflatten
-from .tracing import Tracer, TraceRefused
+from .tracing import Tracer, TraceRefused, put_back
 
 WHOLE_MODEL = ""
 _CHECK_ROWS = 2
@@ -160,10 +160,12 @@ def _unused(name: str, used: set[str]) -> str:
 def _own_random_state() -> Iterator[None]:
     """Leave the process's random state as it was."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 class _Ladder:
@@ -180,7 +182,8 @@ class _Ladder:
             evaluated = self._trace(training=False) if trained is not None else None
             if trained is None or evaluated is None:
                 continue
-            differing = _merge_modes(trained[0], evaluated[0])
+            same_result = trained[1] == evaluated[1]
+            differing = _merge_modes(trained[0], evaluated[0]) if same_result else WHOLE_MODEL
             if differing is None:
                 return self._finish(*trained)
             self._keep_whole(differing, "its graph in training differs from that in evaluation")
@@ -190,7 +193,7 @@ class _Ladder:
         tracer = Tracer(set(self.opaque))
         names = [leaf.graph_input for leaf in self.inputs.leaves]
         constants = [leaf.constant for leaf in self.inputs.leaves]
-        with _in_mode(self.model, training):
+        with _in_mode(self.model, training), put_back(self.model):
             try:
                 return tracer.trace_call(self.model, self.inputs.structure, names, constants)
             except Exception as error:
@@ -215,13 +218,14 @@ class _Ladder:
         return graph, LEAF
 
     def _finish(self, graph: fx.Graph, output_structure: Structure) -> Capture:
-        opaque = tuple(call for path, call in self.opaque.items() if WHOLE_MODEL not in self.opaque or path == WHOLE_MODEL)
+        opaque = tuple(call for path, call in self.opaque.items() if not self._inside_opaque(path))
         root: Any = nn.ModuleDict({"model": self.model}) if WHOLE_MODEL in self.opaque else self.model
         switches = {node.target: node.meta["mode_owner"] for node in graph.nodes if "mode_owner" in node.meta}
         targets = {str(node.target): None for node in graph.nodes if node.op == "call_module" and node.target not in switches}
         owners = {path: "" if WHOLE_MODEL in self.opaque else path for path in targets} | switches
         attributes: dict[str, Any] = {path: root.get_submodule(path) for path in targets}
-        attributes |= {path: ModeSwitch() for path in switches}
+        for path, owner in switches.items():
+            attributes[path] = ModeSwitch().train(self.model.get_submodule(owner).training)
         for node in graph.nodes:
             if node.op == "get_attr":
                 attributes[node.target] = _attribute(root, node.target)
@@ -231,6 +235,10 @@ class _Ladder:
             OutputLeaf(leaf.name) if isinstance(leaf, fx.Node) else OutputLeaf(None, leaf) for leaf in output.args[0]
         )
         return Capture(self.model, graph_module, self._named_inputs(graph), outputs, output_structure, opaque, owners)
+
+    def _inside_opaque(self, path: str) -> bool:
+        parts = path.split(".") if path else []
+        return any(".".join(parts[:count]) in self.opaque for count in range(len(parts)))
 
     def _named_inputs(self, graph: fx.Graph) -> InputSpec:
         """Take over the names that fx gave to the placeholders; it avoids Python's own, such as ``input``."""
@@ -285,8 +293,8 @@ def _merge_modes(trained: fx.Graph, evaluated: fx.Graph) -> str | None:
         return _owner_of(longer[min(len(ours), len(theirs))])
     count = 0
     for a, b in zip(ours, theirs):
-        flat_a, structure = flatten((list(a.args), dict(a.kwargs)))
-        flat_b, _ = flatten((list(b.args), dict(b.kwargs)))
+        flat_a, _ = _arguments(a)
+        flat_b, _ = _arguments(b)
         for index, (x, y) in enumerate(zip(flat_a, flat_b)):
             if isinstance(x, fx.Node) or _equal_values(x, y):
                 continue
@@ -295,18 +303,25 @@ def _merge_modes(trained: fx.Graph, evaluated: fx.Graph) -> str | None:
             switch.meta["mode_owner"] = _owner_of(a)
             flat_a[index] = switch
             count += 1
-        args, kwargs = unflatten(structure, flat_a)
-        a.args, a.kwargs = tuple(args), kwargs
+        leaves = iter(flat_a)
+        a.args, a.kwargs = fx.node.map_aggregate((a.args, a.kwargs), lambda _, leaves=leaves: next(leaves))
     return None
 
 
+def _arguments(node: fx.Node) -> tuple[list[Any], Any]:
+    """Return the leaves of a node's arguments, those inside slices too, and what is left without them."""
+    leaves: list[Any] = []
+    nesting = fx.node.map_aggregate((node.args, node.kwargs), leaves.append)
+    return leaves, nesting
+
+
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    flat_a, structure_a = flatten((list(a.args), dict(a.kwargs)))
-    flat_b, structure_b = flatten((list(b.args), dict(b.kwargs)))
-    if structure_a != structure_b:
+    flat_a, nesting_a = _arguments(a)
+    flat_b, nesting_b = _arguments(b)
+    if len(flat_a) != len(flat_b) or nesting_a != nesting_b:
         return False
     return all(
-        x.name == y.name if isinstance(x, fx.Node) and isinstance(y, fx.Node) else not isinstance(x, fx.Node) and not isinstance(y, fx.Node)
+        isinstance(x, fx.Node) == isinstance(y, fx.Node) and (not isinstance(x, fx.Node) or x.name == y.name)
         for x, y in zip(flat_a, flat_b)
     )
 
@@ -349,8 +364,10 @@ def _run(result: Capture, module: nn.Module, args: Any, kwargs: Any, rows: int |
     few_args, few_kwargs = unflatten(structure, leaves)
     buffers = [(buffer, buffer.clone()) for buffer in result.model.buffers()]
     torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), put_back(result.model):
             return module(*few_args, **few_kwargs)
     finally:
         for buffer, before in buffers:

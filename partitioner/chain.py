@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,7 @@ class _Table:
         step, key, reach = self.slots.steps[index], self.family.key, self.family.reach
         early = np.flatnonzero(self.value[step.source] < np.inf)
         late = np.flatnonzero(self.family.states[:, step.target])
+        pairs: Iterator[tuple[Any, Any]]
         if len(early) <= len(late):
             first, last = np.searchsorted(key[late], [key[early] + 1, key[early] + reach + 1])
             pairs = ((row, late[i:j]) for row, i, j in zip(early, first, last))

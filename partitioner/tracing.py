@@ -8,9 +8,11 @@ module where it happens, so that this module can be kept whole as one opaque cal
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import sys
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..structure import Structure, flatten, unflatten
 
 SOURCE = "stagecut_source"
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+_Content = tuple[str, Any, Any]  # attribute, container, copy of the container
 _NOT_THE_MODEL = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep, "<")
 
 
@@ -78,6 +82,7 @@ class Tracer(fx.Tracer):
         try:
             if self.is_leaf_module(m, path):
                 return super().call_module(m, forward, args, kwargs)
+            _refuse_backward_hooks(m)
             with unchanged(m):
                 return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -120,6 +125,7 @@ class Tracer(fx.Tracer):
 
         def run() -> list[Any]:
             assert isinstance(self.root, nn.Module)
+            _refuse_backward_hooks(self.root)
             with unchanged(self.root):
                 output = self._call(self.root, *args, **kwargs)
             flat, self._output_structure = flatten(output)
@@ -139,6 +145,11 @@ def _calling_line() -> str | None:
     return None
 
 
+def _refuse_backward_hooks(module: nn.Module) -> None:
+    if module._backward_hooks or module._backward_pre_hooks:
+        raise TraceRefused("it has backward hooks, which a trace through it would lose")
+
+
 def _autocast_state() -> tuple[Any, ...]:
     return tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
 
@@ -146,36 +157,78 @@ def _autocast_state() -> tuple[Any, ...]:
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
     """Refuse a forward that changes the module's own attributes or draws Python's random numbers; undo the change."""
-    attributes = {name: _snapshot(value) for name, value in module.__dict__.items() if not name.startswith("_")}
+    contents = _contents_of(module)
     drawn = random.getstate()
     drawn_by_numpy = np.random.get_state()
-    yield
-    now = {name: value for name, value in module.__dict__.items() if not name.startswith("_")}
-    changed = [name for name in now if name not in attributes or not _equal(attributes[name], now[name])]
-    if changed:
-        for name in changed:
-            if name in attributes:
-                module.__dict__[name] = attributes[name][0]
-            else:
-                del module.__dict__[name]
-        raise TraceRefused(f"its forward changes its own attribute {changed[0]!r}")
-    if random.getstate() != drawn:
+    try:
+        yield
+        changed = _changed_attribute(contents)
+        if changed is not None:
+            raise TraceRefused(f"its forward changes its own attribute {changed!r}")
+        if random.getstate() != drawn:
+            raise TraceRefused("its forward draws random numbers from Python's random module")
+        if any(not np.array_equal(a, b) for a, b in zip(drawn_by_numpy, np.random.get_state())):
+            raise TraceRefused("its forward draws random numbers from numpy")
+    except Exception:
+        _put_back(contents)
         random.setstate(drawn)
-        raise TraceRefused("its forward draws random numbers from Python's random module")
-    if any(not np.array_equal(a, b) for a, b in zip(drawn_by_numpy, np.random.get_state())):
         np.random.set_state(drawn_by_numpy)
-        raise TraceRefused("its forward draws random numbers from numpy")
+        raise
 
 
-def _snapshot(value: Any) -> tuple[Any, Any]:
-    return value, list(value) if isinstance(value, (list, dict, set)) else None
+@contextmanager
+def put_back(model: nn.Module) -> Iterator[None]:
+    """Give every module its attributes back, with what they held: a run of the model may count, cache or append."""
+    contents = [entry for module in model.modules() for entry in _contents_of(module)]
+    try:
+        yield
+    finally:
+        _put_back(contents)
 
 
-def _equal(before: tuple[Any, Any], now: Any) -> bool:
-    value, items = before
-    if value is not now:
+def _contents_of(module: nn.Module) -> list[_Content]:
+    """Copy the module's attributes and, at any depth, what its lists, dictionaries and sets hold."""
+    found: list[_Content] = []
+    seen: set[int] = set()
+    waiting: list[tuple[str, Any]] = [("", module.__dict__)]
+    while waiting:
+        name, value = waiting.pop()
+        if type(value) in _CONTAINERS and id(value) not in seen:
+            seen.add(id(value))
+            found.append((name, value, copy.copy(value)))
+            if isinstance(value, dict):
+                waiting += [(name or str(key), item) for key, item in value.items()]
+            else:
+                waiting += [(name, item) for item in value]
+    return found
+
+
+def _put_back(contents: list[_Content]) -> None:
+    for _, container, before in contents:
+        if not _is_same(container, before):
+            container.clear()
+            (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+
+
+def _is_same(container: Any, before: Any) -> bool:
+    if len(container) != len(before):
         return False
-    return items is None or (len(items) == len(now) and all(a is b for a, b in zip(items, now)))
+    if isinstance(container, dict):
+        return all(key in container and container[key] is value for key, value in before.items())
+    if isinstance(container, set):
+        return bool(container == before)
+    return all(a is b for a, b in zip(container, before))
+
+
+def _changed_attribute(contents: list[_Content]) -> str | None:
+    """Name an attribute or buffer that is another object, or holds other objects, than before."""
+    for name, container, before in contents:
+        if not _is_same(container, before):
+            if name not in ("", "_buffers", "_parameters", "_modules"):
+                return name
+            keys = [*before, *(key for key in container if key not in before)]
+            return str(next(key for key in keys if container.get(key) is not before.get(key)))
+    return None
 
 
 @contextmanager

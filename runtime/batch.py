@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,6 +69,8 @@ def _names(spec: InputSpec) -> str:
 def _same_constant(known: Any, given: Any) -> bool:
     if known is given:
         return True
+    if isinstance(known, float) and isinstance(given, float) and math.isnan(known):
+        return math.isnan(given)
     try:
         return type(known) is type(given) and bool(known == given)
     except Exception:

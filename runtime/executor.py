@@ -194,14 +194,13 @@ class Executor:
                 self._local[True, i.stage, producer, m] = (values, [False] * len(values))
 
     def _last_roots(self, stage: StageRuntime, m: int) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        scale = self.reducers[stage.spec.index].scale
         if self.request.kind == TRAIN:
             loss = stage.held[m].loss
             assert loss is not None
-            return [loss], [torch.full_like(loss, self.request.weights[m] * scale)]
+            return [loss], [torch.full_like(loss, self.request.weights[m])]
         assert self.request.output_gradients is not None
         pairs = [
-            (leaf, gradient * scale if scale != 1 else gradient)
+            (leaf, gradient)
             for leaf, gradient in zip(flatten(stage.held[m].output)[0], self.request.output_gradients[m])
             if gradient is not None and _needs_gradient(leaf)
         ]

@@ -337,6 +337,10 @@ class Pipeline(nn.Module):
         """Iterate over the model's modules under their own names."""
         return self.model.named_modules(memo, prefix, remove_duplicate)
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return a module of the model by its path; ``get_parameter`` and ``get_buffer`` follow."""
+        return self.model.get_submodule(target)
+
     def apply(self, fn: Callable[[nn.Module], None]) -> Pipeline:
         """Apply ``fn`` to every module of the model."""
         self.model.apply(fn)

@@ -24,8 +24,6 @@ _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broa
 class Reducer(Protocol):
     """How a stage's gradients become complete."""
 
-    scale: float
-
     def arm(self, roots: list[torch.Tensor]) -> None:
         """Announce the last backward of the step, which starts from ``roots``."""
 
@@ -36,8 +34,6 @@ class Reducer(Protocol):
 class NoReduction:
     """A stage with one replica, or whose replicas add into the same ``.grad``: nothing to do."""
 
-    scale = 1.0
-
     def arm(self, roots: list[torch.Tensor]) -> None:
         """Nothing to announce."""
 
@@ -46,16 +42,16 @@ class NoReduction:
 
 
 class DataParallelReducer:
-    """Average a stage's gradients over its replicas.
+    """Sum a stage's gradients over its replicas.
 
-    ``scale`` (the replica count) is put on every microbatch's loss, so the average is the sum that the unsplit
-    model computes. Parameters that the last microbatch did not use are found by DDP from ``roots``
+    Every microbatch's loss already carries its share of the batch, so the replicas' gradients add up to those of the
+    unsplit model; DDP's average is multiplied by the replica count. Parameters that the last microbatch did not use are found by DDP from ``roots``
     (``find_unused_parameters``), so a stage with conditional parameters neither hangs nor loses gradients.
     """
 
     def __init__(self, module: nn.Module, group: Any, n_replicas: int) -> None:
         self.module = module
-        self.scale = float(n_replicas)
+        self._n_replicas = n_replicas
         self._group = group
         self._trainable: tuple[bool, ...] = ()
         self._ddp: DistributedDataParallel | None = None
@@ -85,16 +81,22 @@ class DataParallelReducer:
 
     def complete(self) -> None:
         """Take part with what there is where no backward armed the reducer; else DDP has finished it."""
-        if self._ddp is None or self._armed:
-            self._armed = False
+        if self._ddp is None:
             return
+        if not self._armed:
+            self._take_part(self._ddp)
+        self._armed = False
+        for parameter in self._trainable_parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(self._n_replicas)
+
+    def _take_part(self, ddp: DistributedDataParallel) -> None:
         parameters = self._trainable_parameters()
         witness = next((parameter for parameter in parameters if parameter.grad is not None), parameters[0])
         # DDP looks for parameters behind the roots' graph nodes, and a parameter itself has none: hence the view.
         root = witness.view_as(witness)
-        self._prepare(self._ddp, [root])
+        self._prepare(ddp, [root])
         torch.autograd.backward([root], [torch.zeros_like(witness)])
-        self._armed = False
 
     def share_buffers(self, first_rank: int) -> None:
         """Overwrite this replica's buffers by those of the stage's first replica."""

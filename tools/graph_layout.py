@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .graph_order import place
+
 BOX_WIDTH, BOX_HEIGHT = 96.0, 32.0
 GAP = 22.0
 ROW_GAP = 7.0
-PER_LINE = 11
 _CHANNEL_PAD = 7.0
 _TRACK = 5.0
 _LABELLED_TRACK = 16.0
@@ -56,7 +57,7 @@ class Route:
 
 @dataclass(frozen=True)
 class GraphLayout:
-    """Where everything is. ``cells`` are (line, column, row) of each box; ``bands`` leave the channel before them out."""
+    """Where everything is. ``cells`` are (line, column, row) of each box; ``bands`` leave out the runs that lead into them."""
 
     boxes: tuple[Rect, ...]
     cells: tuple[tuple[int, int, int], ...]
@@ -64,6 +65,9 @@ class GraphLayout:
     routes: tuple[Route, ...]
     width: float
     height: float
+
+
+Key = tuple[int, int, bool]
 
 
 @dataclass(frozen=True)
@@ -78,76 +82,14 @@ class Run:
 
 
 def layout(
-    bands: Sequence[int], edges: Sequence[tuple[int, int]], label_widths: Mapping[int, float], n_bands: int
+    bands: Sequence[int], edges: Sequence[tuple[int, int]], label_widths: Mapping[int, float]
 ) -> GraphLayout:
     """Place boxes and route edges.
 
-    ``bands`` holds the band of each box, ``label_widths`` the space that the label of an edge (by its index) needs. Edges
-    lead to a later band, or go without a circle within one. Deterministic; linear but for the ordering of rows.
+    ``bands`` holds the band of each box (0, 1, … without holes), ``label_widths`` the space that the label of an edge (by
+    its index) needs. Edges lead to a later band, or go without a circle within one. Deterministic.
     """
-    cells = place(bands, edges, n_bands)
-    return _Drawing(bands, edges, label_widths, cells, n_bands).layout()
-
-
-def place(bands: Sequence[int], edges: Sequence[tuple[int, int]], n_bands: int) -> list[tuple[int, int, int]]:
-    """Give each box its line, column and row: within a band an edge leads to a later column or line."""
-    layers = _layers(bands, edges)
-    cells: list[tuple[int, int, int]] = [(0, 0, 0)] * len(bands)
-    first_line = 0
-    for band in range(n_bands):
-        mine = [box for box in range(len(bands)) if bands[box] == band]
-        depth = 1 + max((layers[box] for box in mine), default=0)
-        n_lines = -(-depth // PER_LINE)
-        per_line = -(-depth // n_lines)
-        for layer, boxes in _rows(mine, layers, edges).items():
-            for row, box in enumerate(boxes):
-                cells[box] = (first_line + layer // per_line, layer % per_line, row)
-        first_line += n_lines
-    return cells
-
-
-def _layers(bands: Sequence[int], edges: Sequence[tuple[int, int]]) -> list[int]:
-    """Return each box's layer: the longest path to it in its band; what nothing in its band leads to is put late."""
-    inside: list[list[int]] = [[] for _ in bands]
-    waiting = [0] * len(bands)
-    for source, target in edges:
-        if bands[source] == bands[target]:
-            inside[source].append(target)
-            waiting[target] += 1
-    starts = [box for box, n in enumerate(waiting) if n == 0]
-    layers = [0] * len(bands)
-    ready = list(starts)
-    while ready:
-        box = ready.pop()
-        for target in inside[box]:
-            layers[target] = max(layers[target], layers[box] + 1)
-            waiting[target] -= 1
-            if waiting[target] == 0:
-                ready.append(target)
-    assert not any(waiting), "edges form a circle"
-    for box in starts:
-        layers[box] = max(0, min((layers[target] for target in inside[box]), default=1) - 1)
-    return layers
-
-
-def _rows(mine: list[int], layers: list[int], edges: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
-    """Order the boxes of each layer by the mean row of what leads to them, then of what they lead to."""
-    by_layer: dict[int, list[int]] = {}
-    for box in sorted(mine, key=lambda box: (layers[box], box)):
-        by_layer.setdefault(layers[box], []).append(box)
-    row = {box: float(index) for boxes in by_layer.values() for index, box in enumerate(boxes)}
-    before: dict[int, list[int]] = {box: [] for box in mine}
-    after: dict[int, list[int]] = {box: [] for box in mine}
-    for source, target in edges:
-        if source in row and target in row:
-            before[target].append(source)
-            after[source].append(target)
-    for near, order in ((before, sorted(by_layer)), (after, sorted(by_layer, reverse=True)), (before, sorted(by_layer))):
-        for layer in order:
-            rank = {box: sum(row[n] for n in near[box]) / len(near[box]) if near[box] else row[box] for box in by_layer[layer]}
-            by_layer[layer].sort(key=lambda box: (rank[box], box))
-            row.update((box, float(index)) for index, box in enumerate(by_layer[layer]))
-    return by_layer
+    return _Drawing(bands, edges, label_widths, place(bands, edges)).layout()
 
 
 class _Drawing:
@@ -159,13 +101,12 @@ class _Drawing:
         edges: Sequence[tuple[int, int]],
         label_widths: Mapping[int, float],
         cells: list[tuple[int, int, int]],
-        n_bands: int,
     ) -> None:
-        self.bands, self.edges, self.label_widths, self.cells, self.n_bands = bands, edges, label_widths, cells, n_bands
+        self.bands, self.edges, self.label_widths, self.cells = bands, edges, label_widths, cells
         self.n_lines = 1 + max((line for line, _, _ in cells), default=0)
         self.right = (1 + max((column for _, column, _ in cells), default=0)) * (BOX_WIDTH + GAP) - GAP / 2
         self.lane_of = self._lanes()
-        self.track_of, self.channel_heights = self._tracks()
+        self.track_of, self.cut_heights, self.channel_heights = self._tracks()
         self.line_tops = self._line_tops()
 
     def layout(self) -> GraphLayout:
@@ -174,7 +115,7 @@ class _Drawing:
         width = self.right + _MARGIN_TRACK * (1 + max(self.lane_of.values(), default=-1)) + GAP / 2
         labels = [r.label_at[0] + self.label_widths[i] for i, r in enumerate(routes) if r.label_at is not None]
         width = max([width, *labels])
-        bands = tuple(self._band(band, boxes, width) for band in range(self.n_bands))
+        bands = tuple(self._band(band, boxes, width) for band in sorted(set(self.bands)))
         height = max((band.y + band.height for band in bands), default=0.0)
         return GraphLayout(boxes, tuple(self.cells), bands, routes, width, height)
 
@@ -185,9 +126,9 @@ class _Drawing:
 
     def _band(self, band: int, boxes: Sequence[Rect], width: float) -> Rect:
         mine = [boxes[box] for box in range(len(boxes)) if self.bands[box] == band]
-        first = min((self.cells[box][0] for box in range(len(boxes)) if self.bands[box] == band), default=0)
-        top = self.line_tops[first] - ROW_GAP / 2
-        bottom = max((box.y + box.height for box in mine), default=top) + ROW_GAP / 2
+        first = min(self.cells[box][0] for box in range(len(boxes)) if self.bands[box] == band)
+        top = self.line_tops[first] - self.channel_heights[first] + self.cut_heights[first]
+        bottom = max(box.y + box.height for box in mine) + ROW_GAP / 2
         return Rect(0.0, top, width, bottom - top)
 
     def _exit_x(self, box: int) -> float:
@@ -234,9 +175,9 @@ class _Drawing:
         low, high = min(run.start, run.end), max(run.start, run.end)
         return max(low + 4, (low + high - self.label_widths[edge]) / 2)
 
-    def _tracks(self) -> tuple[dict[tuple[int, int, bool, bool], float], list[float]]:
+    def _tracks(self) -> tuple[dict[Key, float], list[float], list[float]]:
         """Give every run a height in its channel such that no two that meet share one; labelled runs lie on top."""
-        extents: dict[tuple[int, int, bool, bool], tuple[float, float]] = {}
+        extents: dict[Key, tuple[float, float]] = {}
         for edge in range(len(self.edges)):
             for run in self._runs(edge):
                 low, high = min(run.start, run.end), max(run.start, run.end)
@@ -245,8 +186,8 @@ class _Drawing:
                 key = self._key(run, edge)
                 known = extents.get(key, (low, high))
                 extents[key] = (min(low, known[0]), max(high, known[1]))
-        offsets: dict[tuple[int, int, bool, bool], float] = {}
-        heights = []
+        offsets: dict[Key, float] = {}
+        cuts, heights = [], []
         for channel in range(self.n_lines):
             mine = [key for key in extents if key[0] == channel]
             y = _CHANNEL_PAD
@@ -254,12 +195,14 @@ class _Drawing:
                 tracks = _colour({key: extents[key] for key in mine if key[2] is labelled})
                 offsets.update((key, y + pitch * (track + 0.5)) for key, track in tracks.items())
                 y += pitch * (1 + max(tracks.values(), default=-1))
+                if labelled:
+                    cuts.append(y)
             heights.append(y + _CHANNEL_PAD / 2)
-        return offsets, heights
+        return offsets, cuts, heights
 
-    def _key(self, run: Run, edge: int) -> tuple[int, int, bool, bool]:
+    def _key(self, run: Run, edge: int) -> Key:
         """Name a run's line: labelled runs have their own, others share their source's."""
-        return (run.channel, edge if run.labelled else run.source, run.labelled, run.start > self.right)
+        return (run.channel, edge if run.labelled else run.source, run.labelled)
 
     def _line_tops(self) -> list[float]:
         rows = [1] * self.n_lines
@@ -290,9 +233,9 @@ class _Drawing:
         return Route((*points, end), label_at)
 
 
-def _colour(extents: Mapping[tuple[int, int, bool, bool], tuple[float, float]]) -> dict[tuple[int, int, bool, bool], int]:
+def _colour(extents: Mapping[Key, tuple[float, float]]) -> dict[Key, int]:
     """Give runs the smallest number of tracks, by their left ends."""
-    tracks: dict[tuple[int, int, bool, bool], int] = {}
+    tracks: dict[Key, int] = {}
     ends: list[float] = []
     for key, (low, high) in sorted(extents.items(), key=lambda item: (item[1], item[0])):
         track = next((t for t, end in enumerate(ends) if end + 2 < low), len(ends))

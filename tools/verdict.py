@@ -72,9 +72,9 @@ def stages_of(plan: Plan) -> list[int]:
     return [stage.index for stage in plan.stages for _ in stage.devices]
 
 
-def crossing_bytes(plan: Plan, boundary: int) -> int:
-    """Count the bytes of one microbatch's forward that pass between stage ``boundary`` and the next."""
-    return sum(wire.n_bytes for wire in plan.wires for target in wire.targets if wire.source <= boundary < target)
+def bytes_into(plan: Plan, stage: int) -> int:
+    """Count the bytes that one microbatch's forward brings into ``stage`` from other stages."""
+    return sum(wire.n_bytes for wire in plan.wires if stage in wire.targets)
 
 
 def _order(plan: Plan) -> str:
@@ -116,12 +116,12 @@ def _cut(plan: Plan) -> str:
 def _crossing(plan: Plan) -> str:
     if not plan.wires:
         return "nothing crosses between stages"
-    widest = max(range(len(plan.stages) - 1), key=lambda boundary: crossing_bytes(plan, boundary))
+    most = max(range(len(plan.stages)), key=lambda stage: bytes_into(plan, stage))
     total = sum(wire.n_bytes * len(wire.targets) for wire in plan.wires)
     back = sum(wire.n_bytes * len(wire.targets) for wire in plan.wires if wire.gradient)
     return (
         f"{count(len(plan.wires), 'value')}, {size(total)} forward and {size(back)} back a microbatch; "
-        f"most between stages {widest} and {widest + 1}: {size(crossing_bytes(plan, widest))}"
+        f"most into stage {most}: {size(bytes_into(plan, most))}"
     )
 
 

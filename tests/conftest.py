@@ -1,0 +1,51 @@
+"""What every test shares: one thread, a private cost cache, and no process left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tests share two cores; torch's thread pools would fight over them."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep measured costs of tests out of the user's cache."""
+    before = os.environ.get("STAGECUT_CACHE")
+    os.environ["STAGECUT_CACHE"] = str(tmp_path_factory.mktemp("costs"))
+    yield
+    if before is None:
+        del os.environ["STAGECUT_CACHE"]
+    else:
+        os.environ["STAGECUT_CACHE"] = before
+
+
+def worker_processes() -> list[psutil.Process]:
+    """List this process's stagecut workers."""
+    return [p for p in psutil.Process().children(recursive=True) if "stagecut" in " ".join(p.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def no_workers_left() -> Iterator[None]:
+    """Fail a module of tests that leaves a worker process behind."""
+    yield
+    assert worker_processes() == []
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Return the root of the checkout."""
+    return Path(__file__).parents[1]
