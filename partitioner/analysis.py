@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..structure import tensors_in
-from .capture import Capture
+from .capture import Capture, untouched
 from .tracing import SOURCE
 
 
@@ -145,10 +145,10 @@ def _run(capture: Capture, tensors: list[torch.Tensor], rows: int, *, real: bool
         submodule.training = True
     try:
         if real:
-            with _kept(state):
+            with untouched(capture.model), _kept(state):
                 inputs = [_real_rows(tensor, rows) if cut else tensor for tensor, cut in zip(tensors, batched)]
                 return _interpret(capture, inputs, state)
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        with untouched(capture.model), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             inputs = [
                 torch.empty_strided(*_layout(tensor, rows if cut else None), dtype=tensor.dtype)
                 for tensor, cut in zip(tensors, batched)
@@ -175,11 +175,12 @@ def _real_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 @contextmanager
 def _kept(state: dict[str, torch.Tensor]) -> Iterator[None]:
     before = {name: tensor.detach().clone() for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
-    with torch.random.fork_rng():
+    try:
         yield
-    with torch.no_grad():
-        for name, value in before.items():
-            state[name].copy_(value)
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                state[name].copy_(value)
 
 
 class _Runner(nn.Module):

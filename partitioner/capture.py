@@ -1,4 +1,4 @@
-"""Capture: any ``nn.Module`` becomes a torch.fx graph; what cannot be traced becomes one opaque call, and is reported."""
+"""Capture: any ``nn.Module`` becomes a torch.fx graph; what cannot be traced becomes one opaque call, with a report."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ def capture(
             return result
         warnings.warn(
             f"stagecut: the graph captured from {type(model).__name__} computes something else than the model, "
-            "so the model is kept whole and cannot be cut; compile(..., opaque=[...]) can name the module to keep instead",
+            "so the model is kept whole and cannot be cut; compile(..., opaque=[...]) can name the module to keep "
+            "instead",
             stacklevel=2,
         )
         reason = "the captured graph computed something else than the model"
@@ -166,6 +167,13 @@ def _own_random_state() -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Leave the attributes of the model's modules and the process's random state as they were."""
+    with _own_random_state(), put_back(model):
+        yield
 
 
 class _Ladder:
@@ -210,7 +218,8 @@ class _Ladder:
     def _whole(self) -> tuple[fx.Graph, Structure]:
         graph = fx.Graph()
         leaves = [
-            leaf.constant if leaf.graph_input is None else graph.placeholder(leaf.graph_input) for leaf in self.inputs.leaves
+            leaf.constant if leaf.graph_input is None else graph.placeholder(leaf.graph_input)
+            for leaf in self.inputs.leaves
         ]
         args, kwargs = unflatten(self.inputs.structure, leaves)
         result = graph.call_module("model", args, kwargs)
@@ -221,7 +230,8 @@ class _Ladder:
         opaque = tuple(call for path, call in self.opaque.items() if not self._inside_opaque(path))
         root: Any = nn.ModuleDict({"model": self.model}) if WHOLE_MODEL in self.opaque else self.model
         switches = {node.target: node.meta["mode_owner"] for node in graph.nodes if "mode_owner" in node.meta}
-        targets = {str(node.target): None for node in graph.nodes if node.op == "call_module" and node.target not in switches}
+        called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+        targets = dict.fromkeys(path for path in called if path not in switches)
         owners = {path: "" if WHOLE_MODEL in self.opaque else path for path in targets} | switches
         attributes: dict[str, Any] = {path: root.get_submodule(path) for path in targets}
         for path, owner in switches.items():

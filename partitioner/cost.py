@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..structure import flatten, map_leaves, tensors_in, unflatten
 from .analysis import Meter, OpFacts, storage_of
+from .capture import untouched
 from .cluster import DeviceKind
 
 _REPEATS = 5
@@ -138,7 +139,8 @@ def analytic_costs(graph_module: fx.GraphModule, facts: dict[str, OpFacts], kind
         if signature not in known:
             own = facts[node.name]
             forward_s = roofline_s(kind, own.flops, own.moved_bytes, own.n_kernels)
-            known[signature] = OpCost(forward_s, _fake_backward_s(isolated, kind, forward_s), "analytic")
+            with untouched(graph_module):
+                known[signature] = OpCost(forward_s, _fake_backward_s(isolated, kind, forward_s), "analytic")
         costs[node.name] = known[signature]
     costs.pop("output", None)
     return costs
@@ -194,7 +196,7 @@ def measured_costs(
     signatures = {name: isolated.signature(context) for name, isolated in work.items()}
     fresh = {signatures[name]: isolated for name, isolated in work.items() if signatures[name] not in cache.known}
     failed: set[str] = set()
-    with _threads(n_threads), torch.random.fork_rng():
+    with _threads(n_threads), untouched(graph_module):
         for done, (signature, isolated) in enumerate(fresh.items()):
             progress(done, len(fresh))
             try:

@@ -29,6 +29,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is torch.Tensor and obj.device.type == "cpu" and obj.layout is torch.strided and obj.is_leaf:
             return _rebuild, _parts(obj)
+        if isinstance(obj, BaseException) and type(obj).__reduce__ is BaseException.__reduce__:
+            return _rebuild_exception, (type(obj), obj.args, obj.__dict__)
         return super().reducer_override(obj)
 
 
@@ -47,6 +49,14 @@ def _rebuild(
     else:
         tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype).as_strided(shape, strides)
     return tensor.requires_grad_(requires_grad)
+
+
+def _rebuild_exception(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
+    """Rebuild an exception without calling its ``__init__``, which may want other arguments than the stored ones."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class _Unpickler(pickle.Unpickler):

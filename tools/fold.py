@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..partitioner.plan import OpRecord, Plan
 
-MAX_BOXES = 150
+MAX_BOXES = 64
 INPUT, OP, MODULE = "input", "op", "module"
 
 

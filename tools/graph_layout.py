@@ -104,7 +104,7 @@ class _Drawing:
     ) -> None:
         self.bands, self.edges, self.label_widths, self.cells = bands, edges, label_widths, cells
         self.n_lines = 1 + max((line for line, _, _ in cells), default=0)
-        self.right = (1 + max((column for _, column, _ in cells), default=0)) * (BOX_WIDTH + GAP) - GAP / 2
+        self.right = (1 + max((column for _, column, _ in cells), default=0)) * (BOX_WIDTH + GAP) + GAP / 2
         self.lane_of = self._lanes()
         self.track_of, self.cut_heights, self.channel_heights = self._tracks()
         self.line_tops = self._line_tops()

@@ -24,6 +24,26 @@ rect.input{fill:none;stroke-width:1;stroke-dasharray:3 2}
 rect.box,rect.key,rect.tag{stroke-width:1}
 """
 
+_PAGE = """
+body{margin:0;font:14px/1.4 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
+main{max-width:1400px;margin:0 auto;padding:14px 20px 40px}
+h1{font-size:20px;margin:0}
+h2{font-size:16px;margin:18px 0 6px}
+p{margin:4px 0}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(220px,1fr));gap:10px;margin-top:10px}
+.card{border-radius:6px;padding:8px 12px}
+.card h2{font-size:12px;font-weight:500;margin:0}
+.card b{font-size:20px}
+.card p{font-size:12px;margin:0;overflow-wrap:anywhere}
+.wide{overflow-x:auto}
+svg{display:block;max-width:100%;min-width:900px;height:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+td,th{padding:3px 12px 3px 0;text-align:left;border-bottom:1px solid;white-space:nowrap}
+.right{text-align:right}
+details{margin-top:16px}
+summary{cursor:pointer}
+"""
+
 
 def stage_class(stage: int) -> str:
     """Name the class of a stage's colour; colours repeat after eight, so numbers are always written as well."""
@@ -33,11 +53,6 @@ def stage_class(stage: int) -> str:
 def drawing_rules() -> str:
     """Return the style sheet of all drawings; without variables and imports, which librsvg and mail readers lack."""
     return f"{_SHAPES.strip()}\n{_theme(_LIGHT, _TINT_LIGHT)}\n@media (prefers-color-scheme:dark){{\n{_theme(_DARK, _TINT_DARK)}\n}}\n"
-
-
-def colours(dark: bool) -> dict[str, str]:
-    """Return the colours of paper, ink and rules."""
-    return _DARK if dark else _LIGHT
 
 
 def _theme(base: dict[str, str], tint: float) -> str:
@@ -73,3 +88,19 @@ def _mix(colour: str, paper: str, amount: float) -> str:
     """
     parts = [(int(colour[i : i + 2], 16), int(paper[i : i + 2], 16)) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(own * amount + under * (1 - amount)):02x}" for own, under in parts)
+
+
+def page_rules() -> str:
+    """Return the style sheet of a page around the drawings."""
+    dark = _page_theme(_DARK)
+    return f"{_PAGE.strip()}\n{_page_theme(_LIGHT)}\n@media (prefers-color-scheme:dark){{\n{dark}\n}}\n"
+
+
+def _page_theme(base: dict[str, str]) -> str:
+    return "\n".join(
+        [
+            f"body{{background:{base['paper']};color:{base['ink']}}}",
+            f".card{{background:{base['soft']}}}.card h2,.card p,summary{{color:{base['dim']}}}",
+            f"td,th{{border-color:{base['rule']}}}",
+        ]
+    )

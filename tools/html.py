@@ -1,0 +1,130 @@
+"""The report: a plan as one self-contained HTML page, without scripts and without anything to load."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import PurePath
+
+from ..partitioner.plan import OpRecord, Plan
+from ..runtime.program import Timeline
+from .style import drawing_rules, page_rules
+from .svg import graph_svg, timeline_svg
+from .svg_parts import escape
+from .tables import Table, alternatives_table, stage_table, wire_table
+from .verdict import Verdict, judge
+from .words import count, duration, share, size
+
+_SLOWEST = 20
+
+
+def report_html(plan: Plan, timeline: Timeline, measured: Timeline | None = None) -> str:
+    """Write the report of ``plan``; with a ``measured`` timeline under the simulated one, on the same axis.
+
+    Equal arguments give equal bytes.
+    """
+    verdict = judge(plan, timeline)
+    style = f"{drawing_rules()}{page_rules()}"
+    body = [
+        f"<h1>{escape(plan.model)}: {count(len(plan.stages), 'stage')}, {escape(plan.schedule)}</h1>",
+        f"<p>{escape(verdict.line())}.</p>",
+        _cards(plan, verdict, timeline),
+        _section("Where it is cut", f'<div class="wide">{graph_svg(plan, styled=False)}</div>'),
+        _section("When who works", _timelines(plan, timeline, measured)),
+        _section("Stages", _table(stage_table(plan))),
+        _section("What crosses", _table(wire_table(plan))),
+        _section("What else was considered", _table(alternatives_table(plan))),
+        _folded(f"The {min(_SLOWEST, len(plan.ops))} slowest of {len(plan.ops)} ops", _table(_slowest(plan))),
+        _folded("Where the numbers come from", _sources(plan, timeline)),
+    ]
+    return _page(f"{plan.model}: plan", style, "\n".join(body))
+
+
+def _page(title: str, style: str, body: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _cards(plan: Plan, verdict: Verdict, timeline: Timeline) -> str:
+    p = plan.prediction
+    crossing = sum(wire.n_bytes * len(wire.targets) for wire in plan.wires)
+    fits = verdict.fit.partition(":")[0]
+    cards = [
+        ("A step takes", duration(p.step_s), verdict.one_device),
+        ("It is cut into", count(len(plan.stages), "stage"), f"{verdict.cut}; {verdict.limit}"),
+        ("What crosses", size(crossing), verdict.crossing),
+        ("Who waits", share(timeline.bubble), verdict.waiting),
+        ("Memory", fits, verdict.fit.partition(": ")[2]),
+    ]
+    return '<div class="cards">' + "".join(
+        f'<section class="card"><h2>{title}</h2><b>{escape(value)}</b><p>{escape(note)}</p></section>'
+        for title, value, note in cards
+    ) + "</div>"
+
+
+def _timelines(plan: Plan, timeline: Timeline, measured: Timeline | None) -> str:
+    picture = f'<div class="wide">{timeline_svg(plan, timeline, measured, styled=False)}</div>'
+    if measured is None:
+        return picture
+    off = measured.makespan_s / timeline.makespan_s - 1 if timeline.makespan_s else 0.0
+    return (
+        f"{picture}<p>The measured step took {duration(measured.makespan_s)}, {off:+.0%} against the simulated "
+        f"{duration(timeline.makespan_s)}.</p>"
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>"
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details>\n<summary>{escape(title)}</summary>\n{content}\n</details>"
+
+
+def _table(table: Table) -> str:
+    if not table.rows:
+        return f"<p>{escape(table.empty)}</p>"
+    head = "".join(_cell("th", name, right) for name, right in zip(table.header, table.right))
+    rows = [
+        "<tr>" + "".join(_cell("td", value, right) for value, right in zip(row, table.right)) + "</tr>" for row in table.rows
+    ]
+    return f'<div class="wide"><table>\n<tr>{head}</tr>\n' + "\n".join(rows) + "\n</table></div>"
+
+
+def _cell(tag: str, value: str, right: bool) -> str:
+    return f'<{tag} class="right">{escape(value)}</{tag}>' if right else f"<{tag}>{escape(value)}</{tag}>"
+
+
+def _slowest(plan: Plan) -> Table:
+    ops = sorted(plan.ops, key=lambda op: (-(op.forward_s + op.backward_s), op.name))[:_SLOWEST]
+    header = ("op", "what", "module", "where", "stage", "forward", "backward", "saved", "result")
+    return Table(header, (False,) * 4 + (True,) * 5, tuple(map(_op_row, ops)), "the plan has no ops")
+
+
+def _op_row(op: OpRecord) -> tuple[str, ...]:
+    what = "module" if op.target == op.module_path else op.target
+    # The last part only: a page that is passed on does not tell where its author's files are.
+    where = PurePath(op.source).name if op.source else ""
+    costs = (duration(op.forward_s), duration(op.backward_s), size(op.saved_bytes), size(op.output_bytes))
+    return (op.name, what, op.module_path, where, str(op.stage), *costs)
+
+
+def _sources(plan: Plan, timeline: Timeline) -> str:
+    kinds: Sequence[str] = sorted({op.cost_source for op in plan.ops})
+    facts = [
+        f"costs of the ops: {', '.join(kinds)}; the timeline is {timeline.source} from them, for one microbatch of each stage",
+        f"bottleneck {duration(plan.prediction.bottleneck_s)} a microbatch with its transfers, proven lower bound "
+        f"{duration(plan.prediction.lower_bound_s)}",
+        "memory: parameters with gradients and optimizer state, and what is saved for the microbatches in flight",
+        "one device: the same batch in the same microbatches, without transfers; it is not checked whether it fits there",
+        f"graph {plan.fingerprint}, plan format {plan.format}",
+    ]
+    return "<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in facts) + "</ul>"

@@ -1,0 +1,66 @@
+"""The tables of a plan as rows of text, for the terminal and for the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..partitioner.plan import Plan
+from .words import clean, devices, duration, memory, n_ops, size
+
+
+@dataclass(frozen=True)
+class Table:
+    """A header, whether each column is set to the right, and rows; ``empty`` is said when there are none."""
+
+    header: tuple[str, ...]
+    right: tuple[bool, ...]
+    rows: tuple[tuple[str, ...], ...]
+    empty: str
+
+
+def stage_table(plan: Plan) -> Table:
+    """List what each stage costs for one microbatch, and what it holds."""
+    header = ("stage", "devices", "ops", "forward", "backward", "params", "in flight", "memory")
+    rows = tuple(
+        (
+            str(stage.index),
+            devices(stage),
+            str(n_ops(plan, stage.index)),
+            duration(stage.forward_s),
+            duration(stage.backward_s),
+            size(stage.parameter_bytes),
+            str(stage.in_flight),
+            memory(stage),
+        )
+        for stage in plan.stages
+    )
+    return Table(header, (True, False, True, True, True, True, True, True), rows, "there are no stages")
+
+
+def wire_table(plan: Plan) -> Table:
+    """List the values that cross between stages."""
+    paths = {op.name: op.module_path for op in plan.ops}
+    rows = tuple(
+        (
+            clean(wire.value),
+            clean(paths.get(wire.value, "")),
+            str(wire.source),
+            ", ".join(map(str, wire.targets)),
+            size(wire.n_bytes),
+            "yes" if wire.gradient else "no",
+        )
+        for wire in plan.wires
+    )
+    header = ("value", "module", "from", "to", "per microbatch", "gradient")
+    return Table(header, (False, False, True, True, True, False), rows, "nothing crosses between stages")
+
+
+def alternatives_table(plan: Plan) -> Table:
+    """List the chosen configuration, then what else was considered, by predicted step."""
+    step_s = plan.prediction.step_s
+    rows = [(plan.schedule, str(plan.n_microbatches), duration(step_s), "chosen")]
+    for other in sorted(plan.alternatives, key=lambda other: (other.step_s, other.n_microbatches, other.schedule)):
+        worse = f"{other.step_s / step_s - 1:+.0%}" if step_s > 0 else ""
+        rows.append((other.schedule, str(other.n_microbatches), duration(other.step_s), worse))
+    header = ("schedule", "microbatches", "step", "against chosen")
+    return Table(header, (False, True, True, True), tuple(rows), "nothing else was considered")
