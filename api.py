@@ -61,8 +61,8 @@ def compile(
         model: any module; its parameters become the pipeline's, and stay the same objects.
         devices: one entry a stage: ``[0, 1]``, ``["cpu", "cpu"]``; nested for replicas: ``[[0, 1], [2, 3]]``.
             Integers are accelerator indices, or CPU workers where there is no accelerator.
-        loss_fn: called as ``loss_fn(output, target)`` on each microbatch; a mean over its rows. Without one, the loss is the
-            model's own result (0-dim, or ``.loss``).
+        loss_fn: called as ``loss_fn(output, target)`` on each microbatch; a mean over its rows. Without one, the loss
+            is the model's own result (0-dim, or ``.loss``).
         replicas: data-parallel copies of every stage, for a flat list of devices.
         microbatches: pieces of the batch that each replica was given; chosen by the planner if None.
         schedule: ``"1f1b"`` or ``"fill-drain"``; chosen by the planner if None.
@@ -71,9 +71,10 @@ def compile(
         memory_bytes: limit per worker.
         opaque: modules to keep whole.
         loss_reduction: ``"mean"``, or ``"sum"`` if ``loss_fn`` sums over its rows.
-        loss_weight: weight of a microbatch's loss in the batch's mean, from its target (its count of tokens that are not
-            ignored, say); the microbatch's rows if None.
-        launch: ``"local"`` worker processes, ``"torchrun"`` ranks, ``"inline"`` in this process; ``"auto"`` knows torchrun.
+        loss_weight: weight of a microbatch's loss in the batch's mean, from its target (its count of tokens that are
+            not ignored, say); the microbatch's rows if None.
+        launch: ``"local"`` worker processes, ``"torchrun"`` ranks, ``"inline"`` in this process; ``"auto"`` notices
+            torchrun.
         threads_per_worker: CPU threads of each worker; an equal share of the cores if None.
         timeout_s: seconds without any progress after which a step fails with :class:`StallError`.
 
@@ -201,9 +202,7 @@ class _Builder:
         if self.known is not None:
             return self.known
         with shown_progress() as progress:
-            return make_plan(
-                captured, tensors, self.cluster, self.wishes, n_threads=self.n_threads, progress=progress
-            )
+            return make_plan(captured, tensors, self.cluster, self.wishes, n_threads=self.n_threads, progress=progress)
 
 
 class _Launcher:

@@ -84,8 +84,8 @@ def train(pm: stagecut.Pipeline, data: object, epochs: int, batch: int) -> float
         output = pm.evaluate(data.x_test).output
         pm.train()
         accuracy = (output.argmax(dim=1) == data.y_test).float().mean().item()
-        seconds = time.perf_counter() - start
-        print(f"epoch {epoch + 1:>2}/{epochs}  loss {total / len(order):.4f}  test accuracy {accuracy:.2%}  {seconds:.1f} s")
+        seconds, mean = time.perf_counter() - start, total / len(order)
+        print(f"epoch {epoch + 1:>2}/{epochs}  loss {mean:.4f}  test accuracy {accuracy:.2%}  {seconds:.1f} s")
     return accuracy
 
 

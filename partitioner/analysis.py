@@ -1,9 +1,9 @@
-"""Facts about every op of a captured graph, from one run on fake tensors at one batch size: no memory, no arithmetic."""
+"""Facts about every op of a captured graph, from one run on fake tensors: no memory, no arithmetic."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,11 +57,11 @@ class OpFacts:
     written: set[int] = field(default_factory=set)
 
 
-class Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count arithmetic, traffic, randomness and in-place writes of what runs below autograd."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.reset()
 
     def reset(self) -> None:
@@ -195,19 +195,22 @@ class _Runner(nn.Module):
         return self._interpreter[0].run(*inputs)
 
 
-def _interpret(capture: Capture, inputs: list[torch.Tensor], state: dict[str, torch.Tensor]) -> dict[str, OpFacts]:
+def _interpret(capture: Capture, inputs: list[torch.Tensor], state: Mapping[str, torch.Tensor]) -> dict[str, OpFacts]:
     interpreter = _Interpreter(capture, state)
     for tensor in inputs:
         interpreter.owned.add(storage_of(tensor))
     with interpreter.meter, torch.autograd.graph.saved_tensors_hooks(interpreter.pack, lambda saved: saved):
         torch.func.functional_call(
-            _Runner(interpreter), {f"module.{name}": tensor for name, tensor in state.items()}, tuple(inputs), strict=False
+            _Runner(interpreter),
+            {f"module.{name}": tensor for name, tensor in state.items()},
+            tuple(inputs),
+            strict=False,
         )
     return interpreter.facts
 
 
 class _Interpreter(fx.Interpreter):
-    def __init__(self, capture: Capture, state: dict[str, torch.Tensor]) -> None:
+    def __init__(self, capture: Capture, state: Mapping[str, torch.Tensor]) -> None:
         super().__init__(capture.graph_module, garbage_collect_values=False)
         self.extra_traceback = False
         self.facts: dict[str, OpFacts] = {}
@@ -227,7 +230,9 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "output":
             return super().run_node(n)
-        facts = OpFacts(n.name, n.op, _target_name(n), _module_path(n), n.meta.get(SOURCE), tuple(i.name for i in n.all_input_nodes))
+        facts = OpFacts(
+            n.name, n.op, _target_name(n), _module_path(n), n.meta.get(SOURCE), tuple(i.name for i in n.all_input_nodes)
+        )
         self.facts[n.name] = self._current = facts
         self.meter.reset()
         value = super().run_node(n)
@@ -251,7 +256,7 @@ class _Interpreter(fx.Interpreter):
 
     def _parameters_of(self, n: fx.Node) -> tuple[str, ...]:
         if n.op == "call_module":
-            module = self.fetch_attr(n.target)
+            module = self.fetch_attr(str(n.target))
             names = [f"{n.target}.{name}" for name, _ in (*module.named_parameters(), *module.named_buffers())]
         elif n.op == "get_attr":
             names = [str(n.target)]

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -314,8 +315,12 @@ def _merge_modes(trained: fx.Graph, evaluated: fx.Graph) -> str | None:
             flat_a[index] = switch
             count += 1
         leaves = iter(flat_a)
-        a.args, a.kwargs = fx.node.map_aggregate((a.args, a.kwargs), lambda _, leaves=leaves: next(leaves))
+        a.args, a.kwargs = fx.node.map_aggregate((a.args, a.kwargs), partial(_replaced, leaves))
     return None
+
+
+def _replaced(leaves: Iterator[Any], _: Any) -> Any:
+    return next(leaves)
 
 
 def _arguments(node: fx.Node) -> tuple[list[Any], Any]:

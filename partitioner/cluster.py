@@ -84,8 +84,8 @@ def parse_devices(
 ) -> tuple[tuple[str, ...], ...]:
     """Turn what a user writes into torch device names per stage and replica.
 
-    ``[0, 1]`` is two stages; ``[[0, 1], [2, 3]]`` is two stages of two replicas; ``replicas=2`` groups a flat list. Integers
-    are accelerator indices, or CPU workers where there is no accelerator.
+    ``[0, 1]`` is two stages; ``[[0, 1], [2, 3]]`` is two stages of two replicas; ``replicas=2`` groups a flat list.
+    Integers are accelerator indices, or CPU workers where there is no accelerator.
 
     Raises:
         DeviceError: the list is empty, does not divide into replicas, or names a device that is not there.

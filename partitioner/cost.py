@@ -54,7 +54,8 @@ class _Isolated:
         self.facts = facts
         self.owner = module
         self.writes_inputs = bool(
-            facts[node.name].written & {storage_of(t) for i in node.all_input_nodes for t in tensors_in(facts[i.name].value)}
+            facts[node.name].written
+            & {storage_of(t) for i in node.all_input_nodes for t in tensors_in(facts[i.name].value)}
         )
 
     def inputs(self, make: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Any, Any]:
@@ -93,7 +94,9 @@ class _Isolated:
     def signature(self, context: str) -> str:
         """Name the work: equal signatures cost the same."""
         leaves, _ = flatten((list(self.node.args), dict(self.node.kwargs)))
-        described = [_describe(self.facts[leaf.name].value) if isinstance(leaf, fx.Node) else repr(leaf) for leaf in leaves]
+        described = [
+            _describe(self.facts[leaf.name].value) if isinstance(leaf, fx.Node) else repr(leaf) for leaf in leaves
+        ]
         target = self.facts[self.node.name].target
         if self.node.op == "call_module":
             module = self.owner.get_submodule(target)
@@ -154,11 +157,14 @@ def roofline_s(kind: DeviceKind, flops: int, moved_bytes: int, n_kernels: int) -
 def _fake_backward_s(isolated: _Isolated, kind: DeviceKind, forward_s: float) -> float:
     """Price the backward; where an op does not run by itself on fake tensors, two forwards stand for it."""
     with suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+
         def copy(tensor: torch.Tensor) -> torch.Tensor:
             return fake.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
 
         def make(tensor: torch.Tensor) -> torch.Tensor:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).requires_grad_(
+                tensor.requires_grad
+            )
 
         args, kwargs = isolated.inputs(make)
         state = isolated.state(copy)

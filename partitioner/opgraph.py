@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..structure import tensors_in
-from .analysis import OpFacts, storage_of
+from .analysis import OpFacts
 from .capture import Capture, ModeSwitch
 from .cluster import Cluster
 from .cost import FREE, OpCost
@@ -83,8 +83,8 @@ def forced_together(
     """List groups of ops that must share a stage.
 
     Two reasons. A value that cannot travel (no tensor, number or plain container of them) keeps its users with its
-    producer. A storage that is changed in place keeps together its producer, its writers, and every reader up to the last
-    write; later readers see the final value and may get a copy.
+    producer. A storage that is changed in place keeps together its producer, its writers, and every reader up to the
+    last write; later readers see the final value and may get a copy.
     """
     groups: list[list[str]] = []
     users: dict[str, list[str]] = {}
@@ -111,17 +111,24 @@ def ties(capture: Capture, ops: Mapping[str, OpNode]) -> dict[str, tuple[str, ..
 
 
 def op_graph(
-    capture: Capture, facts: Mapping[str, OpFacts], costs: Mapping[str, OpCost], cluster: Cluster, travels: Mapping[str, bool]
+    capture: Capture,
+    facts: Mapping[str, OpFacts],
+    costs: Mapping[str, OpCost],
+    cluster: Cluster,
+    travels: Mapping[str, bool],
 ) -> nx.DiGraph:
     """Build the graph that the cut is searched on.
 
     Nodes carry ``op`` (:class:`OpNode`), ``compute_s`` per device kind (forward and backward of one microbatch),
-    ``memory_bytes`` (parameters with gradients and optimizer state) and ``stash_bytes`` (saved for one microbatch). The graph
-    carries ``transfers`` (seconds of a value, activation and gradient, for everyone it joins), ``together`` and ``ties``.
+    ``memory_bytes`` (parameters with gradients and optimizer state) and ``stash_bytes`` (saved for one microbatch). The
+    graph carries ``transfers`` (seconds of a value, activation and gradient, for everyone it joins), ``together`` and
+    ``ties``.
     """
     ops = op_nodes(capture, facts, costs)
     sizes = state_bytes(capture)
-    trainable = {name for name, p in capture.model.named_parameters() if isinstance(p, nn.Parameter) and p.requires_grad}
+    trainable = {
+        name for name, p in capture.model.named_parameters() if isinstance(p, nn.Parameter) and p.requires_grad
+    }
     graph = nx.DiGraph()
     charged: set[str] = set()
     for op in ops.values():
@@ -129,7 +136,9 @@ def op_graph(
         charged.update(own)
         memory = sum(sizes[name] * (STATE_COPIES if name in trainable else 1) for name in own)
         seconds = op.cost.forward_s + op.cost.backward_s
-        graph.add_node(op.name, op=op, compute_s={cluster.kind.name: seconds}, memory_bytes=memory, stash_bytes=op.saved_bytes)
+        graph.add_node(
+            op.name, op=op, compute_s={cluster.kind.name: seconds}, memory_bytes=memory, stash_bytes=op.saved_bytes
+        )
     for op in ops.values():
         graph.add_edges_from((name, op.name) for name in op.inputs if name in ops)
     graph.graph["transfers"] = _transfers(graph, ops, facts, cluster)

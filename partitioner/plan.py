@@ -35,8 +35,8 @@ class OpRecord:
 class StageRecord:
     """One stage: the devices of its replicas, and what one microbatch costs there.
 
-    ``memory_bytes`` is the predicted peak of one replica: parameters with gradients and optimizer state, plus what is saved
-    for the microbatches in flight.
+    ``memory_bytes`` is the predicted peak of one replica: parameters with gradients and optimizer state, plus what is
+    saved for the microbatches in flight.
     """
 
     index: int
@@ -234,7 +234,11 @@ def _validate_ops(plan: Plan) -> None:
             raise PlanError(f"{path}.name: {op.name!r} stands twice")
         for position, name in enumerate(op.inputs):
             if name not in seen:
-                why = "is listed after it: the ops form a cycle or are out of order" if name in names else "does not exist"
+                why = (
+                    "is listed after it: the ops form a cycle or are out of order"
+                    if name in names
+                    else "does not exist"
+                )
                 raise PlanError(f"{path}.inputs[{position}]: {op.name!r} uses {name!r}, which {why}")
             if seen[name] > op.stage:
                 raise PlanError(
@@ -267,4 +271,6 @@ def _validate_wires(plan: Plan) -> None:
     for index, op in enumerate(plan.ops):
         for name in op.inputs:
             if name in stage_of and stage_of[name] != op.stage and (name, op.stage) not in wired:
-                raise PlanError(f"$.wires: {name!r} is used by $.ops[{index}] on stage {op.stage}, and no wire takes it there")
+                raise PlanError(
+                    f"$.wires: {name!r} is used by $.ops[{index}] on stage {op.stage}, and no wire takes it there"
+                )

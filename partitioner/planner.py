@@ -289,7 +289,11 @@ def _wires(capture: Capture, priced: Priced, stage_of: Mapping[str, int], n_stag
     order = list(priced.ops)
     return tuple(
         WireRecord(
-            name, stage_of[name], tuple(targets[name]), priced.ops[name].output_bytes, carries_gradient(priced.facts[name])
+            name,
+            stage_of[name],
+            tuple(targets[name]),
+            priced.ops[name].output_bytes,
+            carries_gradient(priced.facts[name]),
         )
         for name in sorted(targets, key=order.index)
     )
@@ -324,7 +328,9 @@ def predict(plan: Plan, cluster: Cluster) -> Timeline:
 def _reduce_s(stage: StageRecord, cluster: Cluster) -> float:
     """Price a ring all-reduce of the stage's gradients, as if no backward hid it (Patarasuk and Yuan, 2009)."""
     n = len(stage.devices)
-    return 0.0 if n == 1 else 2 * (n - 1) / n * stage.parameter_bytes / cluster.link.bytes_per_s + cluster.link.latency_s
+    return (
+        0.0 if n == 1 else 2 * (n - 1) / n * stage.parameter_bytes / cluster.link.bytes_per_s + cluster.link.latency_s
+    )
 
 
 def random_ops(facts: Mapping[str, OpFacts]) -> dict[str, bool]:

@@ -24,7 +24,9 @@ def fingerprint(capture: Capture) -> str:
         arguments = [leaf.name if isinstance(leaf, fx.Node) else _stable(leaf) for leaf in leaves]
         target = node.target if isinstance(node.target, str) else getattr(node.target, "__qualname__", str(node.target))
         lines.append(f"{node.op} {node.name} {target} {arguments} {structure.n_leaves}")
-    lines += [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in capture.model.named_parameters(remove_duplicate=False)]
+    lines += [
+        f"{name} {tuple(p.shape)} {p.dtype}" for name, p in capture.model.named_parameters(remove_duplicate=False)
+    ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -43,7 +45,8 @@ def split(capture: Capture, plan: Plan, random_ops: Mapping[str, bool]) -> Pipel
     own = fingerprint(capture)
     if plan.fingerprint != own:
         raise PlanError(
-            f"the plan was made for {plan.model} with graph {plan.fingerprint}, and {type(capture.model).__name__} has {own}",
+            f"the plan was made for {plan.model} with graph {plan.fingerprint}; "
+            f"{type(capture.model).__name__}'s graph is {own}",
             hint="make a plan for this model: stagecut.plan(model, devices, example_inputs=...)",
         )
     stages = _cut(capture, plan.stage_of, len(plan.stages), random_ops)
@@ -135,8 +138,11 @@ def _attribute(module: fx.GraphModule, path: str) -> Any:
 
 
 def _record(node: fx.Node, random: bool) -> NodeRecord:
+    def refer_leaf(leaf: Any) -> Any:
+        return NodeRef(leaf.name) if isinstance(leaf, fx.Node) else leaf
+
     def refer(value: Any) -> Any:
-        return fx.node.map_aggregate(value, lambda leaf: NodeRef(leaf.name) if isinstance(leaf, fx.Node) else leaf)
+        return fx.node.map_aggregate(value, refer_leaf)
 
     stack = node.meta.get("nn_module_stack")
     path = str(next(reversed(stack.values()))[0]) if stack else ""

@@ -9,6 +9,7 @@ module where it happens, so that this module can be kept whole as one opaque cal
 from __future__ import annotations
 
 import copy
+import operator
 import os
 import random
 import sys
@@ -38,11 +39,11 @@ class TraceRefused(Exception):
         self.reason = reason
 
 
-class _NothingReal(TorchDispatchMode):
+class _NothingReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuse real tensor work during tracing that must happen at every call instead."""
 
     def __init__(self, state: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._state = state
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,6 +57,23 @@ class _NothingReal(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Proxy(fx.Proxy):
+    """A stand-in that records ``x += y`` and ``x[i] = y`` as what they are: fx's own makes a new value, or refuses."""
+
+
+def _record_in_place(method: str, function: Callable[..., Any]) -> None:
+    def record(self: fx.Proxy, *operands: Any) -> fx.Proxy:
+        proxy: fx.Proxy = self.tracer.create_proxy("call_function", function, (self, *operands), {})
+        return proxy
+
+    setattr(_Proxy, method, record)
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+    _record_in_place(f"__i{_name}__", getattr(operator, f"i{_name}"))
+_record_in_place("__setitem__", operator.setitem)
+
+
 class Tracer(fx.Tracer):
     """Trace a module with the modules at ``opaque`` paths kept as calls."""
 
@@ -66,6 +84,10 @@ class Tracer(fx.Tracer):
         self.failed_at: str | None = None
         self._grad_enabled = torch.is_grad_enabled()
         self._autocast = _autocast_state()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Stand in for the value of ``node``."""
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Keep torch's own layers whole, but open its containers, so that they can be cut."""
@@ -105,8 +127,8 @@ class Tracer(fx.Tracer):
     ) -> tuple[fx.Graph, Structure]:
         """Trace ``model`` for arguments of ``structure``; returns the graph and the structure of the result.
 
-        ``names[i]`` is the placeholder of a tensor leaf, or None where the leaf is ``constants[i]``. The graph's output is
-        the flat list of the result's leaves.
+        ``names[i]`` is the placeholder of a tensor leaf, or None where the leaf is ``constants[i]``. The graph's output
+        is the flat list of the result's leaves.
         """
         self._structure, self._names, self._constants = structure, names, constants
         self._call = nn.Module.__call__
@@ -135,7 +157,10 @@ class Tracer(fx.Tracer):
 
 
 def _calling_line() -> str | None:
-    """Find the innermost line of the model's own code: fx's recorded stack traces would import torch.compile's stack."""
+    """Find the innermost line of the model's own code.
+
+    fx can record stack traces itself, but asking for one imports torch.compile's stack, which takes seconds.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename

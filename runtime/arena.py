@@ -46,7 +46,9 @@ class Arena:
         offset = 0
         for name, tensor in tensors:
             strides = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
-            slots[name] = Slot(offset, tensor.numel() * tensor.element_size(), tensor.dtype, tuple(tensor.shape), strides)
+            slots[name] = Slot(
+                offset, tensor.numel() * tensor.element_size(), tensor.dtype, tuple(tensor.shape), strides
+            )
             offset = -(-(offset + slots[name].n_bytes) // _ALIGN) * _ALIGN
         n_bytes = max(offset, _ALIGN)
         fd = _anonymous_file()

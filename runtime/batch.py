@@ -107,7 +107,8 @@ def split_target(target: Any, rows: int, sizes: Sequence[int]) -> tuple[Any, ...
     """Cut every tensor of ``target`` that has ``rows`` rows; the rest goes whole to every microbatch."""
     leaves, structure = flatten(target)
     parts = [
-        torch.split(leaf, list(sizes)) if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == rows
+        torch.split(leaf, list(sizes))
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == rows
         else [leaf] * len(sizes)
         for leaf in leaves
     ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class Op(str, Enum):
+class Op(StrEnum):
     """One kind of instruction.
 
     ``FORWARD`` and ``BACKWARD`` compute; ``SEND_*`` hands a packet to the transport and does not wait for the
@@ -59,7 +59,7 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One compute of a schedule, before lowering: forward (``"F"``) or backward (``"B"``) of a microbatch in a stage."""
+    """One compute of a schedule, before lowering: forward (``"F"``) or backward (``"B"``) of one microbatch."""
 
     kind: str
     stage: int

@@ -20,7 +20,9 @@ from .local_messages import Exit
 from .pickling import dumps, loads
 
 STOP_S = 3.0
-_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main(*map(int, sys.argv[2:]))"
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main(*map(int, sys.argv[2:]))"
+)
 
 
 @dataclass

@@ -19,9 +19,9 @@ from ..errors import StageError, StallError
 from .arena import Arena
 from .engine import Programs, model_state
 from .launch import WorkerPool, WorkerProcess
-from .local_messages import Done, Failed, Forget, Run, Setup
+from .local_messages import Failed, Forget, Run, Setup
 from .pickling import dumps, loads
-from .program import PipelineSpec
+from .program import PipelineSpec, StageSpec
 from .requests import BACKWARD, TRAIN, StepReport, StepRequest
 
 START_S = 60.0
@@ -139,15 +139,17 @@ class LocalEngine:
         worker.connection.send_bytes(dumps(setup))
         worker.send_fd(self._arena.fd)
 
-    def _pickle(self, stages: list[Any], loss_fn: Callable[..., Any] | None) -> bytes:
+    def _pickle(self, stages: list[StageSpec], loss_fn: Callable[..., Any] | None) -> bytes:
         try:
             return dumps((stages, loss_fn), self._names)
         except Exception as error:
             raise StageError(f"{self._culprit(stages, loss_fn)} cannot be sent to a worker: {error}") from error
 
-    def _culprit(self, stages: list[Any], loss_fn: Callable[..., Any] | None) -> str:
+    def _culprit(self, stages: list[StageSpec], loss_fn: Callable[..., Any] | None) -> str:
         """Find the module, or the loss function, that pickling stumbles over."""
-        parts = [("loss_fn", loss_fn)] + [(f"module {path!r}", m) for stage in stages for path, m in stage.modules.items()]
+        parts: list[tuple[str, Any]] = [("loss_fn", loss_fn)] + [
+            (f"module {path!r}", m) for stage in stages for path, m in stage.modules.items()
+        ]
         for name, part in parts:
             try:
                 dumps(part, self._names)
@@ -161,7 +163,9 @@ class LocalEngine:
         self._release_gradient_slots()
         key = self._programs.key_of(request)
         program = self._programs.get(key)
-        trainable = frozenset(b.name for b in self._bindings if isinstance(b.tensor, nn.Parameter) and b.tensor.requires_grad)
+        trainable = frozenset(
+            b.name for b in self._bindings if isinstance(b.tensor, nn.Parameter) and b.tensor.requires_grad
+        )
         modes = {path: module.training for path, module in self._model.named_modules(remove_duplicate=False)}
         self._progress[:] = 0
         try:
@@ -197,7 +201,9 @@ class LocalEngine:
             fields.update(targets=None, output_gradients=None)
         return StepRequest(**fields)
 
-    def _collect(self, waiting: list[WorkerProcess], timeout_s: float, program: tuple[str, int] | None) -> dict[int, Any]:
+    def _collect(
+        self, waiting: list[WorkerProcess], timeout_s: float, program: tuple[str, int] | None
+    ) -> dict[int, Any]:
         """Wait for every worker's answer, as long as some worker makes progress."""
         answers: dict[int, Any] = {}
         progress, since = self._progress.copy(), time.monotonic()
@@ -236,7 +242,8 @@ class LocalEngine:
                 where.append(f"worker {worker.index} is still being set up")
                 continue
             instructions = self._programs.get(key).workers[worker.index]
-            where.append(f"worker {worker.index} is at {instructions[min(int(self._progress[worker.index]), len(instructions) - 1)]}")
+            position = min(int(self._progress[worker.index]), len(instructions) - 1)
+            where.append(f"worker {worker.index} is at {instructions[position]}")
         return StallError(
             f"no worker made progress for {timeout_s:.0f} s: {'; '.join(where)}",
             hint="raise stagecut.compile(..., timeout_s=...) if one instruction may take that long",
@@ -250,7 +257,7 @@ class LocalEngine:
                 binding.tensor.grad = gradient.clone()
 
     def _accept_gradients(self, has_gradient: dict[int, tuple[str, ...]]) -> None:
-        """Put what the workers computed into ``.grad``: added to what is there, summed where stages share a parameter."""
+        """Add what the workers computed to ``.grad``, summed where stages share a parameter."""
         parts: dict[str, list[torch.Tensor]] = {}
         for worker in sorted(has_gradient):
             for name in has_gradient[worker]:

@@ -36,8 +36,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
 def _parts(tensor: torch.Tensor) -> tuple[Any, ...]:
     dense = torch.empty_like(tensor, memory_format=torch.preserve_format).copy_(tensor).detach()
-    flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8) if dense.numel() else torch.empty(0, dtype=torch.uint8)
-    data = pickle.PickleBuffer(flat.numpy())
+    flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+    data = pickle.PickleBuffer(flat.numpy())  # type: ignore[arg-type]
     return data, tensor.dtype, tuple(tensor.shape), dense.stride(), tensor.requires_grad
 
 
@@ -78,4 +78,3 @@ def dumps(value: Any, names: dict[int, str] | None = None) -> bytes:
 def loads(data: bytes, state: dict[str, torch.Tensor] | None = None) -> Any:
     """Unpickle what :func:`dumps` made, with ``state`` in place of the references."""
     return _Unpickler(io.BytesIO(data), state or {}).load()
-

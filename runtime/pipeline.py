@@ -11,9 +11,18 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..errors import ShapeError, StageError, StagecutError
+from ..errors import ShapeError, StagecutError, StageError
 from ..structure import flatten, unflatten
-from .batch import match_inputs, merge_outputs, piece_sizes, shares, signature_of, split_gradients, split_inputs, split_target
+from .batch import (
+    match_inputs,
+    merge_outputs,
+    piece_sizes,
+    shares,
+    signature_of,
+    split_gradients,
+    split_inputs,
+    split_target,
+)
 from .engine import Engine
 from .program import PipelineSpec, Timeline
 from .program.timeline import Span
@@ -142,8 +151,8 @@ class Pipeline(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's result for the batch; ``backward()`` on a loss of it runs the pipeline's backward.
 
-        The schedule is fill-drain: all forwards now, all backwards when autograd asks. Under ``torch.no_grad()`` nothing
-        is kept.
+        The schedule is fill-drain: all forwards now, all backwards when autograd asks. Under ``torch.no_grad()``
+        nothing is kept.
         """
         if not torch.is_grad_enabled():
             return self.evaluate(*args, **kwargs).output
@@ -153,16 +162,14 @@ class Pipeline(nn.Module):
         leaves, structure = flatten(merged)
         pending = _Pending(self, request, how, sizes)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        attached = iter(_PipelineFunction.apply(pending, torch.zeros((), requires_grad=True), *tensors))
+        attached = iter(_attach(pending, tensors))
         leaves = [next(attached) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         return unflatten(structure, leaves)
 
     def evaluate(self, *args: Any, target: Any = None, **kwargs: Any) -> EvalResult:
         """Run the batch forward without gradients, in the mode (``train()`` or ``eval()``) that is set."""
         want_loss = target is not None
-        request, sizes = self._request(
-            EVALUATE, args, kwargs, target=target, want_outputs=True, want_loss=want_loss
-        )
+        request, sizes = self._request(EVALUATE, args, kwargs, target=target, want_outputs=True, want_loss=want_loss)
         report = self._run(request)
         output, _ = merge_outputs([report.outputs[m] for m in range(len(sizes))], sizes)
         return EvalResult(output, _total_loss(report, request) if want_loss else None)
@@ -199,7 +206,7 @@ class Pipeline(nn.Module):
         return result
 
     def profile(self, *args: Any, target: Any = None, steps: int = 5, **kwargs: Any) -> Profile:
-        """Measure ``steps`` training steps on one batch after one warm-up; gradients and buffers are left as they were."""
+        """Measure ``steps`` training steps on one batch after one warm-up; leaves gradients and buffers as they were."""
         measured: list[tuple[float, Timeline]] = []
         with preserved(self.model):
             self._step(args, kwargs, target, profile=False)
@@ -335,7 +342,7 @@ class Pipeline(nn.Module):
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         """Iterate over the model's modules under their own names."""
-        return self.model.named_modules(memo, prefix, remove_duplicate)
+        yield from self.model.named_modules(memo, prefix, remove_duplicate)
 
     def get_submodule(self, target: str) -> nn.Module:
         """Return a module of the model by its path; ``get_parameter`` and ``get_buffer`` follow."""
@@ -346,15 +353,13 @@ class Pipeline(nn.Module):
         self.model.apply(fn)
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the model's state under its own names: it loads into the plain model, and the other way round.
 
         Under torchrun this is a collective call: every rank receives the whole state.
         """
-        if self._engine is None:
-            return self.model.state_dict(*args, **kwargs)
-        state = self._engine.full_state()
-        own = self.model.state_dict(*args, **kwargs)
+        state = {} if self._engine is None else self._engine.full_state()
+        own: dict[str, Any] = self.model.state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
         for name in list(own):
             found = state.get(name.removeprefix(prefix))
@@ -379,7 +384,9 @@ class Pipeline(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the pipeline in one line."""
-        where = "not planned yet" if self._spec is None else f"{self._spec.layout.n_stages} stages on {self._spec.devices}"
+        where = (
+            "not planned yet" if self._spec is None else f"{self._spec.layout.n_stages} stages on {self._spec.devices}"
+        )
         return f"{type(self.model).__name__}, {where}"
 
 
@@ -423,6 +430,13 @@ class _PipelineFunction(torch.autograd.Function):
         return (None, None, *[None for _ in gradients])
 
 
+def _attach(pending: _Pending, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return ``tensors`` as results whose backward runs the pipeline's."""
+    anchor = torch.zeros((), requires_grad=True)
+    attached: tuple[torch.Tensor, ...] = _PipelineFunction.apply(pending, anchor, *tensors)  # type: ignore[no-untyped-call]
+    return attached
+
+
 def _autocast_dtype(device: str) -> torch.dtype | None:
     kind = torch.device(device).type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -438,7 +452,5 @@ def _total_loss(report: StepReport, request: StepRequest) -> torch.Tensor:
 
 def _timeline(report: StepReport, n_workers: int) -> Timeline:
     origin = min(span.start_s for span in report.spans)
-    spans = [
-        Span(s.worker, s.op, s.stage, s.microbatch, s.start_s - origin, s.end_s - origin) for s in report.spans
-    ]
+    spans = [Span(s.worker, s.op, s.stage, s.microbatch, s.start_s - origin, s.end_s - origin) for s in report.spans]
     return Timeline("measured", n_workers, tuple(sorted(spans, key=lambda s: (s.worker, s.start_s))))

@@ -45,8 +45,9 @@ class DataParallelReducer:
     """Sum a stage's gradients over its replicas.
 
     Every microbatch's loss already carries its share of the batch, so the replicas' gradients add up to those of the
-    unsplit model; DDP's average is multiplied by the replica count. Parameters that the last microbatch did not use are found by DDP from ``roots``
-    (``find_unused_parameters``), so a stage with conditional parameters neither hangs nor loses gradients.
+    unsplit model; DDP's average is multiplied by the replica count. Parameters that
+    the last microbatch did not use are found by DDP from ``roots`` (``find_unused_parameters``), so a stage with
+    conditional parameters neither hangs nor loses gradients.
     """
 
     def __init__(self, module: nn.Module, group: Any, n_replicas: int) -> None:

@@ -109,7 +109,10 @@ class SpmdEngine:
 
     def _compare_fingerprints(self) -> None:
         digest = hashlib.sha256(self._spec.fingerprint.encode()).digest()
-        self._expect_equal(digest, PlanError("the ranks hold different models or plans", hint="make the model the same way on every rank"))
+        self._expect_equal(
+            digest,
+            PlanError("the ranks hold different models or plans", hint="make the model the same way on every rank"),
+        )
 
     def _expect_equal(self, digest: bytes, error: Exception) -> None:
         mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
@@ -167,10 +170,10 @@ class SpmdEngine:
             if len(stages) > 1 and isinstance(tensor, nn.Parameter):
                 sets.setdefault(tuple(stages), []).append(tensor)
         groups = []
-        for stages, parameters in sorted(sets.items()):
-            ranks = sorted({w for s in stages for w in self._spec.layout.workers[s]})
+        for sharing, parameters in sorted(sets.items()):
+            ranks = sorted({w for s in sharing for w in self._spec.layout.workers[s]})
             group = dist.new_group(ranks, backend="gloo")
-            own = [s for s in stages if self._worker in self._spec.layout.workers[s]]
+            own = [s for s in sharing if self._worker in self._spec.layout.workers[s]]
             if own:
                 groups.append((parameters, group, 1.0 / len(self._spec.layout.workers[own[0]])))
         return groups
@@ -260,7 +263,9 @@ class SpmdEngine:
         if owner == self._worker:
             leaves, found = flatten(output)
             if found != structure or not is_encodable(leaves):
-                raise StageError("the model's result cannot be sent to the other ranks: it holds more than tensors and scalars")
+                raise StageError(
+                    "the model's result cannot be sent to the other ranks: it holds more than tensors and scalars"
+                )
             packet = encode(leaves, [False] * len(leaves))
         size = torch.tensor([packet.numel()])
         dist.broadcast(size, owner, group=self._group)
@@ -328,4 +333,3 @@ class SpmdEngine:
 
     def close(self) -> None:
         """Nothing to end: the ranks belong to torchrun."""
-

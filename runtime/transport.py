@@ -19,7 +19,8 @@ _FIRST_BYTES = 64
 def message_key(i: Instruction) -> MessageKey:
     """Name the message that a send or receive is about: (is it a gradient, from stage, to stage, microbatch)."""
     gradient = i.op in (Op.SEND_GRAD, Op.RECV_GRAD)
-    return (gradient, i.stage, i.peer_stage, i.microbatch) if i.op in SENDS else (gradient, i.peer_stage, i.stage, i.microbatch)
+    origin, target = (i.stage, i.peer_stage) if i.op in SENDS else (i.peer_stage, i.stage)
+    return (gradient, origin, target, i.microbatch)
 
 
 class Transport(Protocol):
@@ -117,7 +118,9 @@ class DistTransport:
         first = self._size(key)
         self._observe(key, packet.numel())
         rank = self._ranks[i.peer_worker]
-        head = packet[:first] if packet.numel() >= first else torch.cat([packet, packet.new_empty(first - packet.numel())])
+        head = (
+            packet[:first] if packet.numel() >= first else torch.cat([packet, packet.new_empty(first - packet.numel())])
+        )
         self._sending.append((dist.isend(head, rank, group=self._group, tag=self._tag(key)), head))
         if packet.numel() > first:
             rest = packet[first:]
@@ -140,7 +143,7 @@ class DistTransport:
             return buffer
         packet = torch.empty(total, dtype=torch.uint8)
         packet[: buffer.numel()] = buffer
-        dist.irecv(packet[buffer.numel() :], rank, group=self._group, tag=self._tag(key) + 1).wait()
+        dist.recv(packet[buffer.numel() :], rank, group=self._group, tag=self._tag(key) + 1)
         return packet
 
     def end(self) -> None:

@@ -26,7 +26,8 @@ class VerifyReport:
     """What verification found.
 
     ``errors`` holds, per parameter, the largest absolute difference of the gradient over the largest absolute value
-    of the reference's gradient (at least a thousandth of the largest of any parameter). ``reference`` says what it was compared with: ``"model"`` or ``"captured graph"``.
+    of the reference's gradient (at least a thousandth of the largest of any parameter).
+    ``reference`` says what it was compared with: ``"model"`` or ``"captured graph"``.
     """
 
     loss: float
@@ -148,9 +149,7 @@ def _forward(model: nn.Module, spec: PipelineSpec, request: StepRequest, m: int)
     return model(*args, **kwargs)
 
 
-def compare(
-    given: Gradients, reference: Gradients, owned: set[str], rtol: float | None, kind: str
-) -> VerifyReport:
+def compare(given: Gradients, reference: Gradients, owned: set[str], rtol: float | None, kind: str) -> VerifyReport:
     """Compare loss and the gradients of the ``owned`` parameters with the reference."""
     errors, tolerances = {}, {}
     largest = max((float(g.abs().max()) for g in reference.of.values() if g is not None and g.numel()), default=0.0)

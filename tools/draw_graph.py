@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..partitioner.plan import Plan, StageRecord
-from .fold import INPUT, Arrow, Box, Folded, fold
+from .fold import INPUT, Arrow, Box, Folded, foldings
 from .graph_layout import GraphLayout, Rect, Route, layout
 from .style import stage_class
 from .svg_parts import Drawing, path, rect, text, tip_right
@@ -12,21 +12,15 @@ from .words import columns, count, devices, duration, n_ops, shorten, size
 
 HEADER = 150.0
 _MIN_WIDTH = 1180.0
-_LABEL_COLUMNS = 15
-_HEADER_COLUMNS = 24
+_MAX_HEIGHT, _MAX_STAGE_HEIGHT = 560.0, 90.0
+_LABEL_COLUMNS = 14
 _COLUMN = 6.1  # widest mean of a character at 11 px in the fonts of the style sheet
 _LISTED = 12
 
 
 def draw_graph(plan: Plan) -> Drawing:
     """Draw the folded op graph, one band a stage."""
-    folded = fold(plan)
-    labels = {index: size(arrow.n_bytes) for index, arrow in enumerate(folded.arrows) if arrow.n_bytes}
-    place = layout(
-        [box.stage for box in folded.boxes],
-        [(arrow.source, arrow.target) for arrow in folded.arrows],
-        {index: columns(label) * _COLUMN + 8 for index, label in labels.items()},
-    )
+    folded, labels, place = _readable(plan)
     width = max(place.width, _MIN_WIDTH - HEADER)
     parts = [_band(plan, stage, place.bands[stage.index], width) for stage in plan.stages]
     edges = sorted(range(len(folded.arrows)), key=lambda index: (_crosses(folded, folded.arrows[index]), index))
@@ -37,6 +31,25 @@ def draw_graph(plan: Plan) -> Drawing:
     graph = "\n".join(parts)
     foot = text("dim", 0, place.height + 18, _legend(plan, folded))
     return Drawing(HEADER + width, place.height + 24, f'<g transform="translate({HEADER:.0f} 0)">{graph}</g>\n{foot}')
+
+
+def _readable(plan: Plan) -> tuple[Folded, dict[int, str], GraphLayout]:
+    """Lay out the finest folding that is not too high to be looked at in one piece, else the lowest one."""
+    limit = max(_MAX_HEIGHT, _MAX_STAGE_HEIGHT * len(plan.stages))
+    found: tuple[Folded, dict[int, str], GraphLayout] | None = None
+    for folded in foldings(plan):
+        labels = {index: size(arrow.n_bytes) for index, arrow in enumerate(folded.arrows) if arrow.n_bytes}
+        place = layout(
+            [box.stage for box in folded.boxes],
+            [(arrow.source, arrow.target) for arrow in folded.arrows],
+            {index: columns(label) * _COLUMN + 8 for index, label in labels.items()},
+        )
+        if found is None or place.height < found[2].height:
+            found = folded, labels, place
+        if place.height <= limit:
+            break
+    assert found is not None, "a plan has at least one op"
+    return found
 
 
 def _crosses(folded: Folded, arrow: Arrow) -> bool:

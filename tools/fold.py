@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..partitioner.plan import OpRecord, Plan
 
-MAX_BOXES = 64
+MAX_BOXES = 150
 INPUT, OP, MODULE = "input", "op", "module"
 
 
@@ -15,7 +15,7 @@ INPUT, OP, MODULE = "input", "op", "module"
 class Box:
     """What is drawn as one: a graph input, an op, or the ops of a module that run on one stage.
 
-    ``label`` is the module's path, or what an op computes.
+    ``label`` is the module's path, or what an op computes (the first op, where ops of the model itself are folded).
     """
 
     kind: str
@@ -30,8 +30,8 @@ class Box:
 class Arrow:
     """Values that go from one box to another.
 
-    ``n_bytes`` is what this arrow adds to the traffic between two stages: a value that goes to several boxes of one stage
-    crosses once and is counted at the first of them; 0 inside a stage.
+    ``n_bytes`` is what this arrow adds to the traffic between two stages: a value that goes to several boxes of one
+    stage crosses once and is counted at the first of them; 0 inside a stage.
     """
 
     source: int
@@ -52,24 +52,27 @@ class Folded:
     depth: int | None
 
 
-def fold(plan: Plan, max_boxes: int = MAX_BOXES) -> Folded:
-    """Fold modules as little as ``max_boxes`` allows.
+def foldings(plan: Plan, max_boxes: int = MAX_BOXES) -> Iterator[Folded]:
+    """Fold modules more and more, from what ``max_boxes`` allows down to a box or a few for each stage.
 
     The ops of a box form a convex set within one stage, so arrows never run in a circle; a module whose ops surround
-    other ops becomes several boxes. Where even stages have more boxes than allowed, the coarsest folding is taken.
-    O(ops x boxes) for each depth.
+    other ops becomes several boxes. The coarsest folding is given even where it has more boxes than allowed.
+    O(ops x boxes) for each folding.
     """
-    best, best_depth = [], None
-    for depth, loose in _depths(plan):
+    last: list[int] = []
+    depths = list(_depths(plan))
+    for index, (depth, loose) in enumerate(depths):
         boxes = _group(plan, depth, loose)
-        n_boxes, n_best = len(set(boxes)), len(set(best))
-        if not best or n_best > max_boxes or n_best < n_boxes <= max_boxes:
-            best, best_depth = boxes, depth
-    return _folded(plan, best, best_depth)
+        if (len(set(boxes)) <= max_boxes and boxes != last) or index == len(depths) - 1:
+            yield _folded(plan, boxes, depth)
+            last = boxes
 
 
 def _depths(plan: Plan) -> Iterator[tuple[int | None, bool]]:
-    """Give the foldings from fine to coarse: none, then each depth with the ops of shallower modules loose or not."""
+    """Give the foldings from fine to coarse: none, then each depth with the ops of shallower modules loose or not.
+
+    Of loose ops those that cost no time (shapes, checks, indexing) are folded all the same.
+    """
     yield None, True
     for depth in range(max((len(_parts(op)) for op in plan.ops), default=0), -1, -1):
         yield depth, True
@@ -78,7 +81,8 @@ def _depths(plan: Plan) -> Iterator[tuple[int | None, bool]]:
 
 def _key(op: OpRecord, depth: int | None, loose: bool) -> str:
     parts = _parts(op)
-    alone = depth is None or (loose and len(parts) < depth)
+    costs_time = op.forward_s + op.backward_s > 0
+    alone = depth is None or (loose and len(parts) < depth and costs_time)
     return f":{op.name}" if alone else ".".join(parts[:depth])
 
 
@@ -141,11 +145,11 @@ def _box(ops: list[OpRecord], depth: int | None) -> Box:
     single = len(ops) == 1
     is_module = first.target == first.module_path or not single
     label = first.module_path if single else _common([op.module_path for op in ops])
-    if single and first.target != first.module_path:
-        label = first.target.rpartition(".")[2]
+    if (single and not is_module) or not label:
+        label = first.target.rpartition(".")[2] + ("" if single else ", …")
     return Box(
         kind=MODULE if is_module else OP,
-        label=label or ("(model)" if is_module else first.name),
+        label=label,
         stage=first.stage,
         ops=tuple(op.name for op in ops),
         forward_s=sum(op.forward_s for op in ops),

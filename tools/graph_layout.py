@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from .graph_order import place
 
-BOX_WIDTH, BOX_HEIGHT = 96.0, 32.0
-GAP = 22.0
+BOX_WIDTH, BOX_HEIGHT = 104.0, 32.0
+GAP = 20.0
 ROW_GAP = 7.0
 _CHANNEL_PAD = 7.0
 _TRACK = 5.0

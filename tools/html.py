@@ -9,9 +9,10 @@ from pathlib import PurePath
 
 from ..partitioner.plan import OpRecord, Plan
 from ..runtime.program import Timeline
+from .draw_graph import draw_graph
+from .draw_timeline import draw_timelines
 from .style import drawing_rules, page_rules
-from .svg import graph_svg, timeline_svg
-from .svg_parts import escape
+from .svg_parts import Drawing, document, escape
 from .tables import Table, alternatives_table, stage_table, wire_table
 from .verdict import Verdict, judge
 from .words import count, duration, share, size
@@ -25,13 +26,14 @@ def report_html(plan: Plan, timeline: Timeline, measured: Timeline | None = None
     Equal arguments give equal bytes.
     """
     verdict = judge(plan, timeline)
+    graph = draw_graph(plan)
     style = f"{drawing_rules()}{page_rules()}"
     body = [
         f"<h1>{escape(plan.model)}: {count(len(plan.stages), 'stage')}, {escape(plan.schedule)}</h1>",
-        f"<p>{escape(verdict.line())}.</p>",
+        f"<p>{escape(_sentence(verdict.line()))}</p>",
         _cards(plan, verdict, timeline),
-        _section("Where it is cut", f'<div class="wide">{graph_svg(plan, styled=False)}</div>'),
-        _section("When who works", _timelines(plan, timeline, measured)),
+        _section("Where it is cut", _picture(graph, f"{plan.model}: the cut")),
+        _section("When who works", _timelines(plan, timeline, measured, graph.width)),
         _section("Stages", _table(stage_table(plan))),
         _section("What crosses", _table(wire_table(plan))),
         _section("What else was considered", _table(alternatives_table(plan))),
@@ -70,15 +72,25 @@ def _cards(plan: Plan, verdict: Verdict, timeline: Timeline) -> str:
     ) + "</div>"
 
 
-def _timelines(plan: Plan, timeline: Timeline, measured: Timeline | None) -> str:
-    picture = f'<div class="wide">{timeline_svg(plan, timeline, measured, styled=False)}</div>'
+def _picture(drawing: Drawing, title: str) -> str:
+    return f'<div class="wide">{document(drawing, title, styled=False)}</div>'
+
+
+def _timelines(plan: Plan, timeline: Timeline, measured: Timeline | None, width: float) -> str:
+    timelines = [timeline] if measured is None else [timeline, measured]
+    picture = _picture(draw_timelines(plan, timelines, width), f"{plan.model}: one step")
     if measured is None:
         return picture
     off = measured.makespan_s / timeline.makespan_s - 1 if timeline.makespan_s else 0.0
     return (
         f"{picture}<p>The measured step took {duration(measured.makespan_s)}, {off:+.0%} against the simulated "
-        f"{duration(timeline.makespan_s)}.</p>"
+        f"{duration(timeline.makespan_s)}. A measured compute starts when its worker turns to it: what it then waits for a "
+        "value counts as compute, so less waiting is shown than there was.</p>"
     )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _section(title: str, content: str) -> str:

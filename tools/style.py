@@ -36,8 +36,8 @@ p{margin:4px 0}
 .card b{font-size:20px}
 .card p{font-size:12px;margin:0;overflow-wrap:anywhere}
 .wide{overflow-x:auto}
-svg{display:block;max-width:100%;min-width:900px;height:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+svg{display:block;width:100%;min-width:900px;height:auto}
+table{font-size:13px;border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:3px 12px 3px 0;text-align:left;border-bottom:1px solid;white-space:nowrap}
 .right{text-align:right}
 details{margin-top:16px}

@@ -89,8 +89,8 @@ class StageSpec:
 class InputLeaf:
     """One leaf of a call's arguments.
 
-    ``graph_input`` names the input of the graph, or is None for a leaf that is not a tensor; such a leaf keeps the value
-    ``constant`` that it had when the model was captured. ``batched`` tensors are cut along dimension 0.
+    ``graph_input`` names the input of the graph, or is None for a leaf that is not a tensor; such a leaf keeps the
+    value ``constant`` that it had when the model was captured. ``batched`` tensors are cut along dimension 0.
     """
 
     path: str

@@ -64,7 +64,7 @@ class Timeline:
         makespan_s = self.makespan_s
         if not makespan_s:
             return ""
-        rows = defaultdict(lambda: ["."] * columns)
+        rows: defaultdict[int, list[str]] = defaultdict(lambda: ["."] * columns)
         for span in self.spans:
             if span.op not in _SHORT:
                 continue

@@ -64,11 +64,17 @@ def assert_exact(pm: stagecut.Pipeline, rows: int) -> None:
             torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-10, atol=1e-14, msg=name)
 
 
-@pytest.fixture(scope="module", params=[["cpu", "cpu"], [["cpu", "cpu"], ["cpu", "cpu"]], [["cpu", "cpu"], ["cpu"]]], ids=["2", "2x2", "2+1"])
+@pytest.fixture(
+    scope="module",
+    params=[["cpu", "cpu"], [["cpu", "cpu"], ["cpu", "cpu"]], [["cpu", "cpu"], ["cpu"]]],
+    ids=["2", "2x2", "2+1"],
+)
 def pm(request: Any) -> Iterator[stagecut.Pipeline]:
     torch.manual_seed(0)
     model = Tied().double()
-    with stagecut.compile(model, request.param, loss_fn=token_loss, microbatches=3, schedule="1f1b", costs="analytic") as compiled:
+    with stagecut.compile(
+        model, request.param, loss_fn=token_loss, microbatches=3, schedule="1f1b", costs="analytic"
+    ) as compiled:
         yield compiled
 
 
@@ -205,7 +211,13 @@ def steps_of(devices: Any, launch: str) -> tuple[list[float], dict[str, torch.Te
     x, y = torch.randn(12, 6, dtype=torch.float64), torch.randint(3, (12,))
     n_replicas = len(devices[0]) if isinstance(devices[0], list) else 1
     with stagecut.compile(
-        model, devices, loss_fn=F.cross_entropy, microbatches=4 // n_replicas, schedule="1f1b", costs="analytic", launch=launch
+        model,
+        devices,
+        loss_fn=F.cross_entropy,
+        microbatches=4 // n_replicas,
+        schedule="1f1b",
+        costs="analytic",
+        launch=launch,
     ) as pm:
         torch.manual_seed(5)
         losses = [pm.step(x, target=y).loss.item() for _ in range(3)]
@@ -223,4 +235,6 @@ def test_randomness_and_statistics_do_not_depend_on_the_cut() -> None:
 
 
 def test_replicas_draw_the_same_numbers() -> None:
-    assert steps_of([["cpu", "cpu"], ["cpu", "cpu"]], "local")[0] == pytest.approx(steps_of(["cpu"], "inline")[0], rel=1e-12)
+    assert steps_of([["cpu", "cpu"], ["cpu", "cpu"]], "local")[0] == pytest.approx(
+        steps_of(["cpu"], "inline")[0], rel=1e-12
+    )

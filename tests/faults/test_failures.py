@@ -75,7 +75,13 @@ class Model(nn.Module):
 def pipeline(kind: str, timeout_s: float = 60.0) -> stagecut.Pipeline:
     torch.manual_seed(0)
     return stagecut.compile(
-        Model(kind), ["cpu", "cpu"], loss_fn=F.cross_entropy, microbatches=4, schedule="1f1b", costs="analytic", timeout_s=timeout_s
+        Model(kind),
+        ["cpu", "cpu"],
+        loss_fn=F.cross_entropy,
+        microbatches=4,
+        schedule="1f1b",
+        costs="analytic",
+        timeout_s=timeout_s,
     )
 
 
@@ -94,7 +100,9 @@ def workers() -> Iterator[list[psutil.Process]]:
     assert [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def fail(pm: stagecut.Pipeline, workers: list[psutil.Process], kind: type[BaseException]) -> tuple[BaseException, float]:
+def fail(
+    pm: stagecut.Pipeline, workers: list[psutil.Process], kind: type[BaseException]
+) -> tuple[BaseException, float]:
     """Take a good step, then a poisoned one; returns its error and how long it took to arrive."""
     x, y = batch(poisoned=False)
     pm.step(x, target=y)
@@ -193,7 +201,9 @@ def test_a_lambda_loss_and_a_local_class_work() -> None:
             return self.linear(x) if float(x.detach().sum()) > -1e9 else x
 
     model = nn.Sequential(Local(), nn.Linear(4, 2))
-    with stagecut.compile(model, ["cpu", "cpu"], loss_fn=lambda out, y: F.cross_entropy(out, y), costs="analytic") as pm:
+    with stagecut.compile(
+        model, ["cpu", "cpu"], loss_fn=lambda out, y: F.cross_entropy(out, y), costs="analytic"
+    ) as pm:
         x, y = batch(poisoned=False)
         assert pm.verify(x, target=y).ok
 

@@ -37,7 +37,9 @@ GONE_S = 5.0
 
 
 def start(mode: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "ready"
     workers = psutil.Process(process.pid).children()
@@ -82,7 +84,11 @@ def test_a_script_that_ends_without_close_leaves_nothing() -> None:
 def test_nothing_stays_in_the_temporary_folder(tmp_path: Path) -> None:
     script = SCRIPT + "\npm.close()\n"
     done = subprocess.run(
-        [sys.executable, "-c", script, "end"], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script, "end"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("stagecut")] == []

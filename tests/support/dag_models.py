@@ -38,7 +38,22 @@ class RandomChooser:
         return self._random.choice(options)
 
 
-UNARY = ("linear", "frozen", "again", "tied", "relu", "relu_", "tanh", "norm", "half", "detach", "sized", "mask", "kept", "heads")
+UNARY = (
+    "linear",
+    "frozen",
+    "again",
+    "tied",
+    "relu",
+    "relu_",
+    "tanh",
+    "norm",
+    "half",
+    "detach",
+    "sized",
+    "mask",
+    "kept",
+    "heads",
+)
 BINARY = ("add", "mul", "cat", "where", "sub_")
 
 
@@ -69,7 +84,12 @@ def draw_spec(chooser: Chooser, *, max_ops: int = 9) -> DagSpec:
         kind = chooser.choose(UNARY + BINARY)
         count = 2 if kind in BINARY else 1
         known = list(range(n_inputs + len(ops)))
-        ops.append(Op(kind, tuple(chooser.choose(known[-4:] if chooser.choose([True, False]) else known) for _ in range(count))))
+        ops.append(
+            Op(
+                kind,
+                tuple(chooser.choose(known[-4:] if chooser.choose([True, False]) else known) for _ in range(count)),
+            )
+        )
     ops.append(Op("linear", (n_inputs + len(ops) - 1,)))
     values = list(range(n_inputs, n_inputs + len(ops)))
     extra = [chooser.choose(values) for _ in range(chooser.choose([0, 0, 1, 2]))]

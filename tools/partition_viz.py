@@ -1,0 +1,184 @@
+"""The command ``partition-viz``: show a plan in the terminal, or write it as a page or a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from ..api import plan as make_plan
+from ..errors import CaptureError, InfeasibleError, StagecutError
+from ..models.registry import load_model
+from ..partitioner.plan import Plan, load
+from ..records import to_json
+from ..runtime.schedules import TRAINING_SCHEDULES
+from .html import report_html
+from .replay import timeline_of
+from .svg import plan_svg
+from .text import console_for, print_plan
+
+OK, USAGE, NOT_CAPTURABLE, DOES_NOT_FIT = 0, 2, 3, 4
+_GIB = 1 << 30
+_WORKERS = "2"
+# Options that make a plan, with what they are when nobody gave them; a plan file has its answers already.
+_PLANNING = ("devices", "cluster", "replicas", "microbatches", "schedule", "batch", "costs", "memory_gib")
+
+_EXAMPLES = """examples:
+  partition-viz show demo:resnet --devices 4
+  partition-viz show torchvision:resnet50 --cluster sim:4xA100-80GB --batch 64
+  partition-viz show train.py:build --devices cpu,cpu --schedule 1f1b --json > plan.json
+  partition-viz report plan.json -o plan.html
+  partition-viz report demo:unet --cluster sim:8xH100-80GB --replicas 2 -o plan.svg
+
+exit codes: 0 done, 2 wrong arguments, 3 the model cannot be captured, 4 no plan fits
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = _parser()
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return USAGE
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as error:  # argparse has printed why
+        return error.code if isinstance(error.code, int) else USAGE
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        plan = _plan(options)
+        if options.command == "report":
+            return _report(plan, options.output)
+        return _show(plan, options.json)
+    except BrokenPipeError:  # the reader had enough, as `head` does; nothing is left to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except (StagecutError, OSError) as error:
+        print(f"partition-viz: {error}", file=sys.stderr)
+        return _code(error)
+
+
+def _code(error: Exception) -> int:
+    if isinstance(error, InfeasibleError):
+        return DOES_NOT_FIT
+    return NOT_CAPTURABLE if isinstance(error, CaptureError) else USAGE
+
+
+def _show(plan: Plan, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(to_json(plan), indent=1))
+    else:
+        print_plan(plan, timeline_of(plan), console_for())
+    sys.stdout.flush()
+    return OK
+
+
+def _report(plan: Plan, output: Path) -> int:
+    write = plan_svg if output.suffix == ".svg" else report_html
+    output.write_text(write(plan, timeline_of(plan)), encoding="utf-8")
+    print(f"wrote {output}", file=sys.stderr)
+    return OK
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """Read the plan, or load the model and make one.
+
+    Raises:
+        StagecutError: there is no such model or plan, or no plan fits.
+    """
+    spec: str = options.spec
+    given = [f"--{name.replace('_', '-')}" for name in _PLANNING if getattr(options, name) is not None]
+    if Path(spec).is_file() or (spec.endswith(".json") and ":" not in spec):
+        if given:
+            raise StagecutError(
+                f"{spec} is a plan that is made already; {', '.join(given)} cannot change it",
+                hint="give a model spec instead, such as demo:resnet",
+            )
+        return load(spec)
+    model = load_model(spec, batch_rows=options.batch)
+    return make_plan(
+        model.module,
+        options.cluster or _workers(options.devices or _WORKERS),
+        example_inputs=model.example_inputs,
+        example_kwargs=model.example_kwargs,
+        replicas=options.replicas or 1,
+        microbatches=options.microbatches,
+        schedule=options.schedule,
+        costs=options.costs or "analytic",
+        memory_bytes=None if options.memory_gib is None else options.memory_gib * _GIB,
+    )
+
+
+def _workers(text: str) -> list[int | str]:
+    """Read ``--devices``: a count of CPU workers, or names of devices."""
+    return ["cpu"] * int(text) if text.isdecimal() else [part.strip() for part in text.split(",")]
+
+
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None, line: object = None
+) -> None:
+    """Print a warning as one line; where in stagecut it was raised helps nobody here."""
+    print(f"partition-viz: warning: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="partition-viz",
+        description="Show how a model is cut into stages, what crosses between them, and who waits when.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,report}")
+    show = commands.add_parser("show", help="print the plan as tables", description="Print the plan as tables.")
+    show.add_argument("--json", action="store_true", help="print the plan as JSON instead")
+    report = commands.add_parser(
+        "report", help="write the plan as a page or a picture", description="Write the plan as a page or a picture."
+    )
+    report.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="plan.html, or plan.svg for the picture alone"
+    )
+    for command in (show, report):
+        _add_planning(command)
+    return parser
+
+
+def _add_planning(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("spec", metavar="SPEC_OR_PLAN", help="demo:resnet, torchvision:NAME, file.py:FUNCTION or plan.json")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--devices", metavar="N|LIST", help=f"N CPU workers, or names: cpu,cpu (default: {_WORKERS})")
+    place.add_argument("--cluster", metavar="KIND", help="devices that need not exist: sim:4xA100-80GB")
+    parser.add_argument("--replicas", type=_positive, metavar="N", help="data-parallel copies of every stage (default: 1)")
+    parser.add_argument("--microbatches", type=_positive, metavar="M", help="pieces of the batch (default: chosen)")
+    parser.add_argument("--schedule", choices=list(TRAINING_SCHEDULES), help="order of compute (default: chosen)")
+    parser.add_argument("--batch", type=_positive, metavar="N", help="rows of the example batch (default: the model's)")
+    parser.add_argument(
+        "--costs", choices=["analytic", "measured"], help="roofline, or each op timed on this CPU (default: analytic)"
+    )
+    parser.add_argument("--memory-gib", type=_gibibytes, metavar="X", help="memory limit of each worker")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _gibibytes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
