@@ -206,7 +206,7 @@ class Pipeline(nn.Module):
         return result
 
     def profile(self, *args: Any, target: Any = None, steps: int = 5, **kwargs: Any) -> Profile:
-        """Measure ``steps`` training steps on one batch after one warm-up; leaves gradients and buffers as they were."""
+        """Measure ``steps`` training steps on one batch after a warm-up; gradients and buffers stay as they were."""
         measured: list[tuple[float, Timeline]] = []
         with preserved(self.model):
             self._step(args, kwargs, target, profile=False)

@@ -120,7 +120,7 @@ class _Server:
         self.groups: dict[int, Any] = {}
         reducers: dict[int, Reducer] = {}
         if layout.n_workers > 1:
-            store = dist.FileStore(self.setup.store_path, layout.n_workers)
+            store = dist.FileStore(self.setup.store_path, layout.n_workers)  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=store, rank=worker, world_size=layout.n_workers)
         for s, owners in enumerate(layout.workers):
             group = dist.new_group(list(owners), backend="gloo") if len(owners) > 1 else None

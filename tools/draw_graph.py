@@ -12,7 +12,7 @@ from .words import columns, count, devices, duration, n_ops, shorten, size
 
 HEADER = 150.0
 _MIN_WIDTH = 1180.0
-_MAX_HEIGHT, _MAX_STAGE_HEIGHT = 560.0, 90.0
+_MAX_HEIGHT, _MAX_STAGE_HEIGHT = 440.0, 80.0
 _LABEL_COLUMNS = 14
 _COLUMN = 6.1  # widest mean of a character at 11 px in the fonts of the style sheet
 _LISTED = 12
@@ -79,7 +79,8 @@ def _band(plan: Plan, stage: StageRecord, band: Rect, width: float) -> str:
 def _edge(folded: Folded, arrow: Arrow, route: Route) -> str:
     crosses = _crosses(folded, arrow)
     names = ", ".join(arrow.values[:_LISTED]) + (" …" if len(arrow.values) > _LISTED else "")
-    tip = f"{names}: stage {folded.boxes[arrow.source].stage} to {folded.boxes[arrow.target].stage}" if crosses else names
+    stages = [folded.boxes[end].stage for end in (arrow.source, arrow.target)]
+    tip = f"{names}: stage {stages[0]} to {stages[1]}" if crosses else names
     x, y = route.points[-1]
     line = path("wire" if crosses else "edge", route.points, tip=tip)
     return line + tip_right("wiretip" if crosses else "tip", x, y)
@@ -98,8 +99,9 @@ def _box(box: Box, place: Rect, longest_s: float) -> str:
     below = "model input" if box.kind == INPUT else duration(seconds)
     if len(box.ops) > 1:
         below = f"{count(len(box.ops), 'op')}, {below}"
+    kind = "input" if box.kind == INPUT else f"box {colour}"
     parts = [
-        rect("input" if box.kind == INPUT else f"box {colour}", place.x, place.y, place.width, place.height, radius=3, tip=_tip(box)),
+        rect(kind, place.x, place.y, place.width, place.height, radius=3, tip=_tip(box)),
         text("", place.x + 6, place.y + 13, shorten(box.label, _LABEL_COLUMNS)),
         text("dim s", place.x + 6, place.y + 24, below),
     ]
@@ -125,4 +127,5 @@ def _legend(plan: Plan, folded: Folded) -> str:
         what = f"all {count(n_boxes, 'op')} are shown"
     else:
         what = f"{len(plan.ops)} ops in {count(n_boxes, 'box', 'boxes')}: modules are folded at depth {folded.depth}"
-    return f"{what}; bar and time: forward and backward of a microbatch; thick lines cross stages, with the bytes of a microbatch"
+    how = "bars and times are forward and backward of a microbatch; thick lines cross stages, with a microbatch's bytes"
+    return f"{what}; {how}"

@@ -1,8 +1,8 @@
 """Layout: boxes in bands, read like text, and orthogonal routes between them that cross no box.
 
-A band (a stage) is one or more lines of boxes; a column of a line is one layer of the longest path. Above each line is a
-channel for horizontal runs, between columns a gap for vertical ones, and at the right edge a margin for runs that pass
-whole lines:
+A band (a stage) is one or more lines of boxes; a column of a line is one layer of the longest path. Above each line is
+a channel for horizontal runs, between columns a gap for vertical ones, and at the right edge a margin for runs that
+pass whole lines:
 
     channel   ┌──────────┐
     line   [ a ] ─[ b ]─[ c ]─┐   gap, then margin
@@ -57,7 +57,10 @@ class Route:
 
 @dataclass(frozen=True)
 class GraphLayout:
-    """Where everything is. ``cells`` are (line, column, row) of each box; ``bands`` leave out the runs that lead into them."""
+    """Where everything is.
+
+    ``cells`` are (line, column, row) of each box; ``bands`` leave out the labelled runs that lead into them.
+    """
 
     boxes: tuple[Rect, ...]
     cells: tuple[tuple[int, int, int], ...]
@@ -81,13 +84,11 @@ class Run:
     end: float
 
 
-def layout(
-    bands: Sequence[int], edges: Sequence[tuple[int, int]], label_widths: Mapping[int, float]
-) -> GraphLayout:
+def layout(bands: Sequence[int], edges: Sequence[tuple[int, int]], label_widths: Mapping[int, float]) -> GraphLayout:
     """Place boxes and route edges.
 
-    ``bands`` holds the band of each box (0, 1, … without holes), ``label_widths`` the space that the label of an edge (by
-    its index) needs. Edges lead to a later band, or go without a circle within one. Deterministic.
+    ``bands`` holds the band of each box (0, 1, … without holes), ``label_widths`` the space that the label of an edge
+    (by its index) needs. Edges lead to a later band, or go without a circle within one. Deterministic.
     """
     return _Drawing(bands, edges, label_widths, place(bands, edges)).layout()
 

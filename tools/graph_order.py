@@ -60,9 +60,14 @@ def _rows(mine: list[int], layers: list[int], edges: Sequence[tuple[int, int]]) 
         if source in row and target in row:
             before[target].append(source)
             after[source].append(target)
-    for near, order in ((before, sorted(by_layer)), (after, sorted(by_layer, reverse=True)), (before, sorted(by_layer))):
+    forward = sorted(by_layer)
+    for near, order in ((before, forward), (after, forward[::-1]), (before, forward)):
         for layer in order:
-            rank = {box: sum(row[n] for n in near[box]) / len(near[box]) if near[box] else row[box] for box in by_layer[layer]}
+            rank = {box: _mean([row[n] for n in near[box]], row[box]) for box in by_layer[layer]}
             by_layer[layer].sort(key=lambda box: (rank[box], box))
             row.update((box, float(index)) for index, box in enumerate(by_layer[layer]))
     return by_layer
+
+
+def _mean(values: list[float], default: float) -> float:
+    return sum(values) / len(values) if values else default

@@ -18,6 +18,11 @@ from .verdict import Verdict, judge
 from .words import count, duration, share, size
 
 _SLOWEST = 20
+# The executor starts a compute's span before it takes the packets that it needs.
+_MEASURED_WAITING = (
+    "A measured compute begins when its worker turns to it; where it then waits for a value, that counts as compute, "
+    "so less waiting is shown than there was."
+)
 
 
 def report_html(plan: Plan, timeline: Timeline, measured: Timeline | None = None) -> str:
@@ -62,14 +67,15 @@ def _cards(plan: Plan, verdict: Verdict, timeline: Timeline) -> str:
     cards = [
         ("A step takes", duration(p.step_s), verdict.one_device),
         ("It is cut into", count(len(plan.stages), "stage"), f"{verdict.cut}; {verdict.limit}"),
-        ("What crosses", size(crossing), verdict.crossing),
+        ("Crosses for a microbatch", size(crossing), verdict.crossing),
         ("Who waits", share(timeline.bubble), verdict.waiting),
         ("Memory", fits, verdict.fit.partition(": ")[2]),
     ]
-    return '<div class="cards">' + "".join(
+    shown = "".join(
         f'<section class="card"><h2>{title}</h2><b>{escape(value)}</b><p>{escape(note)}</p></section>'
         for title, value, note in cards
-    ) + "</div>"
+    )
+    return f'<div class="cards">{shown}</div>'
 
 
 def _picture(drawing: Drawing, title: str) -> str:
@@ -81,12 +87,12 @@ def _timelines(plan: Plan, timeline: Timeline, measured: Timeline | None, width:
     picture = _picture(draw_timelines(plan, timelines, width), f"{plan.model}: one step")
     if measured is None:
         return picture
-    off = measured.makespan_s / timeline.makespan_s - 1 if timeline.makespan_s else 0.0
-    return (
-        f"{picture}<p>The measured step took {duration(measured.makespan_s)}, {off:+.0%} against the simulated "
-        f"{duration(timeline.makespan_s)}. A measured compute starts when its worker turns to it: what it then waits for a "
-        "value counts as compute, so less waiting is shown than there was.</p>"
+    off = (
+        f", {measured.makespan_s / timeline.makespan_s - 1:+.0%} against the simulated one"
+        if timeline.makespan_s
+        else ""
     )
+    return f"{picture}<p>The measured step took {duration(measured.makespan_s)}{off}. {_MEASURED_WAITING}</p>"
 
 
 def _sentence(text: str) -> str:
@@ -105,10 +111,9 @@ def _table(table: Table) -> str:
     if not table.rows:
         return f"<p>{escape(table.empty)}</p>"
     head = "".join(_cell("th", name, right) for name, right in zip(table.header, table.right))
-    rows = [
-        "<tr>" + "".join(_cell("td", value, right) for value, right in zip(row, table.right)) + "</tr>" for row in table.rows
-    ]
-    return f'<div class="wide"><table>\n<tr>{head}</tr>\n' + "\n".join(rows) + "\n</table></div>"
+    rows = ["".join(_cell("td", value, right) for value, right in zip(row, table.right)) for row in table.rows]
+    body = "".join(f"<tr>{row}</tr>\n" for row in rows)
+    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}</table></div>'
 
 
 def _cell(tag: str, value: str, right: bool) -> str:
@@ -132,11 +137,11 @@ def _op_row(op: OpRecord) -> tuple[str, ...]:
 def _sources(plan: Plan, timeline: Timeline) -> str:
     kinds: Sequence[str] = sorted({op.cost_source for op in plan.ops})
     facts = [
-        f"costs of the ops: {', '.join(kinds)}; the timeline is {timeline.source} from them, for one microbatch of each stage",
+        f"costs of the ops: {', '.join(kinds)}; the first timeline is {timeline.source} from their sums",
         f"bottleneck {duration(plan.prediction.bottleneck_s)} a microbatch with its transfers, proven lower bound "
         f"{duration(plan.prediction.lower_bound_s)}",
         "memory: parameters with gradients and optimizer state, and what is saved for the microbatches in flight",
-        "one device: the same batch in the same microbatches, without transfers; it is not checked whether it fits there",
+        "one device: the same batch in the same microbatches, without transfers; whether it fits there is not checked",
         f"graph {plan.fingerprint}, plan format {plan.format}",
     ]
     return "<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in facts) + "</ul>"

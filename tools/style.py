@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-# Okabe and Ito, "Color Universal Design" (2008), https://jfly.uni-koeln.de/color/; grey in place of black, which is text.
+# Okabe and Ito, "Color Universal Design" (2008), https://jfly.uni-koeln.de/color/; grey for black, which is text.
 STAGE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8a8a8a")
 _DARK_ON_COLOUR, _LIGHT_ON_COLOUR = "#111111", "#ffffff"
 _NEEDS_LIGHT_TEXT = {"#0072b2"}
 
-_LIGHT = {"paper": "#ffffff", "ink": "#1b1f24", "dim": "#57606a", "rule": "#d0d7de", "soft": "#eef1f4", "edge": "#9aa4af"}
-_DARK = {"paper": "#12161c", "ink": "#e8ecf0", "dim": "#a3adb8", "rule": "#3a434d", "soft": "#1e252d", "edge": "#6b7682"}
+_LIGHT = {
+    "paper": "#ffffff",
+    "ink": "#1b1f24",
+    "dim": "#57606a",
+    "rule": "#d0d7de",
+    "soft": "#eef1f4",
+    "edge": "#9aa4af",
+}
+_DARK = {
+    "paper": "#12161c",
+    "ink": "#e8ecf0",
+    "dim": "#a3adb8",
+    "rule": "#3a434d",
+    "soft": "#1e252d",
+    "edge": "#6b7682",
+}
 _TINT_LIGHT, _TINT_DARK = 0.30, 0.38
 
 _SHAPES = """
@@ -52,7 +66,7 @@ def stage_class(stage: int) -> str:
 
 def drawing_rules() -> str:
     """Return the style sheet of all drawings; without variables and imports, which librsvg and mail readers lack."""
-    return f"{_SHAPES.strip()}\n{_theme(_LIGHT, _TINT_LIGHT)}\n@media (prefers-color-scheme:dark){{\n{_theme(_DARK, _TINT_DARK)}\n}}\n"
+    return f"{_SHAPES.strip()}\n{_theme(_LIGHT, _TINT_LIGHT)}\n{_in_the_dark(_theme(_DARK, _TINT_DARK))}"
 
 
 def _theme(base: dict[str, str], tint: float) -> str:
@@ -92,8 +106,11 @@ def _mix(colour: str, paper: str, amount: float) -> str:
 
 def page_rules() -> str:
     """Return the style sheet of a page around the drawings."""
-    dark = _page_theme(_DARK)
-    return f"{_PAGE.strip()}\n{_page_theme(_LIGHT)}\n@media (prefers-color-scheme:dark){{\n{dark}\n}}\n"
+    return f"{_PAGE.strip()}\n{_page_theme(_LIGHT)}\n{_in_the_dark(_page_theme(_DARK))}"
+
+
+def _in_the_dark(rules: str) -> str:
+    return f"@media (prefers-color-scheme:dark){{\n{rules}\n}}\n"
 
 
 def _page_theme(base: dict[str, str]) -> str:

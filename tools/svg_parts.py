@@ -65,7 +65,7 @@ def path(kind: str, points: Sequence[tuple[float, float]], *, radius: float = 3.
 
 def tip_right(kind: str, x: float, y: float) -> str:
     """Draw an arrowhead that ends at ``x``, ``y`` and points to the right."""
-    return f'<path class="{kind}" d="M{number(x - 5)} {number(y - 3)}L{number(x)} {number(y)}L{number(x - 5)} {number(y + 3)}z"/>'
+    return f'<path class="{kind}" d="M{number(x - 5)} {number(y - 3)}l5 3l-5 3z"/>'
 
 
 def moved(drawing: Drawing, x: float, y: float) -> str:
@@ -87,7 +87,8 @@ def document(drawing: Drawing, title: str, *, styled: bool) -> str:
     """Make an ``<svg>`` element; a standalone picture is ``styled``, one in a page uses the page's style sheet."""
     width, height = number(drawing.width), number(drawing.height)
     namespace = ' xmlns="http://www.w3.org/2000/svg"' if styled else ""  # a page knows what svg is
-    style = f"<style>\n{drawing_rules()}</style>\n{rect('paper', 0, 0, drawing.width, drawing.height)}\n" if styled else ""
+    paper = rect("paper", 0, 0, drawing.width, drawing.height)
+    style = f"<style>\n{drawing_rules()}</style>\n{paper}\n" if styled else ""
     return (
         f'<svg{namespace} viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" aria-label="{escape(title)}">\n{style}{drawing.body}\n</svg>\n'

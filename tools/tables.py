@@ -60,7 +60,7 @@ def alternatives_table(plan: Plan) -> Table:
     step_s = plan.prediction.step_s
     rows = [(plan.schedule, str(plan.n_microbatches), duration(step_s), "chosen")]
     for other in sorted(plan.alternatives, key=lambda other: (other.step_s, other.n_microbatches, other.schedule)):
-        worse = f"{other.step_s / step_s - 1:+.0%}" if step_s > 0 else ""
+        worse = f"{other.step_s / step_s - 1:+.1%}" if step_s > 0 else ""
         rows.append((other.schedule, str(other.n_microbatches), duration(other.step_s), worse))
     header = ("schedule", "microbatches", "step", "against chosen")
     return Table(header, (False, True, True, True), tuple(rows), "nothing else was considered")

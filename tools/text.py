@@ -21,7 +21,7 @@ _PIPED_WIDTH = 10_000  # a table takes what it needs: a pipe has no edge to wrap
 
 
 def console_for(stream: TextIO | None = None) -> Console:
-    """Return a console for ``stream`` (stdout): colour on a terminal unless ``NO_COLOR`` is set, plain ASCII elsewhere."""
+    """Return a console for ``stream`` (stdout): coloured on a terminal unless ``NO_COLOR`` is set, else plain ASCII."""
     stream = stream or sys.stdout
     if stream.isatty():
         return Console(file=stream, highlight=False)

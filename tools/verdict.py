@@ -78,7 +78,8 @@ def bytes_into(plan: Plan, stage: int) -> int:
 
 
 def _order(plan: Plan) -> str:
-    return f"{plan.schedule}, {count(plan.n_microbatches, 'microbatch', 'microbatches')}, {count(plan.batch_rows, 'row')}"
+    pieces = count(plan.n_microbatches, "microbatch", "microbatches")
+    return f"{plan.schedule}, {pieces}, {count(plan.batch_rows, 'row')}"
 
 
 def _limit(plan: Plan) -> str:
@@ -130,9 +131,9 @@ def _waiting(plan: Plan, timeline: Timeline) -> str:
     if not idle or timeline.makespan_s <= 0:
         return "nothing runs"
     worker = max(range(len(idle)), key=idle.__getitem__)
-    least = min(idle) / timeline.makespan_s
+    low, high = min(idle) / timeline.makespan_s, max(idle) / timeline.makespan_s
     most = f"worker {worker} (stage {stages_of(plan)[worker]}) waits longest, {duration(idle[worker])}"
-    return f"workers wait {share(least)} to {share(max(idle) / timeline.makespan_s)} of the step, {most}{_filling(plan)}"
+    return f"workers wait {share(low)} to {share(high)} of the step, {most}{_filling(plan)}"
 
 
 def _filling(plan: Plan) -> str:
