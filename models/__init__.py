@@ -6,7 +6,7 @@ from .registry import LoadedModel, ModelSpecError, load_model
 from .resnet import DigitsResNet
 from .transformer import GPT, next_token_loss
 from .unet import UNet
-from .vision_compat import import_torchvision
+from ..vision_compat import import_torchvision
 
 __all__ = [
     "GPT",

@@ -18,6 +18,9 @@ from ..structure import tensors_in
 from .capture import Capture, untouched
 from .tracing import SOURCE
 
+_RUNNING = ("running_mean", "running_var")
+_NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+
 
 @dataclass
 class OpFacts:
@@ -29,7 +32,7 @@ class OpFacts:
         source: ``file:line`` of that code, if known.
         inputs: the ops and graph inputs that it uses, in order.
         flops, moved_bytes: arithmetic and memory traffic of the forward.
-        output_bytes: bytes of the result, each storage once.
+        output_bytes: bytes of the result's tensors, as a packet would carry them.
         saved_bytes: bytes that autograd keeps for the backward and that no earlier op keeps; parameters excluded.
         parameters: names of parameters and buffers that it reads.
         random: draws random numbers.
@@ -81,23 +84,25 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.random |= torch.Tag.nondeterministic_seeded in func.tags
         inputs, outputs = tensors_in([args, kwargs]), tensors_in(result)
         self._note_writes(func, args, kwargs)
-        if not _is_view(func):
+        if _is_kernel(func) and outputs:
             self.n_kernels += 1
             self.moved_bytes += sum(_bytes(tensor) for tensor in (*inputs, *outputs))
         return result
 
     def _note_writes(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if not func._schema.is_mutable:
-            return
-        for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            self.written.update(storage_of(tensor) for tensor in tensors_in(value))
+        given = {a.name: value for a, value in zip(func._schema.arguments, args)} | kwargs
+        # Batch norms write their running statistics, and their schemas do not say so.
+        hidden = _RUNNING if given.get("training") is True else ()
+        for argument in func._schema.arguments:
+            declared = argument.alias_info is not None and argument.alias_info.is_write
+            if declared or argument.name in hidden:
+                self.written.update(storage_of(tensor) for tensor in tensors_in(given.get(argument.name)))
 
 
-def _is_view(func: Any) -> bool:
-    return any(ret.alias_info is not None and not ret.alias_info.is_write for ret in func._schema.returns)
+def _is_kernel(func: Any) -> bool:
+    """Say whether an op computes: it is no view, no bare allocation and no question about a tensor."""
+    view = any(ret.alias_info is not None and not ret.alias_info.is_write for ret in func._schema.returns)
+    return not view and func.namespace != "prim" and func._overloadpacket.__name__ not in _NO_WORK
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -216,6 +221,7 @@ class _Interpreter(fx.Interpreter):
         self.facts: dict[str, OpFacts] = {}
         self.meter = Meter()
         self.owned = {storage_of(tensor) for tensor in state.values()}
+        self._alive = set(self.owned)
         self._saved: dict[int, int] = {}
         self._names_in_model = _names_by_identity(capture)
         self._current: OpFacts | None = None
@@ -246,12 +252,13 @@ class _Interpreter(fx.Interpreter):
         facts.parameters = self._parameters_of(n)
         facts.value = value
         tensors = tensors_in(value)
-        storages = {storage_of(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+        storages = {storage_of(tensor) for tensor in tensors}
         facts.output_bytes = sum(_bytes(tensor) for tensor in tensors)
         facts.differentiable = any(tensor.requires_grad for tensor in tensors)
-        facts.written = set(meter.written)
+        self._alive.update(storages)
+        facts.written = meter.written & self._alive  # not what was made and dropped inside the op
         read = {storage_of(t) for i in n.all_input_nodes for t in tensors_in(self.env[i])}
-        facts.touched = set(storages) | read | facts.written
+        facts.touched = storages | read | facts.written
         return value
 
     def _parameters_of(self, n: fx.Node) -> tuple[str, ...]:

@@ -131,6 +131,11 @@ def analytic_costs(graph_module: fx.GraphModule, facts: dict[str, OpFacts], kind
 
     The roofline is that of Williams, Waterman and Patterson, 2009 (https://doi.org/10.1145/1498765.1498785).
     """
+    with untouched(graph_module):
+        return _analytic_costs(graph_module, facts, kind)
+
+
+def _analytic_costs(graph_module: fx.GraphModule, facts: dict[str, OpFacts], kind: DeviceKind) -> dict[str, OpCost]:
     known: dict[str, OpCost] = {}
     costs: dict[str, OpCost] = {}
     for node in graph_module.graph.nodes:
@@ -142,8 +147,7 @@ def analytic_costs(graph_module: fx.GraphModule, facts: dict[str, OpFacts], kind
         if signature not in known:
             own = facts[node.name]
             forward_s = roofline_s(kind, own.flops, own.moved_bytes, own.n_kernels)
-            with untouched(graph_module):
-                known[signature] = OpCost(forward_s, _fake_backward_s(isolated, kind, forward_s), "analytic")
+            known[signature] = OpCost(forward_s, _fake_backward_s(isolated, kind, forward_s), "analytic")
         costs[node.name] = known[signature]
     costs.pop("output", None)
     return costs

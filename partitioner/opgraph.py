@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..structure import tensors_in
-from .analysis import OpFacts
+from .analysis import OpFacts, storage_of
 from .capture import Capture, ModeSwitch
 from .cluster import Cluster
 from .cost import FREE, OpCost
@@ -84,7 +84,8 @@ def forced_together(
 
     Two reasons. A value that cannot travel (no tensor, number or plain container of them) keeps its users with its
     producer. A storage that is changed in place keeps together its producer, its writers, and every reader up to the
-    last write; later readers see the final value and may get a copy.
+    last write; later readers see the final value and may get a copy. Of an input or attribute every stage has its own,
+    so one that is changed keeps all its readers.
     """
     groups: list[list[str]] = []
     users: dict[str, list[str]] = {}
@@ -92,10 +93,16 @@ def forced_together(
         for name in op.inputs:
             users.setdefault(name, []).append(op.name)
     groups += [[name, *users.get(name, [])] for name in ops if not travels[name]]
+    everywhere = {
+        storage_of(tensor)
+        for own in facts.values()
+        if own.op in ("placeholder", "get_attr")
+        for tensor in tensors_in(own.value)
+    }
     for storage in {storage for own in facts.values() for storage in own.written}:
         touching = [name for name in ops if storage in facts[name].touched]
         last_write = max((i for i, name in enumerate(touching) if storage in facts[name].written), default=-1)
-        groups.append(touching[: last_write + 1])
+        groups.append(touching if storage in everywhere else touching[: last_write + 1])
     return [group for group in groups if len(group) > 1]
 
 

@@ -20,9 +20,12 @@ from .transport import InlineTransport, MessageKey
 
 
 class Engine(Protocol):
-    """Runs requests on the workers of one pipeline and leaves gradients in the model's ``.grad``."""
+    """Runs requests on the workers of one pipeline and leaves gradients in the model's ``.grad``.
 
-    is_main: bool
+    ``n_threads`` is how many CPU threads each worker computes with.
+    """
+
+    n_threads: int
 
     def run(self, request: StepRequest) -> StepReport:
         """Carry out one request on all workers; raises what a worker raised."""
@@ -85,9 +88,8 @@ class InlineEngine:
     and replicas add into the same gradients.
     """
 
-    is_main = True
-
     def __init__(self, spec: PipelineSpec, model: nn.Module, loss_fn: Callable[..., Any] | None) -> None:
+        self.n_threads = torch.get_num_threads()
         self._model = model
         self._programs = Programs(spec)
         self._random = spec.random

@@ -64,6 +64,7 @@ class WorkerPool:
     """
 
     def __init__(self, n_workers: int, n_threads: int) -> None:
+        self.n_threads = n_threads
         self.workers: list[WorkerProcess] = []
         self._owner = os.getpid()
         self._finalizer = weakref.finalize(self, _kill_all, self.workers, self._owner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -44,8 +45,6 @@ class LocalEngine:
     optimizer works on them, and workers see each update at once. Gradients come back through the same memory.
     """
 
-    is_main = True
-
     def __init__(
         self,
         spec: PipelineSpec,
@@ -54,6 +53,7 @@ class LocalEngine:
         pool: WorkerPool,
         timeout_s: float,
     ) -> None:
+        self.n_threads = pool.n_threads
         self._spec = spec
         self._model = model
         self._pool = pool
@@ -135,6 +135,7 @@ class LocalEngine:
             buffers=tuple(name for name in used if not isinstance(state[name], nn.Parameter)),
             gradients={name: slot for (w, name), slot in self._gradient_slots.items() if w == worker.index},
             payload=self._pickle(stages, own_loss),
+            torchvision="torchvision" in sys.modules,
         )
         worker.connection.send_bytes(dumps(setup))
         worker.send_fd(self._arena.fd)

@@ -16,7 +16,7 @@ class Setup:
 
     ``payload`` is pickled (stages, loss_fn) whose tensors refer to ``parameters`` and ``buffers`` by name.
     ``gradients`` maps a parameter to the arena slot that this worker writes its gradient to; it is empty on all but the
-    first replica of a stage.
+    first replica of a stage. ``torchvision`` says that the parent uses it, so that the payload may refer to it.
     """
 
     worker: int
@@ -29,6 +29,7 @@ class Setup:
     buffers: tuple[str, ...]
     gradients: dict[str, str]
     payload: bytes
+    torchvision: bool
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ class Pipeline(nn.Module):
         state = self._engine.full_state()
         owned = {name for name, parameter in self.model.named_parameters() if parameter.shape == state[name].shape}
         with whole(self.model, state), preserved(self.model):
-            reference = reference_step(self.model, self._spec, request, self._loss_fn)
+            reference = reference_step(self.model, self._spec, request, self._loss_fn, self._engine.n_threads)
         kind = "captured graph" if self._spec.random else "model"
         result = compare(given, reference, owned, rtol, kind)
         if raises and not result.ok:

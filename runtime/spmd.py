@@ -95,7 +95,7 @@ class SpmdEngine:
         self._model = model
         self._group = _gloo()
         self._worker = dist.get_rank()
-        self.is_main = self._worker == 0
+        self.n_threads = torch.get_num_threads()
         self._device = torch.device(spec.devices[self._worker])
         self._programs = Programs(spec)
         self._names = {id(tensor): name for name, tensor in reversed(list(model_state(model).items()))}

@@ -121,11 +121,15 @@ def gradients_of(model: nn.Module, loss: torch.Tensor) -> Gradients:
 
 
 def reference_step(
-    model: nn.Module, spec: PipelineSpec, request: StepRequest, loss_fn: Callable[..., Any] | None
+    model: nn.Module, spec: PipelineSpec, request: StepRequest, loss_fn: Callable[..., Any] | None, n_threads: int
 ) -> Gradients:
-    """Run the unsplit model on the microbatches of ``request``; changes its gradients and buffers."""
+    """Run the unsplit model on the microbatches of ``request``; changes its gradients and buffers.
+
+    It runs with as many threads as a worker has: another number sums in another order, which a deep float32 model with
+    BatchNorm over a few rows turns into visible differences.
+    """
     losses = []
-    with isolated_randomness(True):
+    with isolated_randomness(True), _threads(n_threads):
         for m in range(request.n_microbatches):
             target = None if request.targets is None else cloned(request.targets[m])
             with torch.autocast(
@@ -136,6 +140,16 @@ def reference_step(
             torch.autograd.backward([loss], [torch.full_like(loss, request.weights[m])])
             losses.append(loss.detach() * request.weights[m])
     return gradients_of(model, torch.stack(losses).sum())
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _forward(model: nn.Module, spec: PipelineSpec, request: StepRequest, m: int) -> Any:

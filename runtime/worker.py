@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..vision_compat import import_torchvision
 from .arena import Arena, parameter_over
 from .executor import Executor
 from .instructions import Instruction
@@ -105,6 +106,8 @@ class _Server:
         for name in setup.buffers:
             view = self.arena.view(name)
             self.state[name] = view.clone() if self.private_buffers else view
+        if setup.torchvision:
+            import_torchvision()
         specs, loss_fn = loads(setup.payload, self.state)
         self.stages = {spec.index: StageRuntime(spec, torch.device(setup.device), loss_fn) for spec in specs}
         self.programs: dict[tuple[str, int], tuple[Instruction, ...]] = {}

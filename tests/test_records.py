@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stagecut.errors import PlanError
 from stagecut.records import from_json, to_json
 

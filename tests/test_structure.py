@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stagecut.structure import call_leaves, flatten, is_encodable, leaf_paths, map_leaves, tensors_in, unflatten
 from torch.utils import _pytree
+
+from stagecut.structure import call_leaves, flatten, is_encodable, leaf_paths, map_leaves, tensors_in, unflatten
 
 property_test = settings(max_examples=80, deadline=None, derandomize=True)
 

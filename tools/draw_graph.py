@@ -8,7 +8,7 @@ from .graph_layout import GraphLayout, Rect, Route, layout
 from .style import stage_class
 from .svg_parts import Drawing, path, rect, text, tip_right
 from .verdict import bytes_into
-from .words import columns, count, devices, duration, n_ops, shorten, size
+from .words import columns, count, device_kinds, duration, n_ops, shorten, size
 
 HEADER = 150.0
 _MIN_WIDTH = 1180.0
@@ -66,7 +66,7 @@ def _band(plan: Plan, stage: StageRecord, band: Rect, width: float) -> str:
         rect(f"band {stage_class(stage.index)}", -HEADER, band.y, width + HEADER, band.height, radius=4),
         rect(f"bwd {stage_class(stage.index)}", -HEADER, band.y, 4, band.height),
         f'<text class="h" x="{x:.0f}" y="{y:.1f}">stage {stage.index}</text>',
-        text("dim e", -14, y, shorten(devices(stage), 13)),
+        text("dim e", -14, y, shorten(device_kinds(stage), 10)),
     ]
     for index, (line, kind) in enumerate(lines[: 1 if band.height < 46 else 2]):
         parts.append(text(kind, x, y + 15 * (index + 1), line))

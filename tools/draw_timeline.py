@@ -19,6 +19,7 @@ _DIGIT = 6.5
 _WAITS_TEXT = 84.0
 _HEAD, _FOOT = 24.0, 22.0
 _TICKS = 10
+_REDUCE = "reduce"
 _NAMES = {"F": "forward", "B": "backward"}
 
 
@@ -26,7 +27,7 @@ def draw_timelines(plan: Plan, timelines: Sequence[Timeline], width: float) -> D
     """Draw timelines of one plan under each other, on one axis."""
     longest = max((timeline.makespan_s for timeline in timelines), default=0.0)
     scale = (width - HEADER - _RIGHT) / longest if longest > 0 else 0.0
-    parts, y = [_key(plan, width)], _HEAD
+    parts, y = [_key(timelines, width)], _HEAD
     for timeline in timelines:
         title = f"{timeline.source} step: {duration(timeline.makespan_s)}, bubble {share(timeline.bubble)}"
         parts.append(text("h", 0, y - 8, title))
@@ -38,19 +39,20 @@ def draw_timelines(plan: Plan, timelines: Sequence[Timeline], width: float) -> D
     return Drawing(width, y - _HEAD, "\n".join(parts))
 
 
-def _key(plan: Plan, width: float) -> str:
+def _key(timelines: Sequence[Timeline], width: float) -> str:
     """Explain the colours, at the right of the first title."""
-    x, y = width - 396.0, 6.0
     colour = stage_class(0)
-    return "".join(
-        [
-            rect(f"fwd {colour}", x, y, 16, 11) + text("dim", x + 20, y + 9.5, "forward"),
-            rect(f"bwd {colour}", x + 70, y, 16, 11) + text("dim", x + 90, y + 9.5, "backward"),
-            rect("send", x + 148, y + 7, 16, 4) + text("dim", x + 168, y + 9.5, "sends"),
-            rect("lane", x + 208, y, 16, 11) + text("dim", x + 228, y + 9.5, "waits"),
-            text("dim", x + 268, y + 9.5, "number: microbatch"),
-        ]
-    )
+    items = [(f"fwd {colour}", "forward"), (f"bwd {colour}", "backward"), ("send", "sends"), ("lane", "waits")]
+    if any(span.op == _REDUCE for timeline in timelines for span in timeline.spans):
+        items.insert(3, ("other", "sums gradients of replicas"))
+    numbers = "number: microbatch"
+    x = width - 8 - _DIGIT * len(numbers) - sum(30 + _DIGIT * len(name) for _, name in items)
+    parts = []
+    for kind, name in items:
+        y, height = (13, 4) if kind == "send" else (6, 11)
+        parts.append(rect(kind, x, y, 16, height) + text("dim", x + 20, 15.5, name))
+        x += 30 + _DIGIT * len(name)
+    return "".join(parts) + text("dim", x, 15.5, numbers)
 
 
 def _lane(plan: Plan, timeline: Timeline, worker: int, y: float, scale: float) -> str:
@@ -84,7 +86,7 @@ def _span(span: Span, y: float, scale: float) -> str:
     whose = f"microbatch {span.microbatch}, stage {span.stage}" if span.microbatch >= 0 else f"stage {span.stage}"
     tip = f"{what}, {whose}: {duration(span.end_s - span.start_s)}, from {duration(span.start_s)}"
     if span.op not in _NAMES:
-        if span.op == "reduce":
+        if span.op == _REDUCE:
             return rect("other", x, y + 5, width, _LANE - 10, tip=tip)
         return rect("send", x, y + _LANE - 6, width, 5, tip=tip) if span.op.startswith("send") else ""
     colour = stage_class(span.stage)

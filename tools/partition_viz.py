@@ -77,7 +77,10 @@ def _show(plan: Plan, as_json: bool) -> int:
         from .replay import timeline_of
         from .text import console_for, print_plan
 
-        print_plan(plan, timeline_of(plan), console_for())
+        console = console_for()
+        with console.capture() as text:  # rich ends the process with 1 when the reader of a pipe leaves
+            print_plan(plan, timeline_of(plan), console)
+        sys.stdout.write(text.get())
     sys.stdout.flush()
     return OK
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..partitioner.cluster import Cluster, DeviceKind, Link, cpu_link, describe
+from ..partitioner.cluster import Cluster, DeviceKind, cpu_link, describe
 from ..partitioner.plan import Plan
 from ..partitioner.planner import predict
 from ..runtime.program import Timeline
@@ -11,11 +11,6 @@ from ..runtime.program import Timeline
 def timeline_of(plan: Plan) -> Timeline:
     """Simulate one step of ``plan``; equal plans give equal timelines on every machine."""
     return predict(plan, _cluster_of(plan))
-
-
-def link_of(plan: Plan) -> Link:
-    """Return the link that the plan's devices were priced with."""
-    return _cluster_of(plan).link
 
 
 def _cluster_of(plan: Plan) -> Cluster:

@@ -43,7 +43,7 @@ def judge(plan: Plan, timeline: Timeline) -> Verdict:
 
 
 def stage_load_s(stage: StageRecord) -> float:
-    """Return the seconds of compute that one microbatch takes of a stage, shared by its replicas."""
+    """Return the seconds of compute that one microbatch takes of a stage's time, which its replicas share."""
     return (stage.forward_s + stage.backward_s) / len(stage.devices)
 
 
@@ -79,6 +79,8 @@ def bytes_into(plan: Plan, stage: int) -> int:
 
 def _order(plan: Plan) -> str:
     pieces = count(plan.n_microbatches, "microbatch", "microbatches")
+    if plan.layout().n_replicas > 1:
+        pieces += " a replica"
     return f"{plan.schedule}, {pieces}, {count(plan.batch_rows, 'row')}"
 
 
@@ -89,7 +91,8 @@ def _limit(plan: Plan) -> str:
     mean = sum(map(stage_load_s, plan.stages)) / len(plan.stages)
     over = stage_load_s(stage) / mean - 1 if mean else 0.0
     balance = "all stages equal" if over < 0.005 else f"{share(over)} above the mean"
-    return f"limited by stage {stage.index}, {duration(stage_load_s(stage))} a microbatch ({balance})"
+    shared = f" over {len(stage.devices)} replicas" if len(stage.devices) > 1 else ""
+    return f"limited by stage {stage.index}, {duration(stage_load_s(stage))} a microbatch{shared} ({balance})"
 
 
 def _one_device(plan: Plan) -> str:
@@ -106,12 +109,12 @@ def _cut(plan: Plan) -> str:
     if len(plan.stages) == 1:
         return f"1 stage of {count(len(plan.ops), 'op')}"
     if p.optimal:
-        proof = "no cut has a smaller bottleneck (proven)"
+        proof = "no cut has less (proven)"
     elif p.lower_bound_s > 0:
-        proof = f"at most {share(p.bottleneck_s / p.lower_bound_s - 1)} above the best bottleneck (proven)"
+        proof = f"proven at most {share(p.bottleneck_s / p.lower_bound_s - 1)} above the least"
     else:
         proof = "without a proven bound"
-    return f"{len(plan.ops)} ops in {len(plan.stages)} stages; {proof}"
+    return f"{len(plan.ops)} ops; bottleneck {duration(p.bottleneck_s)} a microbatch with transfers, {proof}"
 
 
 def _crossing(plan: Plan) -> str:

@@ -98,6 +98,18 @@ def devices(stage: StageRecord) -> str:
     return ", ".join(clean(name) if n == 1 else f"{n} x {clean(name)}" for name, n in zip(names, counts))
 
 
+def device_kinds(stage: StageRecord) -> str:
+    """Write a stage's devices in little room: the name of one, the kinds of several.
+
+    >>> device_kinds(StageRecord(0, ("A100:0", "A100:1"), 0.0, 0.0, 0, 0, 1, 0, 1.0))
+    '2 x A100'
+    """
+    if len(stage.devices) == 1:
+        return clean(stage.devices[0])
+    kinds = [name.partition(":")[0] for name in stage.devices]
+    return ", ".join(f"{kinds.count(kind)} x {clean(kind)}" for kind in dict.fromkeys(kinds))
+
+
 def n_ops(plan: Plan, stage: int) -> int:
     """Count the ops of a stage."""
     return sum(1 for op in plan.ops if op.stage == stage)

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from stagecut.errors import CaptureError
 from stagecut.models.transformer import GPT
 from stagecut.models.unet import UNet
 from stagecut.partitioner.analysis import analyse
 from stagecut.partitioner.capture import Capture, ModeSwitch, capture
 from stagecut.structure import flatten
-from torch import nn
 
 
 class Body(nn.Module):

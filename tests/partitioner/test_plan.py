@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+
 from stagecut.errors import PlanError
 from stagecut.partitioner.plan import (
     FORMAT,

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stagecut.errors import PlanError
 from stagecut.partitioner.cluster import Link
 from stagecut.partitioner.simulate import StepCosts, simulate

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stagecut.runtime.arena import Arena, parameter_over
 from torch import nn
+
+from stagecut.runtime.arena import Arena, parameter_over
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True)
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8, torch.complex64]

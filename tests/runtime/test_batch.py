@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stagecut.errors import ShapeError
 from stagecut.runtime.batch import (
     cloned,

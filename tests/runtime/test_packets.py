@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stagecut.runtime.packets import decode, encode, total_bytes
 from stagecut.structure import is_encodable
 

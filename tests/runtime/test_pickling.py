@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stagecut.runtime.pickling import dumps, loads
 from torch import nn
+
+from stagecut.runtime.pickling import dumps, loads
 
 property_test = settings(max_examples=80, deadline=None, derandomize=True)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int64, torch.bool, torch.complex64]

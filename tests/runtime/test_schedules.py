@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stagecut.errors import ConstraintError
 from stagecut.partitioner.cluster import Link
 from stagecut.partitioner.simulate import StepCosts, simulate

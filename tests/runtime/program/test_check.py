@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+
 from stagecut.errors import PlanError
 from stagecut.runtime.instructions import RECEIVES, SENDS, WHOLE_BATCH, Instruction, Layout, Op
 from stagecut.runtime.program import Program, check, lower

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stagecut.errors import ConstraintError
 from stagecut.runtime.instructions import (
     COMPUTE,

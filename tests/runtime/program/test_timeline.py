@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stagecut.runtime.instructions import Action
 from stagecut.runtime.program import Span, Timeline
 from stagecut.runtime.program.timeline import order_grid

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import StagecutError
+from .errors import StagecutError
 
 # torchvision registers shape functions for these two while it is imported, whether or not its compiled library, which
 # declares them, could be loaded. The library is built for one build of torch: the wheel that pip takes by default wants

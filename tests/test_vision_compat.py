@@ -5,7 +5,7 @@ import textwrap
 import pytest
 import torch
 from stagecut.errors import StagecutError
-from stagecut.models.vision_compat import import_torchvision
+from stagecut.vision_compat import import_torchvision
 
 
 def run(code, *path):
@@ -31,7 +31,7 @@ def fake_torchvision(tmp_path, monkeypatch):
 def test_import_gives_usable_models_and_the_same_module_again():
     code = """
         import torch
-        from stagecut.models.vision_compat import import_torchvision
+        from stagecut.vision_compat import import_torchvision
         first = import_torchvision()
         import torchvision
         assert first is import_torchvision() is torchvision
@@ -54,7 +54,7 @@ def test_only_the_missing_operator_is_declared_also_after_a_plain_import_failed(
             import torchvision
         except RuntimeError:
             pass
-        from stagecut.models.vision_compat import import_torchvision
+        from stagecut.vision_compat import import_torchvision
         import_torchvision()
         for operator in (torch.ops.torchvision.nms, torch.ops.torchvision.qnms):
             print(len(operator.default._schema.arguments))

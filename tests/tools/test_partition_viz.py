@@ -1,0 +1,164 @@
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stagecut.partitioner.plan import parse
+from stagecut.tools.partition_viz import main
+from stagecut.tools.replay import timeline_of
+from stagecut.tools.text import console_for, print_plan
+
+
+@pytest.fixture
+def saved(plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    return str(tmp_path / "plan.json")
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    def write(result):
+        (tmp_path / "model.py").write_text(f"import torch\n\ndef build():\n    return {result}\n")
+        return f"{tmp_path}/model.py:build"
+
+    return write
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_without_arguments_the_help_is_printed_with_examples(capsys):
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert "partition-viz show demo:resnet" in captured.err
+    assert captured.out == ""
+
+
+def test_show_prints_the_plan_as_plain_ascii_tables(plan, saved, capsys):
+    assert main(["show", saved]) == 0
+    out = capsys.readouterr().out
+    assert out.isascii()
+    assert out.startswith("Skips: predicted step ")
+    for part in ("limited by stage", "stage | devices", "per microbatch", "worker 2", "against chosen"):
+        assert part in out
+    for wire in plan.wires:
+        assert wire.value in out
+
+
+def test_show_plans_a_model_for_the_devices_that_are_named(capsys):
+    options = ["--devices", "2", "--microbatches", "2", "--schedule", "1f1b", "--batch", "8"]
+    assert main(["show", "demo:mlp", *options]) == 0
+    assert "1f1b, 2 microbatches, 8 rows" in capsys.readouterr().out
+
+
+def test_json_is_the_plan(model_file, capsys):
+    spec = model_file("torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), (torch.randn(4, 4),)")
+    options = ["--cluster", "sim:4xA100-80GB", "--replicas", "2", "--memory-gib", "1.5", "--microbatches", "1"]
+    assert main(["show", spec, "--json", *options]) == 0
+    plan = parse(json.loads(capsys.readouterr().out))
+    assert [len(stage.devices) for stage in plan.stages] == [2, 2]
+    assert plan.stages[0].memory_limit_bytes == 1.5 * 2**30
+
+
+def test_json_of_a_plan_file_is_that_file(saved, capsys):
+    assert main(["show", saved, "--json"]) == 0
+    assert capsys.readouterr().out == Path(saved).read_text()
+
+
+@pytest.mark.parametrize(("name", "start"), [("plan.html", "<!doctype html>"), ("plan.svg", "<svg xmlns=")])
+def test_report_writes_the_same_bytes_every_time(saved, tmp_path, capsys, name, start):
+    first, second = tmp_path / name, tmp_path / f"again-{name}"
+    assert main(["report", saved, "-o", str(first)]) == 0
+    assert main(["report", saved, "-o", str(second)]) == 0
+    assert first.read_text().startswith(start)
+    assert first.read_bytes() == second.read_bytes()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["show", "demo:nothing"], "there is no demo model 'nothing'"),
+        (["show", "missing.json"], "missing.json: No such file"),
+        (["show", "demo:mlp", "--devices", "2", "--cluster", "sim:2xA100"], "not allowed with"),
+        (["show", "demo:mlp", "--cluster", "sim:2xZ80"], "describes no cluster"),
+        (["show", "demo:mlp", "--devices", "2", "--replicas", "3"], "do not divide"),
+        (["show", "demo:mlp", "--memory-gib", "nan"], "expected a positive number"),
+        (["show", "demo:mlp", "--microbatches", "0"], "expected at least 1"),
+        (["report", "demo:mlp"], "required: -o"),
+        (["draw", "demo:mlp"], "invalid choice"),
+    ],
+)
+def test_wrong_arguments_are_2_with_one_readable_message(arguments, said, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_options_that_cannot_change_a_plan_file_are_refused(saved, capsys):
+    assert main(["show", saved, "--devices", "2", "--memory-gib", "1"]) == 2
+    assert "--devices, --memory-gib cannot change it" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_captured_is_3(model_file, capsys):
+    assert main(["show", model_file("torch.nn.Linear(4, 4), (3,)")]) == 3
+    assert "no tensor argument" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_fit_is_4(model_file, capsys):
+    spec = model_file("torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), (torch.randn(4, 4),)")
+    assert main(["show", spec, "--memory-gib", "1e-9"]) == 4
+    captured = capsys.readouterr()
+    assert "no cut fits in memory" in captured.err
+    assert "try: raise" in captured.err
+    assert captured.out == ""
+
+
+def test_an_output_that_cannot_be_written_is_2(saved, tmp_path, capsys):
+    assert main(["report", saved, "-o", str(tmp_path / "missing" / "plan.html")]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("no_color", [True, False])
+def test_a_terminal_gets_colour_unless_no_color_is_set(plan, timeline, monkeypatch, no_color):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    stream = Terminal()
+    print_plan(plan, timeline, console_for(stream))
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", stream.getvalue())) is not no_color
+    assert "─" in stream.getvalue()
+
+
+def test_names_are_neither_markup_nor_escape_sequences(hostile_plan):
+    renamed = replace(hostile_plan, wires=tuple(replace(w, value=f"[red]{w.value}\x1b[0m") for w in hostile_plan.wires))
+    stream = io.StringIO()
+    print_plan(renamed, timeline_of(hostile_plan), console_for(stream))
+    assert "[red]" in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from stagecut.tools.partition_viz import main; print(main([]), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "2 False\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error(saved):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "stagecut.tools.partition_viz", "show", saved]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
