@@ -15,8 +15,8 @@ import stagecut
 from stagecut.models.digits import load_digits
 from stagecut.models.resnet import DigitsResNet
 from stagecut.tools.html import report_html
+from stagecut.tools.replay import timeline_of
 from stagecut.tools.svg import plan_svg
-from stagecut.tools.timeline import timeline_of
 
 GOAL = 0.97
 
@@ -60,7 +60,7 @@ def main() -> None:
 
         pm.plan.save(options.out / "plan.json")
         simulated = timeline_of(pm.plan)
-        (options.out / "plan.svg").write_text(plan_svg(pm.plan, profile.timeline))
+        (options.out / "plan.svg").write_text(plan_svg(pm.plan, simulated, profile.timeline))
         (options.out / "plan.html").write_text(report_html(pm.plan, simulated, profile.timeline))
     print(f"wrote {', '.join(str(options.out / name) for name in ('plan.json', 'plan.svg', 'plan.html'))}")
     print(f"{time.perf_counter() - started:.0f} s in all")

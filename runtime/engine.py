@@ -108,6 +108,10 @@ class InlineEngine:
         """Carry out one request, always advancing the first worker that can move."""
         program = self._programs.get(self._programs.key_of(request))
         self._mailbox.clear()
+        modes = modes_of(self._model)
+        for executor in self._executors:
+            for stage in executor.stages.values():
+                stage.set_modes(modes)
         report = StepReport()
         trains = request.kind in (TRAIN, BACKWARD)
         with fresh_gradients(list(self._model.parameters()) if trains else []), isolated_randomness(self._random):
@@ -144,6 +148,11 @@ class InlineEngine:
     def close(self) -> None:
         """Drop the stages."""
         self._executors.clear()
+
+
+def modes_of(model: nn.Module) -> dict[str, bool]:
+    """Return the mode (training or not) of every module, by every path that it has."""
+    return {path: module.training for path, module in model.named_modules(remove_duplicate=False)}
 
 
 def model_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..structure import unflatten
 from .batch import cloned
+from .engine import modes_of
 from .program import PipelineSpec
 from .requests import StepRequest
 from .stage import StageRuntime, isolated_randomness, loss_of
@@ -156,6 +157,7 @@ def _forward(model: nn.Module, spec: PipelineSpec, request: StepRequest, m: int)
     inputs = cloned(request.inputs[m])
     if spec.random:
         runtime = StageRuntime(spec.whole, torch.device(spec.devices[0]), None)
+        runtime.set_modes(modes_of(model))
         runtime.seed.base = request.seed
         return runtime.forward(m, inputs, {}).output
     leaves = [leaf.constant if leaf.graph_input is None else inputs[leaf.graph_input] for leaf in spec.inputs.leaves]
