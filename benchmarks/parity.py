@@ -2,8 +2,8 @@
 
     python benchmarks/parity.py --cases 300
 
-The cases are those of tests/exactness, drawn from seeds: DAG models with skips, fan-out, ties, frozen and unused parameters,
-several inputs and outputs, in-place and opaque ops; 1 to 4 stages; 1 to 3 replicas each; 1F1B and fill-drain.
+The cases are those of tests/exactness, drawn from seeds: DAG models with skips, fan-out, ties, frozen and unused
+parameters, several inputs and outputs, in-place and opaque ops; 1 to 4 stages; 1 to 3 replicas each; both schedules.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import StagecutError
+from ..vision_compat import import_torchvision
 from .mlp import MLP
 from .resnet import DigitsResNet
 from .transformer import GPT, next_token_loss
 from .unet import UNet
-from ..vision_compat import import_torchvision
 
 # What a small model of the transformers library is built with; each configuration takes the names that it knows.
 _HF_SIZES = {

@@ -71,7 +71,8 @@ class Prediction:
         bottleneck_s: largest load of a stage for one microbatch (compute and transfers), what the cut minimises.
         lower_bound_s: proven smallest bottleneck that any cut into so many stages has.
         optimal: whether the bottleneck meets the bound.
-        one_device_s: the same batch on one worker in the same microbatches, without a pipeline.
+        one_device_s: the same batch on one worker without a pipeline, whole or in the same microbatches, whichever is
+            faster.
         cost_source: where the seconds come from.
     """
 

@@ -75,7 +75,8 @@ def make_plan(
     """Choose stages, microbatches and schedule for ``cluster``.
 
     ``tensors`` are the tensor leaves of an example call; the rows of the batched ones are the batch that the plan is
-    for. Deterministic for equal costs.
+    for. Deterministic for equal costs. A microbatch count of the planner's own that the model refuses (BatchNorm wants
+    more than one row) is left out.
 
     Raises:
         InfeasibleError: no cut fits the devices' memory, or there are fewer ops than stages.
@@ -84,12 +85,18 @@ def make_plan(
     batched = [leaf.batched for leaf in capture.inputs.leaves if leaf.graph_input is not None]
     batch_rows = next(tensor.shape[0] for tensor, cut in zip(tensors, batched) if cut)
     candidates: list[Plan] = []
-    failures: list[InfeasibleError] = []
+    failures: list[Exception] = []
     priced: dict[int, Priced] = {}
     for count in _counts(wishes, cluster, batch_rows):
         rows = -(-batch_rows // min(batch_rows, count * max(len(stage) for stage in cluster.stages)))
         if rows not in priced:
-            priced[rows] = price(capture, list(tensors), rows, cluster, wishes.costs, n_threads, progress)
+            try:
+                priced[rows] = price(capture, list(tensors), rows, cluster, wishes.costs, n_threads, progress)
+            except Exception as error:
+                if wishes.n_microbatches is not None:
+                    raise
+                failures.append(error)
+                continue
         for name in (wishes.schedule,) if wishes.schedule else TRAINING_SCHEDULES:
             try:
                 candidates.append(_candidate(capture, priced[rows], cluster, wishes, name, count, batch_rows))
@@ -98,8 +105,28 @@ def make_plan(
     if not candidates:
         raise failures[0]
     candidates.sort(key=lambda plan: (plan.prediction.step_s, plan.n_microbatches, plan.schedule))
+    candidates = _with_one_device(candidates, capture, list(tensors), batch_rows, cluster, wishes, n_threads, progress)
     others = tuple(Alternative(p.schedule, p.n_microbatches, p.prediction.step_s) for p in candidates[1:])
     return replace(candidates[0], alternatives=others)
+
+
+def _with_one_device(
+    candidates: list[Plan],
+    capture: Capture,
+    tensors: list[torch.Tensor],
+    batch_rows: int,
+    cluster: Cluster,
+    wishes: Wishes,
+    n_threads: int,
+    progress: Progress,
+) -> list[Plan]:
+    """Let every candidate know what one worker takes for the batch, in its microbatches or whole, if that is faster."""
+    alone = price(capture, tensors, batch_rows, cluster, wishes.costs, n_threads, progress)
+    whole_s = sum(cost.forward_s + cost.backward_s for cost in alone.costs.values())
+    return [
+        replace(plan, prediction=replace(plan.prediction, one_device_s=min(plan.prediction.one_device_s, whole_s)))
+        for plan in candidates
+    ]
 
 
 def _counts(wishes: Wishes, cluster: Cluster, batch_rows: int) -> list[int]:

@@ -84,7 +84,7 @@ class Executor:
         """Run one instruction; an exception leaves with its place attached as ``error.stagecut``."""
         i = self.instructions[self.position]
         self.tick(self.position)
-        start = time.perf_counter()
+        self._started = time.perf_counter()
         try:
             self._execute(i)
         except Exception as error:
@@ -92,7 +92,7 @@ class Executor:
             raise
         if self.request.profile:
             end = time.perf_counter()
-            self.report.spans.append(Span(self.worker, i.op.value, i.stage, i.microbatch, start, end))
+            self.report.spans.append(Span(self.worker, i.op.value, i.stage, i.microbatch, self._started, end))
         self.position += 1
 
     def end(self) -> StepReport:
@@ -152,6 +152,7 @@ class Executor:
         for group in stage.spec.wires_in:
             values, wanted = self._packet(False, group.stage, i.stage, m)
             packets.update({name: (value, want) for name, value, want in zip(group.values, values, wanted)})
+        self._started = time.perf_counter()
         with self._region(stage):
             held = stage.forward(m, request.inputs[m], packets)
             if stage.spec.is_last:
@@ -180,6 +181,7 @@ class Executor:
             consumer: self._packet(True, consumer, i.stage, m)[0]
             for consumer in self.layout.consumers(i.stage, gradients=True)
         }
+        self._started = time.perf_counter()
         roots, gradients = stage.roots_with_gradients(m, incoming)
         if stage.spec.is_last:
             own_roots, own_gradients = self._last_roots(stage, m)

@@ -20,7 +20,7 @@ ALLOWED = {
     **dict.fromkeys(SHARED, SHARED),
     "runtime": ("runtime", *SHARED),
     "partitioner": ("partitioner", "runtime.instructions", "runtime.schedules", "runtime.program", *SHARED),
-    "models": ("models", "errors"),
+    "models": ("models", "errors", "vision_compat"),
 }
 # A plan is made without processes, so that it can be made for a cluster that is not there.
 FORBIDDEN_OUTSIDE = {"partitioner": ("torch.distributed", "torch.multiprocessing", "subprocess", "multiprocessing")}

@@ -4,6 +4,7 @@ import textwrap
 
 import pytest
 import torch
+
 from stagecut.errors import StagecutError
 from stagecut.vision_compat import import_torchvision
 

@@ -19,10 +19,6 @@ from .words import count, duration, share, size
 
 _SLOWEST = 20
 # The executor starts a compute's span before it takes the packets that it needs.
-_MEASURED_WAITING = (
-    "A measured compute begins when its worker turns to it; where it then waits for a value, that counts as compute, "
-    "so less waiting is shown than there was."
-)
 
 
 def report_html(plan: Plan, timeline: Timeline, measured: Timeline | None = None) -> str:
@@ -92,7 +88,7 @@ def _timelines(plan: Plan, timeline: Timeline, measured: Timeline | None, width:
         if timeline.makespan_s
         else ""
     )
-    return f"{picture}<p>The measured step took {duration(measured.makespan_s)}{off}. {_MEASURED_WAITING}</p>"
+    return f"{picture}<p>The measured step took {duration(measured.makespan_s)}{off}.</p>"
 
 
 def _sentence(text: str) -> str:

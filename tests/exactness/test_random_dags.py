@@ -1,4 +1,4 @@
-"""Any model, cut, schedule, microbatch count, replica count and batch size: loss and gradients are the unsplit model's."""
+"""Any model, cut, schedule, microbatches, replicas and batch size: loss and gradients are the unsplit model's."""
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import fx
+
 from stagecut.errors import StagecutError
 from stagecut.models import GPT, MLP, DigitsResNet, UNet, load_digits, next_token_loss
-from torch import fx
 
 
 def n_parameters(module):

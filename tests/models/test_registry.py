@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import cloudpickle
 import pytest
 import torch
+from torch import nn
+
 from stagecut.errors import StagecutError
 from stagecut.models import LoadedModel, ModelSpecError, load_model
 from stagecut.models.registry import classification_loss
-from torch import nn
 
 FILE = """
 from __future__ import annotations

@@ -11,6 +11,7 @@ import networkx as nx
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+
 from stagecut.errors import ConstraintError, InfeasibleError
 from stagecut.partitioner.cut import Cut, CutDevice, solve
 

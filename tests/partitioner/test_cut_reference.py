@@ -8,6 +8,7 @@ from typing import Any
 
 import networkx as nx
 import pytest
+
 from stagecut.partitioner.cut import Cut, solve
 
 FOLDER = Path(__file__).parents[2].parent / "shared/reference/cut"

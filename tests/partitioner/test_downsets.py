@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stagecut.partitioner import cut_input, downsets
 from stagecut.partitioner.reduction import Dag, contract, merge_idle
 from stagecut.partitioner.slots import CutDevice, Windows, fixed_order, windows

@@ -169,9 +169,7 @@ def test_results_that_cannot_be_put_together_are_refused(first: Any, second: Any
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
 def test_gradients_of_a_merged_result_are_what_autograd_gives_the_parts(sizes: list[int]) -> None:
     shared = torch.randn(9)
-    parts = [
-        [torch.randn(size, 2, requires_grad=True), torch.randn((), requires_grad=True)] for size in sizes
-    ]
+    parts = [[torch.randn(size, 2, requires_grad=True), torch.randn((), requires_grad=True)] for size in sizes]
     merged, how = merge_outputs([[*part, shared] for part in parts], sizes)
     upstream = [torch.randn_like(leaf) for leaf in merged]
     expected = torch.autograd.grad(merged[:2], [leaf for part in parts for leaf in part], upstream[:2])

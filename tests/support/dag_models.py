@@ -1,4 +1,4 @@
-"""Random DAG models, random cuts of them, and the unsplit reference: what the exactness tests and benchmarks/parity.py share."""
+"""Random DAG models, random cuts, and the unsplit reference, for the exactness tests and benchmarks/parity.py."""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ SETUP = """
 import torch
 import torch.nn.functional as F
 torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+layers = [torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)]
+model = torch.nn.Sequential(*layers)
 data = torch.utils.data.TensorDataset(torch.randn(22, 8), torch.randint(3, (22,)))
 loader = torch.utils.data.DataLoader(data, batch_size=8)
 """

@@ -1,0 +1,59 @@
+"""What the documents say holds: doctests run, commands exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import stagecut
+from stagecut.tools.partition_viz import main
+
+WITH_DOCTESTS = (
+    "stagecut",
+    "stagecut.records",
+    "stagecut.structure",
+    "stagecut.runtime.batch",
+    "stagecut.runtime.program.timeline",
+)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", WITH_DOCTESTS)
+def test_doctests(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_links_in_documents_lead_to_files(repository: Path) -> None:
+    for document in (*repository.glob("*.md"), *repository.glob("docs/*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_files_named_in_the_architecture_exist(repository: Path) -> None:
+    text = (repository / "docs" / "architecture.md").read_text()
+    named = re.findall(r"((?:partitioner|runtime)/[a-z_/]+\.py)", text)
+    assert len(named) > 5
+    for path in named:
+        assert (repository / path).exists(), path
+
+
+def test_every_public_name_can_be_loaded() -> None:
+    for name in stagecut.__all__:
+        assert getattr(stagecut, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = stagecut.nonsense
+
+
+def test_the_commands_of_the_readme_are_understood(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = re.findall(r"\$ partition-viz (.+)", (repository / "README.md").read_text())
+    assert len(commands) >= 3
+    for command in commands:
+        with pytest.raises(SystemExit) as ended:
+            main([command.split()[0], "--help"])
+        assert ended.value.code == 0
