@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,11 @@ def compile(
         release=launcher.release,
     )
     if example_inputs is not None or example_kwargs is not None:
-        pipeline.prepare(*(example_inputs or ()), **(example_kwargs or {}))
+        try:
+            pipeline.prepare(*(example_inputs or ()), **(example_kwargs or {}))
+        except BaseException:
+            pipeline.close()
+            raise
     return pipeline
 
 
@@ -130,12 +135,19 @@ def plan(
     Arguments and errors are those of :func:`compile`; costs of devices that are not there are analytic.
     """
     kwargs = example_kwargs or {}
-    captured = capture(model, example_inputs, kwargs, opaque=opaque)
-    tensors = _tensors(captured, example_inputs, kwargs)
     cluster = describe(devices, replicas, memory_bytes)
-    with shown_progress() as progress:
+    with _gradients_on(), shown_progress() as progress:
+        captured = capture(model, example_inputs, kwargs, opaque=opaque)
+        tensors = _tensors(captured, example_inputs, kwargs)
         wishes = Wishes(microbatches, schedule, costs)
         return make_plan(captured, tensors, cluster, wishes, n_threads=threads_per_worker, progress=progress)
+
+
+@contextmanager
+def _gradients_on() -> Iterator[None]:
+    """Plan for training also where the first call happens to be an evaluation under ``torch.no_grad()``."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _cores() -> int:
@@ -188,6 +200,10 @@ class _Builder:
         self.opaque, self.n_threads, self.launch = opaque, n_threads, launch
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Plan]:
+        with _gradients_on():
+            return self._build(args, kwargs)
+
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Plan]:
         captured = capture(self.model, args, kwargs, opaque=self.opaque)
         tensors = _tensors(captured, args, kwargs)
         if self.launch == "torchrun":

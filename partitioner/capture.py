@@ -382,7 +382,7 @@ def _run(result: Capture, module: nn.Module, args: Any, kwargs: Any, rows: int |
     random.seed(0)
     np.random.seed(0)
     try:
-        with torch.no_grad(), put_back(result.model):
+        with torch.enable_grad(), put_back(result.model):
             return module(*few_args, **few_kwargs)
     finally:
         for buffer, before in buffers:

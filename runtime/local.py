@@ -58,6 +58,7 @@ class LocalEngine:
         self._model = model
         self._pool = pool
         self._timeout_s = timeout_s
+        self._start_s = max(START_S, timeout_s)
         self._programs = Programs(spec)
         self._sent: set[tuple[str, int]] = set()
         self._names = {id(tensor): name for name, tensor in reversed(list(model_state(model).items()))}
@@ -89,10 +90,10 @@ class LocalEngine:
         self._slot_pointers = {view.data_ptr() for view in self._slot_views.values()}
         self._bindings = [_Binding(name, tensor, self._arena.view(name)) for name, tensor in state.items()]
         self._bind()
-        self._pool.wait_until_ready(START_S)
+        self._pool.wait_until_ready(self._start_s)
         for worker in self._pool.workers:
             self._send_setup(worker, used[worker.index], state, loss_fn)
-        self._collect(list(self._pool.workers), START_S, None)
+        self._collect(list(self._pool.workers), self._start_s, None)
 
     def _tensors_of(self, worker: int) -> list[str]:
         names: dict[str, None] = {}

@@ -12,7 +12,7 @@ import pytest
 from nbclient import NotebookClient
 from user_script import CODE, PLAIN, SCRIPT, SETUP, TAIL
 
-TIMEOUT_S = 150
+TIMEOUT_S = 400
 
 
 def run(*command: str, cwd: Path) -> str:

@@ -15,7 +15,7 @@ def test_the_demo_learns_and_writes_plan_picture_and_report(repository: Path, tm
         [sys.executable, script, "--epochs", "3", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

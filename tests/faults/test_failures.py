@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import psutil
 import pytest
@@ -100,66 +101,83 @@ def workers() -> Iterator[list[psutil.Process]]:
     assert [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def fail(
-    pm: stagecut.Pipeline, workers: list[psutil.Process], kind: type[BaseException]
-) -> tuple[BaseException, float]:
-    """Take a good step, then a poisoned one; returns its error and how long it took to arrive."""
+@dataclass
+class Failure:
+    """A pipeline that failed, the error, and the seconds that it took to arrive."""
+
+    pipeline: stagecut.Pipeline
+    error: BaseException
+    seconds: float
+
+    @property
+    def trapped_stage(self) -> int:
+        return self.pipeline.plan.stage_of["inner_trap"]
+
+
+def fail(kind: str, workers: list[psutil.Process], error: type[BaseException], timeout_s: float = 60.0) -> Failure:
+    """Take a good step, then a poisoned one that must raise ``error`` within five seconds.
+
+    The machine itself may stall for seconds, so the bound has to be met in one of three attempts.
+    """
+    for _ in range(3):
+        failure = attempt(kind, workers, error, timeout_s)
+        if failure.seconds < SOON_S:
+            return failure
+        failure.pipeline.close()
+    raise AssertionError(f"the error took {failure.seconds:.1f} s in the last of three attempts")
+
+
+def attempt(kind: str, workers: list[psutil.Process], error: type[BaseException], timeout_s: float) -> Failure:
+    pm = pipeline(kind, timeout_s)
     x, y = batch(poisoned=False)
     pm.step(x, target=y)
-    workers += psutil.Process().children()
-    assert len(workers) == 2
+    own = [p for p in psutil.Process().children() if p not in workers]
+    assert len(own) == 2
+    workers += own
     x, y = batch(poisoned=True)
     start = time.monotonic()
-    with pytest.raises(kind) as caught:
+    with pytest.raises(error) as caught:
         pm.step(x, target=y)
-    return caught.value, time.monotonic() - start
+    return Failure(pm, caught.value, time.monotonic() - start)
 
 
 def test_an_exception_arrives_as_itself_with_stage_microbatch_and_module(workers: list[psutil.Process]) -> None:
-    with pipeline("raise") as pm:
-        error, seconds = fail(pm, workers, OddInputError)
-        assert seconds < SOON_S
-        assert isinstance(error, OddInputError)
-        assert error.row == 7
-        stage = pm.plan.stage_of["inner_trap"]
-        site = error.stagecut  # type: ignore[attr-defined]
-        assert (site.stage, site.microbatch, site.module_path) == (stage, 2, "inner.trap")
-        assert any("worker's traceback" in note for note in error.__notes__)
+    failure = fail("raise", workers, OddInputError)
+    assert isinstance(failure.error, OddInputError)
+    assert failure.error.row == 7
+    assert str(failure.error) == "row 7 is odd"
+    site = failure.error.stagecut  # type: ignore[attr-defined]
+    assert (site.stage, site.microbatch, site.module_path) == (failure.trapped_stage, 2, "inner.trap")
+    assert any("worker's traceback" in note for note in failure.error.__notes__)
 
 
 def test_after_an_error_the_pipeline_says_so_and_restart_mends_it(workers: list[psutil.Process]) -> None:
-    with pipeline("raise") as pm:
-        fail(pm, workers, OddInputError)
-        x, y = batch(poisoned=False)
-        with pytest.raises(stagecut.StageError, match="broken by an earlier error: OddInputError: row 7 is odd"):
-            pm.step(x, target=y)
-        pm.restart()
-        pm.zero_grad()
-        assert pm.verify(x, target=y).ok
+    pm = fail("raise", workers, OddInputError).pipeline
+    x, y = batch(poisoned=False)
+    with pytest.raises(stagecut.StageError, match="broken by an earlier error: OddInputError: row 7 is odd"):
+        pm.step(x, target=y)
+    pm.restart()
+    pm.zero_grad()
+    assert pm.verify(x, target=y).ok
+    pm.close()
 
 
 def test_an_exception_that_cannot_be_pickled_arrives_as_text(workers: list[psutil.Process]) -> None:
-    with pipeline("unpicklable") as pm:
-        error, seconds = fail(pm, workers, stagecut.StageError)
-        assert seconds < SOON_S
-        assert "Unpicklable: cannot travel" in str(error)
+    assert "Unpicklable: cannot travel" in str(fail("unpicklable", workers, stagecut.StageError).error)
 
 
 @pytest.mark.parametrize(("kind", "words"), [("kill", "killed by SIGKILL"), ("exit", "exit code 0")])
 def test_a_worker_that_ends_is_named(workers: list[psutil.Process], kind: str, words: str) -> None:
-    with pipeline(kind) as pm:
-        error, seconds = fail(pm, workers, stagecut.WorkerLost)
-        assert seconds < SOON_S
-        assert f"worker {pm.plan.stage_of['inner_trap']} " in str(error)
-        assert words in str(error)
+    failure = fail(kind, workers, stagecut.WorkerLost)
+    assert f"worker {failure.trapped_stage} " in str(failure.error)
+    assert words in str(failure.error)
 
 
 def test_a_hang_ends_at_the_timeout_and_says_who_waits_where(workers: list[psutil.Process]) -> None:
-    with pipeline("hang", timeout_s=2.0) as pm:
-        error, seconds = fail(pm, workers, stagecut.StallError)
-        assert 2.0 <= seconds < SOON_S
-        stage = pm.plan.stage_of["inner_trap"]
-        assert f"worker {stage} is at F(stage {stage}, microbatch 2)" in str(error)
+    failure = fail("hang", workers, stagecut.StallError, timeout_s=2.0)
+    assert failure.seconds >= 2.0
+    stage = failure.trapped_stage
+    assert f"worker {stage} is at F(stage {stage}, microbatch 2)" in str(failure.error)
 
 
 def raising_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
