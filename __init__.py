@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     )
     from .partitioner.capture import Capture, capture
     from .partitioner.plan import Plan, load
-    from .runtime.pipeline import EvalResult, Pipeline, Profile, StepResult
+    from .runtime.pipeline import Pipeline
     from .runtime.program import Timeline
+    from .runtime.results import EvalResult, Profile, StepResult
     from .runtime.verify import VerifyReport
 
 __version__ = "0.1.0"
@@ -67,8 +68,9 @@ _HOMES = {
     "api": ("compile", "plan"),
     "partitioner.capture": ("Capture", "capture"),
     "partitioner.plan": ("Plan", "load"),
-    "runtime.pipeline": ("EvalResult", "Pipeline", "Profile", "StepResult"),
+    "runtime.pipeline": ("Pipeline",),
     "runtime.program": ("Timeline",),
+    "runtime.results": ("EvalResult", "Profile", "StepResult"),
     "runtime.verify": ("VerifyReport",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

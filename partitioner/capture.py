@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import fx, nn
 from ..errors import CaptureError
 from ..runtime.program import InputLeaf, InputSpec, OutputLeaf
 from ..structure import LEAF, Structure, call_leaves, flatten, leaf_paths, tensors_in, unflatten
+from .modes import ModeSwitch, equal_values, merge_modes
 from .tracing import Tracer, TraceRefused, put_back
 
 WHOLE_MODEL = ""
@@ -34,14 +34,6 @@ class OpaqueCall:
 
     def __str__(self) -> str:
         return f"{self.path or '(the whole model)'} ({self.type_name}): {self.reason}"
-
-
-class ModeSwitch(nn.Module):
-    """Give the first value in training mode and the second in evaluation mode: what ``self.training`` decided."""
-
-    def forward(self, in_training: Any, in_evaluation: Any) -> Any:
-        """Choose by this module's own mode, which follows that of the module whose code asked."""
-        return in_training if self.training else in_evaluation
 
 
 @dataclass(frozen=True)
@@ -192,7 +184,7 @@ class _Ladder:
             if trained is None or evaluated is None:
                 continue
             same_result = trained[1] == evaluated[1]
-            differing = _merge_modes(trained[0], evaluated[0]) if same_result else WHOLE_MODEL
+            differing = merge_modes(trained[0], evaluated[0]) if same_result else WHOLE_MODEL
             if differing is None:
                 return self._finish(*trained)
             self._keep_whole(differing, "its graph in training differs from that in evaluation")
@@ -282,71 +274,6 @@ def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def _owner_of(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return WHOLE_MODEL
-    return str(next(reversed(stack.values()))[0])
-
-
-def _merge_modes(trained: fx.Graph, evaluated: fx.Graph) -> str | None:
-    """Make ``trained`` serve both modes; returns the module that stands in the way, or None.
-
-    Where the two graphs differ only in plain values (``F.dropout(training=self.training)``), a switch chooses the value
-    when the graph runs.
-    """
-    ours, theirs = list(trained.nodes), list(evaluated.nodes)
-    for a, b in zip(ours, theirs):
-        if (a.op, a.target, a.name) != (b.op, b.target, b.name) or not _same_shape(a, b):
-            return _owner_of(a)
-    if len(ours) != len(theirs):
-        longer = ours if len(ours) > len(theirs) else theirs
-        return _owner_of(longer[min(len(ours), len(theirs))])
-    count = 0
-    for a, b in zip(ours, theirs):
-        flat_a, _ = _arguments(a)
-        flat_b, _ = _arguments(b)
-        for index, (x, y) in enumerate(zip(flat_a, flat_b)):
-            if isinstance(x, fx.Node) or _equal_values(x, y):
-                continue
-            with trained.inserting_before(a):
-                switch = trained.call_module(f"_mode_{count}", (x, y))
-            switch.meta["mode_owner"] = _owner_of(a)
-            flat_a[index] = switch
-            count += 1
-        leaves = iter(flat_a)
-        a.args, a.kwargs = fx.node.map_aggregate((a.args, a.kwargs), partial(_replaced, leaves))
-    return None
-
-
-def _replaced(leaves: Iterator[Any], _: Any) -> Any:
-    return next(leaves)
-
-
-def _arguments(node: fx.Node) -> tuple[list[Any], Any]:
-    """Return the leaves of a node's arguments, those inside slices too, and what is left without them."""
-    leaves: list[Any] = []
-    nesting = fx.node.map_aggregate((node.args, node.kwargs), leaves.append)
-    return leaves, nesting
-
-
-def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    flat_a, nesting_a = _arguments(a)
-    flat_b, nesting_b = _arguments(b)
-    if len(flat_a) != len(flat_b) or nesting_a != nesting_b:
-        return False
-    return all(
-        isinstance(x, fx.Node) == isinstance(y, fx.Node) and (not isinstance(x, fx.Node) or x.name == y.name)
-        for x, y in zip(flat_a, flat_b)
-    )
-
-
-def _equal_values(x: Any, y: Any) -> bool:
-    if isinstance(x, fx.Node):
-        return True
-    return x is y or (type(x) is type(y) and bool(x == y))
-
-
 def _agrees(result: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Run model and graph once on a few rows, without gradients, from equal seeds and equal buffers, and compare."""
     if result.opaque and result.opaque[0].path == WHOLE_MODEL:
@@ -398,4 +325,4 @@ def _close(expected: Any, given: Any) -> bool:
 def _close_leaf(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
-    return _equal_values(a, b)
+    return equal_values(a, b)

@@ -11,9 +11,10 @@ from torch import fx, nn
 
 from ..structure import tensors_in
 from .analysis import OpFacts, storage_of
-from .capture import Capture, ModeSwitch
+from .capture import Capture
 from .cluster import Cluster
 from .cost import FREE, OpCost
+from .modes import ModeSwitch
 
 # Weights, gradients and AdamW's two moments (Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980).
 STATE_COPIES = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,8 +11,7 @@ import torch
 
 from ..errors import ConstraintError, InfeasibleError
 from ..runtime.instructions import Layout
-from ..runtime.program import Timeline, check, lower
-from ..runtime.schedules import TRAINING_SCHEDULES, schedule
+from ..runtime.schedules import TRAINING_SCHEDULES
 from ..runtime.schedules.one_f_one_b import warm_up
 from ..structure import is_encodable
 from .analysis import OpFacts, analyse
@@ -21,14 +21,9 @@ from .cost import OpCost, analytic_costs, measured_costs
 from .cut import Cut, CutDevice, solve
 from .opgraph import STATE_COPIES, OpNode, carries_gradient, op_graph, state_bytes
 from .plan import FORMAT, Alternative, OpRecord, Plan, Prediction, StageRecord, WireRecord
-from .simulate import StepCosts, simulate
+from .predict import predict
 from .split import fingerprint, wires_of
 
-# The runtime's own work on CPU workers, measured with benchmarks/overhead.py: per compute instruction (waiting,
-# bookkeeping, autograd's start) and per packet (header, message), and how fast packets are packed.
-ACTION_OVERHEAD_S = 150e-6
-SEND_OVERHEAD_S = 120e-6
-PACK_BYTES_PER_S = 4e9
 _COUNTS_PER_STAGE = (1, 2, 4)
 
 
@@ -163,6 +158,9 @@ def price(
 
         costs = measured_costs(capture.graph_module, facts, cluster.kind, n_threads, progress=tell)
     else:
+        if source == "measured" and not cluster.simulated:
+            why = "parameters are on the meta device" if on_meta else "ops are measured on CPU only in this version"
+            warnings.warn(f"stagecut: {why}; costs are the roofline of {cluster.kind.name}", stacklevel=2)
         costs = analytic_costs(capture.graph_module, facts, cluster.kind)
     travels = {name: is_encodable(own.value) for name, own in facts.items()}
     return Priced(rows, facts, costs, op_graph(capture, facts, costs, cluster, travels))
@@ -326,43 +324,6 @@ def _wires(capture: Capture, priced: Priced, stage_of: Mapping[str, int], n_stag
     )
 
 
-def predict(plan: Plan, cluster: Cluster) -> Timeline:
-    """Simulate one step of ``plan``."""
-    layout = plan.layout()
-    n_pieces = min(plan.batch_rows, plan.n_microbatches * layout.n_replicas)
-    program = lower(plan.schedule, layout, schedule(plan.schedule, layout, n_pieces), n_pieces)
-    check(program)
-    packets: dict[tuple[int, int], float] = {}
-    for wire in plan.wires:
-        for target in wire.targets:
-            packets[wire.source, target] = packets.get((wire.source, target), 0.0) + wire.n_bytes
-    on_cpu = cluster.kind.name == "cpu"
-    return simulate(
-        program,
-        StepCosts(
-            forward_s=tuple(stage.forward_s for stage in plan.stages),
-            backward_s=tuple(stage.backward_s for stage in plan.stages),
-            packet_bytes=packets,
-            link=cluster.link,
-            action_overhead_s=ACTION_OVERHEAD_S if on_cpu else 0.0,
-            send_overhead_s=SEND_OVERHEAD_S if on_cpu else 0.0,
-            pack_bytes_per_s=PACK_BYTES_PER_S if on_cpu else float("inf"),
-            reduce_s=tuple(_reduce_s(stage, cluster) for stage in plan.stages),
-        ),
-    )
-
-
-def _reduce_s(stage: StageRecord, cluster: Cluster) -> float:
-    """Price a ring all-reduce of the stage's gradients, as if no backward hid it (Patarasuk and Yuan, 2009)."""
-    n = len(stage.devices)
-    return (
-        0.0 if n == 1 else 2 * (n - 1) / n * stage.parameter_bytes / cluster.link.bytes_per_s + cluster.link.latency_s
-    )
-
-
 def random_ops(facts: Mapping[str, OpFacts]) -> dict[str, bool]:
     """Name the ops that draw random numbers."""
     return {name: own.random for name, own in facts.items()}
-
-
-__all__ = ["Priced", "Wishes", "assemble", "make_plan", "predict", "price", "random_ops"]

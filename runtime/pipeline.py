@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from ..errors import ShapeError, StagecutError, StageError
 from ..structure import flatten, unflatten
+from .attach import Pending, attach
 from .batch import (
     match_inputs,
     merge_outputs,
@@ -27,35 +27,8 @@ from .engine import Engine
 from .program import PipelineSpec, Timeline
 from .program.timeline import Span
 from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepRequest
+from .results import EvalResult, Profile, StepResult
 from .verify import VerifyReport, compare, gradients_of, preserved, reference_step, whole
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a training step returns: the loss of the whole batch, a 0-dim tensor without graph."""
-
-    loss: torch.Tensor
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """What an evaluation returns: the model's result for the whole batch, and the loss if there is one."""
-
-    output: Any
-    loss: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Measured steps: the timeline of the median one and the wall seconds of each call."""
-
-    timeline: Timeline
-    steps_s: tuple[float, ...]
-
-    @property
-    def step_s(self) -> float:
-        """Return the median wall seconds of a step."""
-        return statistics.median(self.steps_s)
 
 
 class Build(Protocol):
@@ -160,9 +133,13 @@ class Pipeline(nn.Module):
         report = self._run(request)
         merged, how = merge_outputs([report.outputs[m] for m in range(len(sizes))], sizes)
         leaves, structure = flatten(merged)
-        pending = _Pending(self, request, how, sizes)
+        # Forgetting is only noted: the garbage collector may run in the middle of another request.
+        pending = Pending(
+            lambda gradients: self._run_backward(request, split_gradients(gradients, how, sizes)),
+            lambda: self._forgotten.append(request.call),
+        )
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        attached = iter(_attach(pending, tensors))
+        attached = iter(attach(pending, tensors))
         leaves = [next(attached) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         return unflatten(structure, leaves)
 
@@ -298,13 +275,11 @@ class Pipeline(nn.Module):
             self._engine = None
             raise
 
-    def _run_backward(self, pending: _Pending, gradients: list[Any]) -> None:
+    def _run_backward(self, forward: StepRequest, gradients: tuple[list[Any], ...]) -> None:
         if self._engine is None:
             raise StageError("the workers that hold this result's activations are gone")
-        parts = split_gradients(gradients, pending.how, pending.sizes)
-        fields = dict(pending.request.__dict__, kind=BACKWARD, want_outputs=False, output_gradients=parts)
-        fields.update(inputs=tuple({} for _ in pending.sizes))
-        self._run(StepRequest(**fields))
+        nothing: tuple[dict[str, Any], ...] = ({},) * forward.n_microbatches
+        self._run(replace(forward, kind=BACKWARD, want_outputs=False, inputs=nothing, output_gradients=gradients))
 
     def close(self) -> None:
         """End the workers; parameters stay usable."""
@@ -388,53 +363,6 @@ class Pipeline(nn.Module):
             "not planned yet" if self._spec is None else f"{self._spec.layout.n_stages} stages on {self._spec.devices}"
         )
         return f"{type(self.model).__name__}, {where}"
-
-
-class _Pending:
-    """A forward whose backward may still come; when it can no longer come its activations are dropped."""
-
-    def __init__(self, pipeline: Pipeline, request: StepRequest, how: list[str], sizes: list[int]) -> None:
-        self.pipeline = pipeline
-        self.request = request
-        self.how = how
-        self.sizes = sizes
-        self.done = False
-
-    def __del__(self) -> None:
-        if not self.done:
-            # Only noted here: the garbage collector may run in the middle of another request.
-            self.pipeline._forgotten.append(self.request.call)
-
-
-class _PipelineFunction(torch.autograd.Function):
-    """Ties the pipeline's backward into the caller's autograd graph."""
-
-    @staticmethod
-    def forward(ctx: Any, pending: _Pending, anchor: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.pending = pending
-        ctx.set_materialize_grads(False)
-        outputs = tuple(tensor.view_as(tensor) for tensor in tensors)
-        ctx.mark_non_differentiable(
-            *[output for output in outputs if not (output.is_floating_point() or output.is_complex())]
-        )
-        return outputs
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> tuple[None, ...]:
-        pending: _Pending = ctx.pending
-        if pending.done:
-            raise StageError("backward ran twice through one pipeline result; activations are freed by the first")
-        pending.done = True
-        pending.pipeline._run_backward(pending, list(gradients))
-        return (None, None, *[None for _ in gradients])
-
-
-def _attach(pending: _Pending, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Return ``tensors`` as results whose backward runs the pipeline's."""
-    anchor = torch.zeros((), requires_grad=True)
-    attached: tuple[torch.Tensor, ...] = _PipelineFunction.apply(pending, anchor, *tensors)  # type: ignore[no-untyped-call]
-    return attached
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

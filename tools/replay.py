@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..partitioner.cluster import Cluster, DeviceKind, cpu_link, describe
 from ..partitioner.plan import Plan
-from ..partitioner.planner import predict
+from ..partitioner.predict import predict
 from ..runtime.program import Timeline
 
 

@@ -22,7 +22,8 @@ from stagecut.errors import CaptureError
 from stagecut.models.transformer import GPT
 from stagecut.models.unet import UNet
 from stagecut.partitioner.analysis import analyse
-from stagecut.partitioner.capture import Capture, ModeSwitch, capture
+from stagecut.partitioner.capture import Capture, capture
+from stagecut.partitioner.modes import ModeSwitch
 from stagecut.structure import flatten
 
 
