@@ -78,9 +78,8 @@ def main() -> None:
     print(f"PACK_BYTES_PER_S  {n_bytes / max(large_send_s - send_s, 1e-9) / 1e9:.2f} GB/s")
     print(f"link latency      {travel * 1e6:.0f} us")
     print(f"link bandwidth    {n_bytes / max(large_travel - travel, 1e-9) / 1e9:.2f} GB/s")
-    print(
-        f"one action        {statistics.median(per_action_s(t) for t in small) * 1e6:.0f} us, sends and tiny compute included"
-    )
+    action_s = statistics.median(per_action_s(t) for t in small)
+    print(f"one action        {action_s * 1e6:.0f} us, sends and tiny compute included")
 
 
 if __name__ == "__main__":

@@ -133,9 +133,16 @@ class Pipeline(nn.Module):
         report = self._run(request)
         merged, how = merge_outputs([report.outputs[m] for m in range(len(sizes))], sizes)
         leaves, structure = flatten(merged)
+        engine = self._engine
+
+        def spread(gradients: list[Any]) -> list[Any]:
+            """Give every leaf its gradient: only tensors went through autograd."""
+            given = iter(gradients)
+            return [next(given) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+
         # Forgetting is only noted: the garbage collector may run in the middle of another request.
         pending = Pending(
-            lambda gradients: self._run_backward(request, split_gradients(gradients, how, sizes)),
+            lambda gradients: self._run_backward(engine, request, split_gradients(spread(gradients), how, sizes)),
             lambda: self._forgotten.append(request.call),
         )
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -275,9 +282,9 @@ class Pipeline(nn.Module):
             self._engine = None
             raise
 
-    def _run_backward(self, forward: StepRequest, gradients: tuple[list[Any], ...]) -> None:
-        if self._engine is None:
-            raise StageError("the workers that hold this result's activations are gone")
+    def _run_backward(self, engine: Engine | None, forward: StepRequest, gradients: tuple[list[Any], ...]) -> None:
+        if engine is None or engine is not self._engine:
+            raise StageError("the workers that hold this result's activations are gone", hint="run the forward again")
         nothing: tuple[dict[str, Any], ...] = ({},) * forward.n_microbatches
         self._run(replace(forward, kind=BACKWARD, want_outputs=False, inputs=nothing, output_gradients=gradients))
 

@@ -152,7 +152,7 @@ class DagModel(nn.Module):
         values = [first, *(extra["more"] if extra is not None else [])]
         for index, op in enumerate(self.spec.ops):
             values.append(self._apply_op(index, op.kind, [values[i] for i in op.inputs]))
-        return {"values": [values[i] for i in self.spec.outputs], "constant": 3}
+        return {"constant": 3, "values": [values[i] for i in self.spec.outputs]}
 
     def _apply_op(self, index: int, kind: str, inputs: list[torch.Tensor]) -> torch.Tensor:
         x = inputs[0]
