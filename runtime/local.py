@@ -60,6 +60,9 @@ class LocalEngine:
         self._timeout_s = timeout_s
         self._start_s = max(START_S, timeout_s)
         self._programs = Programs(spec)
+        self._modules = list(model.named_modules(remove_duplicate=False))
+        self._trainable: frozenset[str] | None = None
+        self._modes: dict[str, bool] | None = None
         self._sent: set[tuple[str, int]] = set()
         self._names = {id(tensor): name for name, tensor in reversed(list(model_state(model).items()))}
         self._folder = tempfile.mkdtemp(prefix="stagecut-")
@@ -168,13 +171,15 @@ class LocalEngine:
         trainable = frozenset(
             b.name for b in self._bindings if isinstance(b.tensor, nn.Parameter) and b.tensor.requires_grad
         )
-        modes = {path: module.training for path, module in self._model.named_modules(remove_duplicate=False)}
+        modes = {path: module.training for path, module in self._modules}
+        news = (trainable if trainable != self._trainable else None, modes if modes != self._modes else None)
+        self._trainable, self._modes = trainable, modes
         self._progress[:] = 0
         try:
             for worker in self._pool.workers:
                 instructions = None if key in self._sent else program.workers[worker.index]
                 own = self._share_of(request, worker.index)
-                worker.connection.send_bytes(dumps(Run(key, instructions, own, trainable, modes)))
+                worker.connection.send_bytes(dumps(Run(key, instructions, own, *news)))
             self._sent.add(key)
             done = self._collect(list(self._pool.workers), self._timeout_s, key)
         except BaseException:

@@ -34,13 +34,17 @@ class Setup:
 
 @dataclass(frozen=True)
 class Run:
-    """Do one step. ``instructions`` is None when ``program`` was sent before."""
+    """Do one step.
+
+    ``instructions`` is None when ``program`` was sent before; ``trainable`` (parameters that require gradients) and
+    ``modes`` (training flag per module) are None when they are as in the step before.
+    """
 
     program: tuple[str, int]
     instructions: tuple[Instruction, ...] | None
     request: StepRequest
-    trainable: frozenset[str]
-    modes: dict[str, bool]
+    trainable: frozenset[str] | None
+    modes: dict[str, bool] | None
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,34 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import sys
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 PREFIX_BYTES = 16
 _ALIGN = 64
 _DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in a packet, and how it is to be read."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def view(self, packet: torch.Tensor) -> torch.Tensor:
+        """Return the tensor over the packet's memory, with a version counter of its own."""
+        start = packet.storage_offset() + self.offset
+        over = torch.empty(0, dtype=self.dtype)
+        return over.set_(packet.untyped_storage(), start // self.dtype.itemsize, self.shape, self.strides)
 
 
 def encode(values: list[Any], wants_gradient: list[bool]) -> torch.Tensor:
@@ -24,40 +45,51 @@ def encode(values: list[Any], wants_gradient: list[bool]) -> torch.Tensor:
     """
     tensors: list[torch.Tensor] = []
     described = [_describe(value, tensors) for value in values]
-    header = _header_bytes(json.dumps([described, wants_gradient]))
-    offsets, total = _offsets(len(header), tensors)
+    start, places, total = _prepared(json.dumps([described, wants_gradient]))
     packet = torch.empty(total, dtype=torch.uint8)
-    packet[:PREFIX_BYTES] = torch.tensor([total, len(header)], dtype=torch.int64).view(torch.uint8)
-    packet[PREFIX_BYTES : PREFIX_BYTES + len(header)] = header
-    for tensor, offset in zip(tensors, offsets):
+    packet.numpy()[: len(start)] = start
+    for tensor, place in zip(tensors, places):
         if tensor.numel():
-            _view(packet, offset, tensor.dtype, tensor.shape, _dense_strides(tensor)).copy_(tensor)
+            place.view(packet).copy_(tensor)
     return packet
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(text: str) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], tuple[_Place, ...], int]:
+    """Return prefix and header as bytes, where the tensors go, and the packet's length."""
+    header = text.encode()
+    _, _, places, total = _parsed(header)
+    prefix = total.to_bytes(8, sys.byteorder) + len(header).to_bytes(8, sys.byteorder)
+    return np.frombuffer(prefix + header, dtype=np.uint8), places, total
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(header: bytes) -> tuple[Any, list[bool], tuple[_Place, ...], int]:
+    described, wants_gradient = json.loads(header)
+    places = []
+    offset = _aligned(PREFIX_BYTES + len(header))
+    for item in _tensor_items(described):
+        place = _Place(offset, _DTYPES[item["d"]], tuple(item["s"]), tuple(item["r"]))
+        places.append(place)
+        offset = _aligned(offset + math.prod(place.shape) * place.dtype.itemsize)
+    return described, wants_gradient, tuple(places), offset
 
 
 def decode(packet: torch.Tensor, device: torch.device) -> tuple[list[Any], list[bool]]:
     """Unpack what :func:`encode` packed; tensors on a CPU share the packet's memory."""
-    header_bytes = int(packet[8:PREFIX_BYTES].view(torch.int64).item())
-    header = packet[PREFIX_BYTES : PREFIX_BYTES + header_bytes].numpy().tobytes()
-    described, wants_gradient = _parsed(header)
-    tensors = _read_tensors(packet, header_bytes, described, device)
-    values = [_rebuild(item, tensors) for item in described]
-    return values, list(wants_gradient)
+    raw = packet.numpy()
+    header_bytes = int.from_bytes(raw[8:PREFIX_BYTES].tobytes(), sys.byteorder)
+    header = raw[PREFIX_BYTES : PREFIX_BYTES + header_bytes].tobytes()
+    described, wants_gradient, places, _ = _parsed(header)
+    tensors = [place.view(packet) for place in places]
+    if device.type != "cpu":
+        tensors = [tensor.to(device) for tensor in tensors]
+    return [_rebuild(item, tensors) for item in described], list(wants_gradient)
 
 
 def total_bytes(prefix: torch.Tensor) -> int:
     """Read a packet's total length from its first 8 bytes."""
-    return int(prefix[:8].view(torch.int64).item())
-
-
-@functools.lru_cache(maxsize=4096)
-def _header_bytes(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-
-
-@functools.lru_cache(maxsize=4096)
-def _parsed(header: bytes) -> Any:
-    return json.loads(header)
+    return int.from_bytes(prefix[:8].numpy().tobytes(), sys.byteorder)
 
 
 def _describe(value: Any, tensors: list[torch.Tensor]) -> Any:
@@ -66,8 +98,7 @@ def _describe(value: Any, tensors: list[torch.Tensor]) -> Any:
             raise TypeError(f"a {value.layout} tensor cannot cross a stage boundary")
         index = len(tensors)
         tensors.append(value.detach())
-        dtype = str(value.dtype).removeprefix("torch.")
-        return {"t": index, "d": dtype, "s": list(value.shape), "r": list(_dense_strides(value))}
+        return {"t": index, "d": _DTYPE_NAMES[value.dtype], "s": list(value.shape), "r": list(_dense_strides(value))}
     if isinstance(value, torch.Size):
         return {"z": list(value)}
     if isinstance(value, torch.dtype):
@@ -121,38 +152,12 @@ def _tensor_items(described: Any) -> list[Any]:
     return found
 
 
-def _read_tensors(packet: torch.Tensor, header_bytes: int, described: Any, device: torch.device) -> list[torch.Tensor]:
-    tensors = []
-    offset = _aligned(PREFIX_BYTES + header_bytes)
-    for item in _tensor_items(described):
-        dtype = _DTYPES[item["d"]]
-        tensor = _view(packet, offset, dtype, item["s"], item["r"])
-        tensors.append(tensor if device.type == "cpu" else tensor.to(device))
-        offset = _aligned(offset + tensor.numel() * dtype.itemsize)
-    return tensors
-
-
-def _offsets(header_bytes: int, tensors: list[torch.Tensor]) -> tuple[list[int], int]:
-    offsets = []
-    offset = _aligned(PREFIX_BYTES + header_bytes)
-    for tensor in tensors:
-        offsets.append(offset)
-        offset = _aligned(offset + tensor.numel() * tensor.element_size())
-    return offsets, offset
-
-
 def _aligned(offset: int) -> int:
     return -(-offset // _ALIGN) * _ALIGN
 
 
 def _dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return strides that keep the order of dimensions (``channels_last`` stays so) without gaps or overlaps."""
+    if tensor.is_contiguous():
+        return tensor.stride()
     return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
-
-
-def _view(packet: torch.Tensor, offset: int, dtype: torch.dtype, shape: Any, strides: Any) -> torch.Tensor:
-    n = 1
-    for size in shape:
-        n *= size
-    flat = packet[offset : offset + n * dtype.itemsize].view(dtype)
-    return flat.as_strided(tuple(shape), tuple(strides))

@@ -110,6 +110,7 @@ class _Server:
             import_torchvision()
         specs, loss_fn = loads(setup.payload, self.state)
         self.stages = {spec.index: StageRuntime(spec, torch.device(setup.device), loss_fn) for spec in specs}
+        self.gradient_slots = {name: self.arena.view(slot) for name, slot in setup.gradients.items()}
         self.programs: dict[tuple[str, int], tuple[Instruction, ...]] = {}
         self._join(specs)
 
@@ -155,9 +156,10 @@ class _Server:
 
     def _prepare(self, command: Run) -> None:
         for name in self.setup.parameters:
-            parameter = self.state[name]
-            parameter.grad = None
-            parameter.requires_grad_(name in command.trainable)
+            self.state[name].grad = None
+        if command.trainable is not None:
+            for name in self.setup.parameters:
+                self.state[name].requires_grad_(name in command.trainable)
         if self.private_buffers:
             for name in self.setup.buffers:
                 self.state[name].copy_(self.arena.view(name))
@@ -165,7 +167,8 @@ class _Server:
                 if group is not None:
                     dist.barrier(group)
         for s, stage in self.stages.items():
-            stage.set_modes(command.modes)
+            if command.modes is not None:
+                stage.set_modes(command.modes)
             reducer = self.executor.reducers[s]
             if isinstance(reducer, DataParallelReducer):
                 reducer.refresh()
@@ -173,10 +176,10 @@ class _Server:
     def _hand_over_gradients(self) -> tuple[str, ...]:
         """Copy the gradients to the memory that the parent reads; replicas hold equal ones, and the first writes."""
         written = []
-        for name, slot in self.setup.gradients.items():
+        for name, slot in self.gradient_slots.items():
             gradient = self.state[name].grad
             if gradient is not None:
-                self.arena.view(slot).copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+                slot.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
                 written.append(name)
         return tuple(written)
 
