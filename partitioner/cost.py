@@ -28,8 +28,8 @@ from .cluster import DeviceKind
 _REPEATS = 5
 _MIN_TIMED_S = 200e-6
 _CACHE_VERSION = 5
-# Written before each timed forward: in a real stage other ops have used the inner caches since an op last ran. Without it
-# forwards of small convolutions came out a third too fast; written before backwards too, those came out half too slow.
+# Written before each timed forward: in a real stage other ops have used the inner caches since an op last ran. Without
+# it forwards of small convolutions came out a third too fast; before backwards too, those came out half too slow.
 _EVICTED_BYTES = 4 << 20
 
 
