@@ -199,6 +199,9 @@ class Executor:
         if self.request.kind == TRAIN:
             loss = stage.held[m].loss
             assert loss is not None
+            if self.request.weights[m] == 0:
+                # A mean over nothing (every target ignored) is not a number, and 0 times its gradient neither.
+                return [], []
             return [loss], [torch.full_like(loss, self.request.weights[m])]
         assert self.request.output_gradients is not None
         pairs = [

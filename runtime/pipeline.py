@@ -381,7 +381,8 @@ def _total_loss(report: StepReport, request: StepRequest) -> torch.Tensor:
     missing = [m for m in range(request.n_microbatches) if m not in report.losses]
     if missing:
         raise ShapeError(f"no loss was computed for microbatches {missing}")
-    parts = [report.losses[m].detach() * request.weights[m] for m in range(request.n_microbatches)]
+    counted = [m for m in range(request.n_microbatches) if request.weights[m] != 0]
+    parts = [report.losses[m].detach() * request.weights[m] for m in counted]
     return torch.stack([part.cpu() for part in parts]).sum()
 
 

@@ -132,6 +132,8 @@ def reference_step(
     losses = []
     with isolated_randomness(True), _threads(n_threads):
         for m in range(request.n_microbatches):
+            if request.weights[m] == 0:
+                continue
             target = None if request.targets is None else cloned(request.targets[m])
             with torch.autocast(
                 torch.device(spec.devices[0]).type, dtype=request.autocast, enabled=request.autocast is not None
