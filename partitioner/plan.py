@@ -152,7 +152,7 @@ class Plan:
         lines = [
             f"{self.model}: {len(self.stages)} stages, {self.schedule}, {self.n_microbatches} microbatches of "
             f"{self.batch_rows} rows, predicted step {_ms(p.step_s)} ({p.cost_source}), bubble {p.bubble:.0%}, "
-            f"bottleneck {_ms(p.bottleneck_s)} ({proof})",
+            f"bottleneck {_ms(p.bottleneck_s)} ({proof}); one device {_ms(p.one_device_s)}",
             f"{'stage':>5}  {'devices':<16} {'ops':>5} {'forward':>10} {'backward':>10} {'params':>9} {'memory':>9}",
         ]
         for stage in self.stages:
