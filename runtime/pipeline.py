@@ -42,8 +42,8 @@ class Pipeline(nn.Module):
     """A compiled model.
 
     Made by :func:`stagecut.compile`. Its parameters are the very objects of the model that it was made from; names,
-    state dicts, ``train()`` and ``eval()`` are the model's. Workers start at the first call, or before it when
-    example inputs were given.
+    state dicts, ``train()`` and ``eval()`` are the model's. Local worker processes are started by ``compile``; they get
+    their stages at the first call, when capture and plan are made, or before it when example inputs were given.
 
     A pipeline is a context manager; leaving it, or :meth:`close`, ends its workers.
     """
