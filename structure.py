@@ -17,7 +17,8 @@ class Structure:
     """The nesting of a value: a leaf, a container that torch's pytree knows, or a plain dataclass.
 
     torch's pytree flattens tuples, lists, dicts, named tuples and whatever libraries registered (Hugging Face's
-    ``ModelOutput``); dataclasses that nobody registered are opened here, field by field.
+    ``ModelOutput``); dataclasses that nobody registered are opened here, field by field, and so are instances of plain
+    Python classes with tensors among their attributes (a cache of keys and values, a batch of a graph library).
     """
 
     kind: str
@@ -78,8 +79,35 @@ def _open(value: Any, leaves: list[Any]) -> Structure:
         names = tuple(field.name for field in dataclasses.fields(value) if field.init)
         children = tuple(_open(getattr(value, name), leaves) for name in names)
         return Structure("dataclass", (type(value), names), children)
+    if _holds_tensors(value):
+        names = tuple(vars(value))
+        return Structure("object", (type(value), names), tuple(_open(vars(value)[name], leaves) for name in names))
     leaves.append(value)
     return LEAF
+
+
+def _holds_tensors(value: Any, depth: int = 4) -> bool:
+    """Say whether an instance of a Python class has tensors among its attributes, at most ``depth`` levels down."""
+    if isinstance(value, torch.Tensor):
+        return True
+    if depth == 0:
+        return False
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensors(item, depth - 1) for item in value)
+    if isinstance(value, dict):
+        return any(_holds_tensors(item, depth - 1) for item in value.values())
+    if not _is_plain_object(value):
+        return False
+    return any(_holds_tensors(item, depth - 1) for item in vars(value).values())
+
+
+def _is_plain_object(value: Any) -> bool:
+    kind = type(value)
+    if callable(value) or isinstance(value, (type, torch.nn.Module)) or not hasattr(value, "__dict__"):
+        return False
+    return (
+        kind.__module__.partition(".")[0] not in ("builtins", "torch", "numpy") and kind.__reduce__ is object.__reduce__
+    )
 
 
 def _close(structure: Structure, leaves: Any) -> Any:
@@ -89,6 +117,10 @@ def _close(structure: Structure, leaves: Any) -> Any:
     if structure.kind == "pytree":
         return _pytree.tree_unflatten(children, structure.context)
     kind, names = structure.context
+    if structure.kind == "object":
+        made = kind.__new__(kind)
+        made.__dict__.update(zip(names, children))
+        return made
     return kind(**dict(zip(names, children)))
 
 

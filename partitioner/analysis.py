@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..structure import tensors_in
-from .capture import Capture, untouched
-from .tracing import SOURCE
+from .captured import Capture
+from .recording.emit import SOURCE
+from .recording.state import untouched
 
 _RUNNING = ("running_mean", "running_var")
 _NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
@@ -161,6 +162,7 @@ def _run(capture: Capture, tensors: list[torch.Tensor], rows: int, *, real: bool
             fakes = {name: fake.from_tensor(tensor) for name, tensor in state.items()}
             return _interpret(capture, inputs, fakes)
     finally:
+        torch.clear_autocast_cache()  # the caller's autocast must not keep weights that were cast without data
         for submodule, mode in modes:
             submodule.training = mode
 
@@ -266,7 +268,9 @@ class _Interpreter(fx.Interpreter):
             module = self.fetch_attr(str(n.target))
             names = [f"{n.target}.{name}" for name, _ in (*module.named_parameters(), *module.named_buffers())]
         elif n.op == "get_attr":
-            names = [str(n.target)]
+            value = self.fetch_attr(str(n.target))
+            inner = (*value.named_parameters(), *value.named_buffers()) if isinstance(value, nn.Module) else ()
+            names = [f"{n.target}.{name}" for name, _ in inner] or [str(n.target)]
         else:
             return ()
         return tuple(dict.fromkeys(self._names_in_model[name] for name in names if name in self._names_in_model))

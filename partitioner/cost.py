@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..structure import flatten, map_leaves, tensors_in, unflatten
+from ..runtime.program.calls import Checkpointed, InRegion
+from ..structure import flatten, map_leaves, tensors_in
 from .analysis import Meter, OpFacts, storage_of
-from .capture import untouched
 from .cluster import DeviceKind
+from .recording.state import untouched
 
 _REPEATS = 5
 _MIN_TIMED_S = 200e-6
@@ -74,25 +75,40 @@ class _Isolated:
                 made[leaf.name] = map_leaves(lambda item: make(item) if isinstance(item, torch.Tensor) else item, value)
             return made[leaf.name]
 
-        leaves, structure = flatten((list(self.node.args), dict(self.node.kwargs)))
-        args, kwargs = unflatten(structure, [resolve(leaf) for leaf in leaves])
-        return args, kwargs
+        args, kwargs = fx.node.map_aggregate((self.node.args, dict(self.node.kwargs)), resolve)
+        return list(args), dict(kwargs)
+
+    def _module(self) -> nn.Module | None:
+        """Return the module that the op calls, directly or in a region."""
+        if self.node.op == "call_module":
+            return self.owner.get_submodule(str(self.node.target))
+        if isinstance(self.node.target, InRegion) and self.node.target.function is None:
+            called: nn.Module = self.facts[self.node.args[0].name].value
+            return called
+        return None
 
     def call(self, args: Any, kwargs: Any, state: dict[str, torch.Tensor] | None) -> Any:
         """Run the op; modules run on copies of their buffers, so that nothing of the model changes."""
-        if self.node.op == "call_module":
-            module = self.owner.get_submodule(str(self.node.target))
-            return torch.func.functional_call(module, state or {}, tuple(args), kwargs)
+        module = self._module()
+        if module is not None:
+            return self._call_module(
+                lambda *given, **named: torch.func.functional_call(module, state or {}, given, named), args, kwargs
+            )
         if self.node.op == "call_method":
             return getattr(args[0], str(self.node.target))(*args[1:], **kwargs)
         assert callable(self.node.target)
         return self.node.target(*args, **kwargs)
 
+    def _call_module(self, module: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if isinstance(self.node.target, InRegion):
+            return self.node.target(module, *args[1:], **kwargs)
+        return module(*args, **kwargs)
+
     def state(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy the state of the op's module."""
-        if self.node.op != "call_module":
+        module = self._module()
+        if module is None:
             return {}
-        module = self.owner.get_submodule(str(self.node.target))
         return {name: copy(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
 
     def standalone(self) -> tuple[Callable[..., Any], list[torch.Tensor]]:
@@ -100,28 +116,35 @@ class _Isolated:
 
         Swapping a module's state at every call instead would cost more than a small op takes.
         """
-        if self.node.op == "call_module":
-            module = copy.deepcopy(self.owner.get_submodule(str(self.node.target)))
-            return module, list(module.parameters())
-        return (lambda *args, **kwargs: self.call(args, kwargs, None)), []
+        module = self._module()
+        if module is None:
+            return (lambda *args, **kwargs: self.call(args, kwargs, None)), []
+        own = copy.deepcopy(module)
+        return (lambda *args, **kwargs: self._call_module(own, args, kwargs)), list(own.parameters())
 
     def signature(self, context: str) -> str:
         """Name the work: equal signatures cost the same."""
-        leaves, _ = flatten((list(self.node.args), dict(self.node.kwargs)))
-        described = [
-            _describe(self.facts[leaf.name].value) if isinstance(leaf, fx.Node) else repr(leaf) for leaf in leaves
-        ]
+        described: list[str] = []
+
+        def describe(leaf: Any) -> None:
+            described.append(_describe(self.facts[leaf.name].value) if isinstance(leaf, fx.Node) else repr(leaf))
+
+        fx.node.map_aggregate((self.node.args, self.node.kwargs), describe)
         target = self.facts[self.node.name].target
-        if self.node.op == "call_module":
-            module = self.owner.get_submodule(target)
+        module = self._module()
+        if module is not None:
             state = [f"{tuple(t.shape)}{t.dtype}{t.requires_grad}" for t in (*module.parameters(), *module.buffers())]
-            target = f"{type(module).__module__}.{type(module).__qualname__}{module!r}{state}"
+            code = module.body.code if isinstance(module, Checkpointed) else ""
+            region = self.node.target if isinstance(self.node.target, InRegion) else ""
+            target = f"{type(module).__module__}.{type(module).__qualname__}{module!r}{state}{code}{region}"
         text = "|".join([context, self.node.op, target, *described])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _describe(value: Any) -> str:
     def one(leaf: Any) -> str:
+        if isinstance(leaf, nn.Module):
+            return type(leaf).__qualname__
         if isinstance(leaf, torch.Tensor):
             return f"{tuple(leaf.shape)}{leaf.stride()}{leaf.dtype}{leaf.requires_grad}"
         return repr(leaf)

@@ -9,12 +9,12 @@ import networkx as nx
 import torch
 from torch import fx, nn
 
+from ..runtime.program.calls import ModeSwitch
 from ..structure import tensors_in
 from .analysis import OpFacts, storage_of
-from .capture import Capture
+from .captured import Capture
 from .cluster import Cluster
 from .cost import FREE, OpCost
-from .modes import ModeSwitch
 
 # Weights, gradients and AdamW's two moments (Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980).
 STATE_COPIES = 4
@@ -45,6 +45,11 @@ def is_replicable(node: fx.Node, module: fx.GraphModule) -> bool:
     if node.op == "get_attr":
         return True
     return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), ModeSwitch)
+
+
+def is_switch(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Say whether ``node`` chooses between values of the graph by a module's mode."""
+    return is_replicable(node, module) and node.op == "call_module" and bool(node.all_input_nodes)
 
 
 def op_nodes(capture: Capture, facts: Mapping[str, OpFacts], costs: Mapping[str, OpCost]) -> dict[str, OpNode]:
@@ -149,10 +154,26 @@ def op_graph(
         )
     for op in ops.values():
         graph.add_edges_from((name, op.name) for name in op.inputs if name in ops)
+    graph.add_edges_from(_in_evaluation(capture, ops))
     graph.graph["transfers"] = _transfers(graph, ops, facts, cluster)
     graph.graph["together"] = forced_together(capture, facts, ops, travels)
     graph.graph["ties"] = ties(capture, ops)
     return graph
+
+
+def _in_evaluation(capture: Capture, ops: Mapping[str, OpNode]) -> list[tuple[str, str]]:
+    """List what must come before what for the sake of ops that only evaluation runs, which have no place yet."""
+    if capture.union is capture.graph_module:
+        return []
+    edges: list[tuple[str, str]] = []
+    origins: dict[str, set[str]] = {}
+    for node in capture.union.graph.nodes:
+        before = {name for used in node.all_input_nodes for name in origins[used.name]}
+        if node.name in ops:
+            edges += [(name, node.name) for name in before if name != node.name]
+            before = {node.name}
+        origins[node.name] = before
+    return edges
 
 
 def _transfers(
@@ -160,8 +181,12 @@ def _transfers(
 ) -> list[dict[str, object]]:
     """Price every value by its bytes alone; the latency belongs to packets, which the simulator counts."""
     transfers: list[dict[str, object]] = []
+    users_of: dict[str, list[str]] = {}
+    for op in ops.values():
+        for used in dict.fromkeys(op.inputs):
+            users_of.setdefault(used, []).append(op.name)
     for name, op in ops.items():
-        users = list(graph.successors(name))
+        users = users_of.get(name, [])
         if users:
             n_bytes = op.output_bytes * (2 if carries_gradient(facts[name]) else 1)
             transfers.append({"nodes": [name, *users], "seconds": n_bytes / cluster.link.bytes_per_s})

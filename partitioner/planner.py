@@ -15,7 +15,7 @@ from ..runtime.schedules import TRAINING_SCHEDULES
 from ..runtime.schedules.one_f_one_b import warm_up
 from ..structure import is_encodable
 from .analysis import OpFacts, analyse
-from .capture import Capture
+from .captured import Capture
 from .cluster import Cluster
 from .cost import OpCost, analytic_costs, measured_costs
 from .cut import Cut, CutDevice, solve
@@ -82,7 +82,7 @@ def make_plan(
     candidates: list[Plan] = []
     failures: list[Exception] = []
     priced: dict[int, Priced] = {}
-    for count in _counts(wishes, cluster, batch_rows):
+    for count in _counts(capture, wishes, cluster, batch_rows):
         rows = -(-batch_rows // min(batch_rows, count * max(len(stage) for stage in cluster.stages)))
         if rows not in priced:
             try:
@@ -124,11 +124,13 @@ def _with_one_device(
     ]
 
 
-def _counts(wishes: Wishes, cluster: Cluster, batch_rows: int) -> list[int]:
+def _counts(capture: Capture, wishes: Wishes, cluster: Cluster, batch_rows: int) -> list[int]:
     if wishes.n_microbatches is not None:
         if wishes.n_microbatches < 1:
             raise ConstraintError(f"microbatches must be at least 1, got {wishes.n_microbatches}")
         return [wishes.n_microbatches]
+    if capture.inputs.rows is not None:
+        return [1]
     most = max(1, batch_rows // max(len(stage) for stage in cluster.stages))
     return sorted({min(most, cluster.n_stages * factor) for factor in _COUNTS_PER_STAGE})
 
@@ -308,7 +310,7 @@ def _stage(
 
 def _wires(capture: Capture, priced: Priced, stage_of: Mapping[str, int], n_stages: int) -> tuple[WireRecord, ...]:
     targets: dict[str, list[int]] = {}
-    for (_, target), names in sorted(wires_of(capture, stage_of, n_stages).items()):
+    for (_, target), names in sorted(_training_wires(capture, stage_of, n_stages).items()):
         for name in names:
             targets.setdefault(name, []).append(target)
     order = list(priced.ops)
@@ -322,6 +324,13 @@ def _wires(capture: Capture, priced: Priced, stage_of: Mapping[str, int], n_stag
         )
         for name in sorted(targets, key=order.index)
     )
+
+
+def _training_wires(
+    capture: Capture, stage_of: Mapping[str, int], n_stages: int
+) -> dict[tuple[int, int], tuple[str, ...]]:
+    reported = [leaf.node for leaf in capture.outputs if leaf.node is not None]
+    return wires_of(capture.graph_module, stage_of, n_stages, reported)
 
 
 def random_ops(facts: Mapping[str, OpFacts]) -> dict[str, bool]:

@@ -28,19 +28,14 @@ def match_inputs(
             f"the model was captured with arguments {_names(spec)}, and is called with another structure",
             hint="call stagecut.compile(...) again for calls of another form",
         )
+    problem = spec.mismatch(leaves)
+    if problem is not None:
+        raise ShapeError(problem, hint="call stagecut.compile(...) again for other arguments")
     inputs: dict[str, torch.Tensor] = {}
     rows: int | None = None
     for known, leaf in zip(spec.leaves, leaves):
         if known.graph_input is None:
-            if not _same_constant(known.constant, leaf):
-                raise ShapeError(
-                    f"argument {known.path!r} was {known.constant!r} when the model was captured and is {leaf!r} now; "
-                    "values that are not tensors are part of the captured graph",
-                    hint="call stagecut.compile(...) again for the other value",
-                )
             continue
-        if not isinstance(leaf, torch.Tensor):
-            raise ShapeError(f"argument {known.path!r} must be a tensor, got {type(leaf).__name__}")
         if leaf.requires_grad:
             raise ShapeError(
                 f"argument {known.path!r} requires a gradient, which a pipeline does not return",
@@ -91,7 +86,16 @@ def piece_sizes(rows: int, n_pieces: int) -> list[int]:
 
 
 def split_inputs(spec: InputSpec, inputs: dict[str, torch.Tensor], sizes: Sequence[int]) -> tuple[dict[str, Any], ...]:
-    """Cut the batched inputs along dimension 0; every microbatch sees the others whole."""
+    """Cut the batched inputs along dimension 0; every microbatch sees the others whole.
+
+    Raises:
+        ShapeError: the model runs for one batch size only, and a piece has another.
+    """
+    if spec.rows is not None and any(size != spec.rows for size in sizes):
+        raise ShapeError(
+            f"the model runs for batches of {spec.rows} rows only, and would be given {list(sizes)}",
+            hint="stagecut.compile(..., microbatches=1)",
+        )
     pieces: list[dict[str, Any]] = [{} for _ in sizes]
     for leaf in spec.leaves:
         if leaf.graph_input is None:

@@ -257,8 +257,7 @@ class SpmdEngine:
         return whole
 
     def _broadcast_output(self, output: Any, owner: int) -> Any:
-        structure = self._spec.stages[-1].output_structure
-        assert structure is not None
+        _, structure = self._spec.stages[-1].result(self._model.training)
         packet = torch.empty(0, dtype=torch.uint8)
         if owner == self._worker:
             leaves, found = flatten(output)

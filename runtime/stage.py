@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..errors import ShapeError
 from ..structure import flatten, map_leaves, unflatten
+from .program.calls import Checkpointed
 from .program.specs import NodeRecord, NodeRef, StageSpec
 
 
@@ -53,17 +55,23 @@ class _Caller:
         return getattr(owner, self.method)(*args, **kwargs)
 
 
-def build_module(spec: StageSpec, seed: Seed) -> fx.GraphModule:
+def build_module(spec: StageSpec, seed: Seed, training: Callable[[str], bool] = lambda path: True) -> fx.GraphModule:
     """Compile the stage's records into a module that takes (graph inputs…, wire values…) and returns its results.
 
-    The results are a dict from node name to value, for every value that leaves the stage or is reported.
+    The results are a dict from node name to value, for every value that leaves the stage or is reported; None for one
+    that is not computed in this mode. ``training`` tells the mode of a module of the user's model by path.
     """
     graph = fx.Graph()
     root: dict[str, Any] = {**spec.modules, **spec.attributes}
-    known: dict[str, fx.Node] = {name: graph.placeholder(_safe(name)) for name in input_names(spec)}
+    known: dict[str, Any] = {name: graph.placeholder(_safe(name)) for name in input_names(spec)}
 
     def resolve(value: Any) -> Any:
         if isinstance(value, NodeRef):
+            if value.name not in known:
+                raise ShapeError(
+                    f"modules of the model are in modes in which it was not captured: {value.name} is not computed",
+                    hint="put the whole model into one mode: model.train() or model.eval()",
+                )
             return known[value.name]
         if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
             return type(value)([resolve(item) for item in value])
@@ -74,11 +82,16 @@ def build_module(spec: StageSpec, seed: Seed) -> fx.GraphModule:
         return value
 
     for record in spec.nodes:
+        if record.only is not None and training(record.only[0]) != record.only[1]:
+            continue
+        if record.op == "switch":
+            known[record.name] = resolve(record.args[0 if training(record.target) else 1])
+            continue
         op, target, args = record.op, record.target, resolve(record.args)
         if record.random:
             op, target = "call_module", _seed_op(record, root, seed)
         known[record.name] = graph.create_node(op, target, args, resolve(record.kwargs), name=_safe(record.name))
-    graph.output({name: known[name] for name in result_names(spec)})
+    graph.output({name: known.get(name) for name in result_names(spec)})
     return fx.GraphModule(root, graph, class_name=f"Stage{spec.index}")
 
 
@@ -107,7 +120,8 @@ def result_names(spec: StageSpec) -> tuple[str, ...]:
     """List what the stage's module returns: values for other stages, then values of the model's result."""
     inputs = set(input_names(spec))
     names = [value for group in spec.wires_out for value in group.values]
-    names += [leaf.node for leaf in spec.outputs if leaf.node is not None and leaf.node not in inputs]
+    reported = spec.outputs + (spec.evaluated[0] if spec.evaluated else ())
+    names += [leaf.node for leaf in reported if leaf.node is not None and leaf.node not in inputs]
     return tuple(dict.fromkeys(names))
 
 
@@ -134,6 +148,9 @@ class StageRuntime:
         self.loss_fn = loss_fn
         self.seed = Seed()
         self.module = build_module(spec, self.seed)
+        self._deciding = spec.deciding
+        self._modes = (True,) * len(self._deciding)
+        self._variants: dict[tuple[bool, ...], fx.GraphModule] = {self._modes: self.module}
         self.held: dict[int, Held] = {}
 
     def forward(self, m: int, graph_inputs: dict[str, Any], packets: dict[str, tuple[Any, bool]]) -> Held:
@@ -146,20 +163,27 @@ class StageRuntime:
                 held.leaves[name] = _as_leaf(value) if wanted and torch.is_grad_enabled() else value
                 values.append(held.leaves[name])
         self.seed.microbatch = m
-        held.results = self.module.forward(*values)
+        held.results = self._variant().forward(*values)
         self.held[m] = held
         if self.spec.is_last:
             held.output = self._output(held, dict(zip(input_names(self.spec), values)))
         return held
+
+    def _variant(self) -> fx.GraphModule:
+        """Choose the ops that run in the present modes; all variants share the stage's modules."""
+        if self._modes not in self._variants:
+            training = dict(zip(self._deciding, self._modes)).__getitem__
+            self._variants[self._modes] = build_module(self.spec, self.seed, training)
+        return self._variants[self._modes]
 
     def _to_device(self, leaf: Any) -> Any:
         return leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf
 
     def _output(self, held: Held, inputs: dict[str, Any]) -> Any:
         known = {**inputs, **held.results}
-        leaves = [leaf.constant if leaf.node is None else known[leaf.node] for leaf in self.spec.outputs]
-        assert self.spec.output_structure is not None
-        return unflatten(self.spec.output_structure, leaves)
+        outputs, structure = self.spec.result(self._modes[self._deciding.index("")])
+        leaves = [leaf.constant if leaf.node is None else known[leaf.node] for leaf in outputs]
+        return unflatten(structure, leaves)
 
     def compute_loss(self, m: int, target: Any) -> torch.Tensor:
         """Compute the loss of microbatch ``m`` (last stage only)."""
@@ -215,9 +239,13 @@ class StageRuntime:
 
     def set_modes(self, modes: dict[str, bool]) -> None:
         """Put leaf modules, and what is inside them, into the mode of their owners in the user's model."""
+        self._modes = tuple(modes[path] for path in self._deciding)
         for path, owner in self.spec.mode_owners.items():
-            for inner, module in self.spec.modules[path].named_modules():
-                module.training = modes[".".join(part for part in (owner, inner) if part)]
+            held = self.spec.modules[path]
+            body = held.body if isinstance(held, Checkpointed) else held
+            for inner, module in body.named_modules():
+                full = ".".join(part for part in (owner, inner) if part)
+                module.training = modes.get(full, self._modes[self._deciding.index("")])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,474 @@
+"""The ladder: record the model at several sizes and in both modes, and keep one more module whole for every reason
+that stands in the way, until one graph is right for all of them."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from ..errors import CaptureError
+from ..runtime.program import InputLeaf, InputSpec, OutputLeaf
+from ..runtime.program.calls import Guarded
+from ..structure import LEAF, Structure, unflatten
+from .captured import WHOLE_MODEL, Capture, ModelResult, OpaqueCall
+from .recording.calls import Call, Recording
+from .recording.checkpoints import fold_checkpoints
+from .recording.emit import Emitter, specialise
+from .recording.graph import CapturedGraph
+from .recording.modes import Results, United, unite
+from .recording.numbers import Ref
+from .recording.recorder import SPELLED, NeedsData, Recorder
+from .recording.resolve import Misfit, Resolved, resolve
+from .recording.state import TraceRefused, changed_attribute, contents_of_object, restore
+from .recording.tensors import ModelState
+
+_MAX_ROUNDS = 1000
+_MAX_SIZES = 4
+Sizes = dict[int, int]
+
+
+class _Again(Exception):
+    """Another module is to be kept whole: begin again."""
+
+
+class _Fails(Exception):
+    """The model does not run for these arguments."""
+
+
+def matching_paths(model: nn.Module, patterns: Sequence[str]) -> dict[str, OpaqueCall]:
+    """Find the modules that ``patterns`` name.
+
+    Raises:
+        CaptureError: a pattern matches no module.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, OpaqueCall] = {}
+    for pattern in patterns:
+        matched = [path for path in modules if fnmatch.fnmatchcase(path, pattern)]
+        if not matched:
+            names = ", ".join(list(modules)[1:6])
+            raise CaptureError(
+                f"opaque names {pattern!r}, which is not a module of {type(model).__name__}",
+                hint=f"its modules are {names}, …; see model.named_modules()",
+            )
+        found.update((path, OpaqueCall(path, type(modules[path]).__name__, "asked for")) for path in matched)
+    return found
+
+
+def input_spec(leaves: list[Any], structure: Structure, paths: list[str]) -> InputSpec:
+    """Describe the arguments of the example call."""
+    rows = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
+    if rows is None:
+        raise CaptureError(
+            "the example call has no tensor argument with a batch dimension",
+            hint="pass example inputs whose first tensor has the samples in dimension 0",
+        )
+    known: list[InputLeaf] = []
+    used: set[str] = set()
+    first: dict[int, int] = {}
+    for index, (path, leaf) in enumerate(zip(paths, leaves)):
+        if not isinstance(leaf, torch.Tensor):
+            known.append(InputLeaf(path, None, leaf))
+            continue
+        same = first.setdefault(id(leaf), index)
+        name = _unused(re.sub(r"\W", "_", path), used)
+        batched = leaf.dim() > 0 and leaf.shape[0] == rows
+        shape = (None, *leaf.shape[1:]) if batched else tuple(leaf.shape)
+        known.append(InputLeaf(path, name, None, batched, shape, None if same == index else same))
+    return InputSpec(structure, tuple(known))
+
+
+def _unused(name: str, used: set[str]) -> str:
+    while name in used:
+        name += "_"
+    used.add(name)
+    return name
+
+
+class Ladder:
+    """Captures ``model`` for a call with ``leaves``; ``opaque`` are the modules to keep whole from the start.
+
+    ``order`` lists the keyword arguments in the order in which the call gave them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: InputSpec,
+        leaves: list[Any],
+        opaque: dict[str, OpaqueCall],
+        order: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.leaves = leaves
+        self.opaque = dict(opaque)
+        self.order = list(order)
+        self.state = ModelState(model)
+        self.types = {path: type(module) for path, module in model.named_modules()}
+        batched = [leaf for known, leaf in zip(inputs.leaves, leaves) if known.batched]
+        self.rows = max(2, batched[0].shape[0]) if batched else 1
+        self.meta = any(t.is_meta for t in (*_tensors(leaves), *model.parameters(), *model.buffers()))
+        self.written: set[str] = set()
+        self._start_over(real=False)
+
+    def _start_over(self, *, real: bool) -> None:
+        """Forget what was found out about sizes."""
+        self.real = real
+        self.fixed_rows = False
+        self.free: Sizes | None = {} if real else None
+
+    def climb(self) -> Capture:
+        """Record until it succeeds.
+
+        Raises:
+            CaptureError: the model fails on the example by itself.
+        """
+        for _ in range(_MAX_ROUNDS):
+            if WHOLE_MODEL in self.opaque:
+                break
+            try:
+                if self.free is None:
+                    self.free = self._find_free_sizes()
+                trained = fold_checkpoints(self._resolved(training=True))
+                evaluated = fold_checkpoints(self._resolved(training=False))
+                return self._finish(unite(trained, evaluated), trained.objects | evaluated.objects)
+            except _Again:
+                continue
+            except NeedsData as need:
+                self._need_data(need)
+        return self._whole()
+
+    # --- recording ---------------------------------------------------------------------------------------------------
+
+    def _resolved(self, *, training: bool) -> Resolved:
+        free = self.free or {}
+        sizes: list[tuple[int, Sizes]] = [(self.rows, {})]
+        sizes += [(self.rows, {})] if self.fixed_rows else [(self.rows + 1, {}), (self.rows + 2, free)]
+        recordings: list[Recording] = []
+        for rows, others in sizes:
+            n_opaque = len(self.opaque)
+            recordings.append(self._recorded(rows, others, training, bool(recordings)))
+            if len(self.opaque) > n_opaque and (len(recordings) > 1 or not training):
+                raise _Again
+        try:
+            resolved = resolve(recordings)
+        except Misfit as misfit:
+            if free and not self.fixed_rows:
+                self.free = {}
+            else:
+                self._keep_whole(misfit.path, misfit.reason, misfit.source)
+            raise _Again from None
+        return self._guarded(resolved)
+
+    def _find_free_sizes(self) -> Sizes:
+        """Find sizes of the arguments, other than the batch, that the model runs for with the same calls.
+
+        A size that several arguments or dimensions share is taken to be one thing, such as the length of a text.
+        """
+        found: Sizes = {}
+        sizes = {size for leaf in _tensors(self.leaves) for size in leaf.shape[1:] if size > 2}
+        if not 0 < len(sizes) <= _MAX_SIZES or self.meta:
+            return found
+        first = self._recorded(self.rows, {}, True, False)
+        for size in sorted(sizes):
+            for other in (size - 1, size // 2):
+                with suppress(_Fails, Misfit):
+                    resolve([first, self._recorded(self.rows, {size: other}, True, True, probing=True)])
+                    found[size] = other
+                    break
+        return found
+
+    def _guarded(self, resolved: Resolved) -> Resolved:
+        """Check again, when the graph runs, what sizes decided; a small module that the batch decides in is kept."""
+        for item in resolved.guards:
+            guard = item.guard
+            if item.of_batch and guard.path and not self.fixed_rows and self._share(guard.path) <= 0.5:
+                self._keep_whole(guard.path, "it branches on the batch size", guard.source)
+                raise _Again
+            target = Guarded(guard.comparison, guard.outcome, guard.source or guard.path)
+            call = Call("call_function", target, (guard.left[0], guard.right[0]), path=guard.path, source=guard.source)
+            resolved.calls.append(call)
+        return resolved
+
+    def _share(self, path: str) -> float:
+        """Return the part of the model's parameters that a module holds."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        return sum(parameter.numel() for parameter in self.model.get_submodule(path).parameters()) / max(1, total)
+
+    def _recorded(self, rows: int, others: Sizes, training: bool, resized: bool, probing: bool = False) -> Recording:
+        refused: dict[str, Any] = dict.fromkeys(self.opaque)
+        try:
+            recording = self._record(rows, others, training, refused)
+        except TraceRefused as refusal:
+            if probing:
+                raise _Fails from refusal
+            self._keep_whole(WHOLE_MODEL, refusal.reason, refusal.source)
+            raise _Again from None
+        except (NeedsData, Exception) as error:
+            if probing:
+                raise _Fails from error
+            return self._failed(error, resized)
+        for path, refusal in refused.items():
+            if refusal is not None and path not in self.opaque:
+                if probing:
+                    raise _Fails
+                self._keep_whole(path, refusal.reason, refusal.source)
+        recording.rows = rows
+        self.written |= recording.written
+        return recording
+
+    def _record(self, rows: int, others: Sizes, training: bool, refused: dict[str, Any]) -> Recording:
+        with _in_mode(self.model, training), self._kept_state(), _own_settings(), self._stand_ins() as mode:
+            recorder = Recorder(self.state, refused, None if mode is None else functools.partial(_stand_in, mode))
+            made: dict[int, Any] = {}
+            for known, leaf in zip(self.inputs.leaves, self.leaves):
+                if id(leaf) not in made:
+                    made[id(leaf)] = self._argument(leaf, rows if known.batched else None, others)
+            given = [made[id(leaf)] for leaf in self.leaves]
+            args, kwargs = unflatten(self.inputs.structure, given)
+            kwargs = {name: kwargs[name] for name in sorted(kwargs, key=self._place)}
+            names: dict[int, str] = {}
+            for known, leaf in zip(self.inputs.leaves, given):
+                if known.graph_input is not None:
+                    names.setdefault(id(leaf), known.graph_input)
+            objects = [leaf for leaf in self.leaves if not isinstance(leaf, torch.Tensor)]
+            before = [entry for leaf in objects for entry in contents_of_object(leaf)]
+            try:
+                recording = recorder.record(args, kwargs, names, [leaf.graph_input for leaf in self.inputs.leaves])
+                if changed_attribute(before) is not None:
+                    raise TraceRefused("it changes an argument that is not a tensor")
+            finally:
+                restore(before)
+            return recording
+
+    def _place(self, name: str) -> int:
+        return self.order.index(name) if name in self.order else len(self.order)
+
+    def _failed(self, error: BaseException, resized: bool) -> Recording:
+        if resized and self.free:
+            self.free = {}
+            raise _Again from error
+        if resized and not self.fixed_rows:
+            self.fixed_rows = True
+            raise _Again from error
+        if not self.real:
+            raise error if isinstance(error, NeedsData) else NeedsData(f"{type(error).__name__}: {error}") from error
+        raise CaptureError(
+            f"{type(self.model).__name__} fails on the example inputs by itself, before anything is cut "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
+            hint="call model(*example_inputs) to see the error",
+        ) from error
+
+    def _need_data(self, need: NeedsData) -> None:
+        if self.meta:
+            self._keep_whole(WHOLE_MODEL, f"it has no data (meta tensors), and cannot be followed without: {need}")
+            return
+        self._start_over(real=True)
+        self.opaque = {path: call for path, call in self.opaque.items() if call.reason == "asked for"}
+
+    @contextmanager
+    def _stand_ins(self) -> Iterator[FakeTensorMode | None]:
+        """Let tensors have no data, unless real ones are needed."""
+        if self.real:
+            yield None
+            return
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # it reports every size that is tried in vain
+        before, log.disabled = log.disabled, True
+        try:
+            with (
+                torch.device("meta") if self.meta else nullcontext(),
+                FakeTensorMode(allow_non_fake_inputs=True) as mode,
+            ):
+                yield mode
+        finally:
+            log.disabled = before
+
+    def _argument(self, leaf: Any, rows: int | None, others: Sizes) -> Any:
+        """Give an argument for ``rows`` samples: without data where that is enough, else the example's own rows."""
+        return _real(leaf, rows) if self.real else _fake(leaf, rows, others, self.meta)
+
+    @contextmanager
+    def _kept_state(self) -> Iterator[None]:
+        """Undo what a run writes to buffers and other tensors of the model, and on real data to parameters.
+
+        Batch norms write to their statistics without a trace in the version counter.
+        """
+        mutable = [t for _, t in self.state.tensors.values() if self.real or not isinstance(t, nn.Parameter)]
+        before = [(tensor, tensor.detach().clone()) for tensor in mutable]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in before:
+                    if not torch.equal(tensor, value) if not tensor.is_meta else False:
+                        tensor.copy_(value)
+
+    def _keep_whole(self, path: str, reason: str, source: str | None = None) -> None:
+        while path in self.opaque and path:
+            path = path.rpartition(".")[0]
+        self.opaque[path] = OpaqueCall(path, self.types[path].__name__, reason, source)
+
+    # --- the graph ---------------------------------------------------------------------------------------------------
+
+    def _whole(self) -> Capture:
+        calls = [Call("placeholder", leaf.graph_input) for leaf in self.inputs.leaves if leaf.graph_input is not None]
+        position = iter(range(len(calls)))
+        objects: dict[str, Any] = {}
+        leaves = []
+        for known in self.inputs.leaves:
+            if known.graph_input is not None:
+                leaves.append(Ref(next(position)))
+            elif isinstance(known.constant, SPELLED):
+                leaves.append(known.constant)
+            else:
+                objects[f"_constant_{len(objects)}"] = known.constant
+                calls.append(Call("get_attr", f"_constant_{len(objects) - 1}"))
+                leaves.append(Ref(len(calls) - 1))
+        args, kwargs = unflatten(self.inputs.structure, leaves)
+        calls.append(Call("call_module", "model", args, kwargs))
+        return self._finish(United(calls, Results([Ref(len(calls) - 1)], LEAF), None), objects)
+
+    def _finish(self, united: United, objects: dict[str, Any]) -> Capture:
+        whole = WHOLE_MODEL in self.opaque
+        root: Any = nn.ModuleDict({"model": self.model}) if whole else self.model
+        emitter = Emitter(
+            lambda path: objects[path] if path in objects else _attribute(root, path),
+            self._type_of,
+            lambda attributes, graph: CapturedGraph(attributes, graph, "CheckpointedOps", root),
+        )
+        emitter.emit(united.calls)
+        trained = [emitter.value(leaf) for leaf in united.trained.leaves]
+        evaluated = [emitter.value(leaf) for leaf in united.evaluated.leaves] if united.evaluated else None
+        nodes = [None if leaves is None else [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+                 for leaves in (trained, evaluated)]  # fmt: skip
+        emitter.graph.output(tuple(nodes))
+        name = f"Captured{type(self.model).__name__}"
+        union = CapturedGraph(emitter.attributes, emitter.graph, name, root)
+        for path, owner in emitter.owners.items():
+            union.get_submodule(path).training = self.model.get_submodule(owner).training
+        training = specialise(emitter.graph, lambda path: True)
+        graph_module = CapturedGraph(union, training, name, root)
+        in_training = _result(trained, united.trained.structure)
+        in_evaluation = _result(evaluated, united.evaluated.structure) if united.evaluated else in_training
+        return Capture(
+            model=self.model,
+            graph_module=graph_module,
+            union=union,
+            inputs=self._named_inputs(emitter.graph),
+            trained=in_training,
+            evaluated=in_evaluation,
+            opaque=tuple(call for path, call in self.opaque.items() if not self._inside_opaque(path)),
+            mode_owners=self._owners(emitter, whole),
+            written=frozenset(self.written),
+        )
+
+    def _type_of(self, path: str) -> Any:
+        return self.types.get(path)
+
+    def _owners(self, emitter: Emitter, whole: bool) -> dict[str, str]:
+        owners: dict[str, str] = {}
+        for target, value in emitter.attributes.items():
+            if isinstance(value, nn.Module):
+                inside = whole or target.startswith("_checkpoint_")
+                owners[target] = emitter.owners.get(target, "" if inside else target)
+        return owners
+
+    def _inside_opaque(self, path: str) -> bool:
+        parts = path.split(".") if path else []
+        return any(".".join(parts[:count]) in self.opaque for count in range(len(parts)))
+
+    def _named_inputs(self, graph: fx.Graph) -> InputSpec:
+        """Take over the names that fx gave to the placeholders; it avoids Python's own, such as ``input``."""
+        names = iter([node.name for node in graph.nodes if node.op == "placeholder"])
+        leaves = [replace(leaf, graph_input=next(names)) if leaf.graph_input else leaf for leaf in self.inputs.leaves]
+        return InputSpec(self.inputs.structure, tuple(map(self._freed, leaves)), self.rows if self.fixed_rows else None)
+
+    def _freed(self, leaf: InputLeaf) -> InputLeaf:
+        """Let the sizes be free that were found to be."""
+        if leaf.shape is None:
+            return leaf
+        whole = WHOLE_MODEL in self.opaque
+        free = self.free or {}
+        first, *others = leaf.shape or (None,)
+        shape = (first, *(None if whole or size in free else size for size in others)) if leaf.shape else ()
+        return replace(leaf, shape=None if whole else shape)
+
+
+def _result(leaves: list[Any], structure: Structure) -> ModelResult:
+    found = (OutputLeaf(leaf.name) if isinstance(leaf, fx.Node) else OutputLeaf(None, leaf) for leaf in leaves)
+    return ModelResult(tuple(found), structure)
+
+
+def _attribute(root: Any, path: str) -> Any:
+    value = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _stand_in(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
+
+
+def _tensors(leaves: list[Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _fake(leaf: Any, rows: int | None, others: Sizes, meta: bool) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    sizes = [others.get(size, size) for size in leaf.shape]
+    shape = torch.Size([leaf.shape[0] if rows is None else rows, *sizes[1:]] if sizes else [])
+    device = "meta" if meta else leaf.device
+    made = torch.empty(shape, dtype=leaf.dtype, device=device)
+    if leaf.dim() == 4 and leaf.is_contiguous(memory_format=torch.channels_last) and not leaf.is_contiguous():
+        made = made.to(memory_format=torch.channels_last)
+    return made.requires_grad_(leaf.requires_grad)
+
+
+def _real(leaf: Any, rows: int | None) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    if rows is not None:
+        leaf = leaf.detach().repeat(-(-rows // leaf.shape[0]), *[1] * (leaf.dim() - 1))[:rows]
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Record with gradients, and leave the default dtype as it was, whatever the model sets and fails to set back.
+
+    Autocast keeps the weights that it has cast; among them must be no stand-in.
+    """
+    dtype, caches = torch.get_default_dtype(), torch.is_autocast_cache_enabled()
+    try:
+        torch.set_autocast_cache_enabled(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_autocast_cache_enabled(caches)
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    for module, _ in before:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode

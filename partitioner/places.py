@@ -1,0 +1,49 @@
+"""Where in the source a module's forward does what capture cannot follow."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+
+from torch import nn
+
+_CHANGES = re.compile(r"its forward changes its own attribute '(\w+)'")
+
+
+def place_of(module: nn.Module, reason: str, source: str | None) -> str | None:
+    """Return ``file:line``: where it was noticed, or the line of forward that changes the attribute in question."""
+    if source is None or reason.startswith("its forward"):
+        found = _in_forward(module, reason)
+        source = found or source
+    return None if source is None else nearby(source)
+
+
+def nearby(source: str) -> str:
+    """Write a place as a path from here, if it is below."""
+    return source.removeprefix(os.getcwd() + os.sep)
+
+
+def _in_forward(module: nn.Module, reason: str) -> str | None:
+    forward = inspect.unwrap(type(module).forward)
+    code = getattr(forward, "__code__", None)
+    if code is None:
+        return None
+    changed = _CHANGES.search(reason)
+    line = code.co_firstlineno + (_line_that_sets(forward, changed[1]) if changed else 0)
+    return f"{code.co_filename}:{line}"
+
+
+def _line_that_sets(forward: object, attribute: str) -> int:
+    """Count the lines before the one that sets ``self.attribute``, or else the first that mentions it."""
+    try:
+        lines = inspect.getsourcelines(forward)[0]  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return 0
+    sets = re.compile(rf"self\.{attribute}\b(\[.*?\])?\s*(,.*)?(\W|\*\*|//|<<|>>)?=(?!=)")
+    mentions = re.compile(rf"self\.{attribute}\b")
+    for wanted in (sets, mentions):
+        for number, text in enumerate(lines):
+            if wanted.search(text):
+                return number
+    return 0

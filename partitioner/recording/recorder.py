@@ -1,0 +1,461 @@
+"""The recorder: runs a model's forward and writes every torch call down, with layers kept as calls of their own.
+
+The model's Python runs as it is; torch calls are seen through torch's function mode, calls of modules, of custom
+autograd functions and of ``torch.utils.checkpoint`` through replacements that last as long as the recording. Tensors
+are known by identity. A module whose forward does what no graph can keep is rolled back and written down as one call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint as torch_checkpoint
+
+from ...runtime.program.calls import ApplyFunction, Build
+from ...structure import flatten, unflatten
+from . import functions
+from .calls import Call, Recording, Region, map_values, parts_of, without_memory
+from .numbers import Expr, Guard, Known, KnownFloat, KnownInt, Ref, plain
+from .replaced import apply_function, call_module, replaced
+from .state import TraceRefused, changed_attribute, hook_contents, own_random_state, restore, unchanged
+from .surroundings import line, line_of, settings
+from .tensors import Made, ModelState, alias, storage_of, versions_of
+
+SPELLED = (type(None), bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format, torch.device)
+
+
+class NeedsData(BaseException):
+    """Stand-ins without data do not get through the model; it must be recorded on real tensors."""
+
+
+class Recorder(TorchFunctionMode):
+    """One recording. ``opaque`` maps module paths to reasons, and grows where a module cannot be followed."""
+
+    def __init__(
+        self, state: ModelState, opaque: dict[str, TraceRefused], stand_in: Callable[[torch.Tensor], Any] | None
+    ) -> None:
+        """``stand_in`` replaces the model's own tensors in calls by ones without data; None records on real data."""
+        super().__init__()
+        self.state = state
+        self.opaque = opaque
+        self.real = stand_in is None
+        self._stand_in = stand_in
+        self.calls: list[Call] = []
+        self.guards: list[Guard] = []
+        self.objects: dict[str, Any] = {}
+        self.entered: set[str] = set()
+        self.written: set[str] = set()
+        self.groups: dict[int, dict[str, Any]] = {}
+        self._known: dict[int, tuple[Ref, Any]] = {}
+        self._journal: list[tuple[int, Any]] = []
+        self._unsure: set[int] = set()
+        self._stack: list[str] = []
+        self._group: int | None = None
+        self._paused = False
+        self._autocast: list[tuple[str, bool, str]] = []
+        self._made = Made()
+        self._own: list[tuple[str, torch.Tensor]] = []
+        self._own_storages: dict[int, str] | None = None
+        self._settings = settings()
+
+    def record(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[int, str], placeholders: list[str | None]
+    ) -> Recording:
+        """Run the model; ``names`` maps the identity of each tensor among the arguments to its placeholder."""
+        given = {names[id(leaf)]: leaf for leaf in flatten((args, kwargs))[0] if id(leaf) in names}
+        for name in placeholders:
+            if name is not None:
+                self._append(Call("placeholder", name), given.get(name))
+        watched = self._made if self.real else nullcontext()
+        with replaced(self), watched, self:
+            result = self.state.model(*args, **kwargs)
+            with self._pause():
+                leaves, structure = flatten(result)
+                encoded = [self._ref_of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        return Recording(
+            self.calls, (encoded, structure), self.objects, self.guards, self.entered, self.groups, self.written
+        )
+
+    # --- torch functions ---------------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._paused or func is torch._C._set_grad_enabled:
+            return func(*args, **kwargs)
+        with self._pause():
+            return self._function(func, functions.name_of(func), args, kwargs)
+
+    def _function(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        if getattr(func, "__name__", "") in ("__set__", "__delete__"):
+            raise self._refusal(f"it assigns a tensor's {name!r}")
+        getter = functions.is_property(func)
+        if name in functions.QUESTIONS and (getter or name != "grad"):
+            return self._ask(func, name, args, kwargs)
+        if name in functions.REFUSED:
+            raise self._refusal(functions.REFUSED[name])
+        if name in functions.READS:
+            return self._read(func, name, args)
+        op, target = ("call_function", getattr) if getter else functions.target_of(func, name)
+        given = (args[0], name) if getter else args
+        encoded, encoded_kwargs = self._encoded(given), self._encoded(kwargs)
+        args, kwargs = self._without_data(args), self._without_data(kwargs)
+        versions = versions_of(args, kwargs)
+        result = self._run(func, args, kwargs)
+        if result is None and not functions.may_return_nothing(name):
+            raise self._refusal(f"it calls {name}, which returns nothing that a graph could use")
+        in_place = functions.changes_in_place(name, kwargs)
+        if in_place or name == "__setitem__":
+            self._note_writes([*args[:1], kwargs.get("out")])
+        result = self._append(Call(op, target, encoded, encoded_kwargs), result, versions, in_place)
+        self._doubt(name, args, result)
+        if result is not None and not any(isinstance(part, torch.Tensor) for _, part in parts_of(result)):
+            raise self._refusal(f"it uses the result of {name}, which is not a tensor")
+        return result
+
+    def _run(self, function: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return function(*without_memory(tuple(args)), **without_memory(dict(kwargs)))
+        except Exception as error:
+            if self.real:
+                raise
+            raise NeedsData(f"{line() or ''}: {type(error).__name__}: {error}") from error
+
+    def _without_data(self, value: Any) -> Any:
+        """Replace real tensors: what a call writes to them must not reach the model."""
+        if self._stand_in is None:
+            return value
+        stand_in = self._stand_in
+        return map_values(lambda leaf: stand_in(leaf) if isinstance(leaf, torch.Tensor) else leaf, value)
+
+    def _note_writes(self, values: list[Any]) -> None:
+        """Remember which of the model's own tensors are changed in place, through views and ``.data`` too."""
+        if self._own_storages is None:
+            stand_in = self._stand_in or (lambda tensor: tensor)
+            self._own = [(name, stand_in(tensor)) for name, tensor in self.state.tensors.values()]
+            storages = [(name, storage_of(tensor)) for name, tensor in self._own]
+            self._own_storages = {storage._cdata: name for name, storage in storages if storage is not None}
+        for _, tensor in (part for value in values for part in parts_of(value)):
+            storage = storage_of(tensor)
+            name = None if storage is None else self._own_storages.get(storage._cdata)
+            self.written.update([] if name is None else [name])
+
+    def _ask(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        answer = func(*without_memory(tuple(args)), **without_memory(dict(kwargs)))
+        tensor = args[0] if args else None
+        if not isinstance(tensor, torch.Tensor):
+            return answer
+        if id(tensor) in self._unsure and name in ("size", "shape", "numel", "nelement", "__len__", "stride", "nbytes"):
+            raise self._refusal("it reads a shape that depends on data")
+        if isinstance(answer, torch.Tensor):
+            raise self._refusal(f"it reads a tensor's {name!r}")
+        known = self._known.get(id(tensor))
+        if known is None or name not in ("size", "shape", "numel", "nelement", "__len__"):
+            return answer
+        return self._sized(known[0], name, answer, without_memory(tuple(args)), kwargs)
+
+    def _sized(self, ref: Ref, name: str, answer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if isinstance(answer, torch.Size):
+            return torch.Size([KnownInt.make(n, Expr("size", (ref, d)), self._watch) for d, n in enumerate(answer)])
+        if name in ("numel", "nelement"):
+            return KnownInt.make(answer, Expr("numel", (ref,)), self._watch)
+        dim = 0 if name == "__len__" else kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        return KnownInt.make(answer, Expr("size", (ref, dim)), self._watch)
+
+    def _read(self, func: Any, name: str, args: Any) -> Any:
+        """Let Python see the data of constants; refuse for anything else."""
+        constant = getattr(args[0], "constant", None) if args else None
+        if constant is not None:
+            return func(*args)
+        what = {"__bool__": "branches on a tensor's data", "item": "reads a number out of a tensor"}
+        raise self._refusal(f"it {what.get(name, 'reads the data of a tensor')} ({name})")
+
+    def _doubt(self, name: str, args: Any, result: Any) -> None:
+        """Remember tensors whose shape depends on data."""
+        doubtful = name in functions.UNKNOWN_SHAPE or (name == "where" and len(args) == 1)
+        if name == "repeat_interleave":
+            doubtful = any(isinstance(item, torch.Tensor) for item in args[1:]) or len(args) == 1
+        if name == "__getitem__":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            doubtful = any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index)
+        if doubtful or any(id(item) in self._unsure for item in flatten(list(args))[0]):
+            fixed = name in ("sum", "mean", "max", "min", "prod", "any", "all") and len(args) == 1
+            if not fixed:
+                self._unsure.update(id(part) for _, part in parts_of(result) if isinstance(part, torch.Tensor))
+
+    def _watch(self, left: Any, comparison: str, right: Any, outcome: bool) -> None:
+        if not self._paused:
+            a, b = (value.expr if isinstance(value, Known) else value for value in (left, right))
+            if any(isinstance(side, Expr) and _from_data(side) for side in (a, b)):
+                raise self._refusal("it branches on a number that an opaque module returned")
+            values = (plain(left), plain(right))
+            self.guards.append(Guard((a, values[0]), comparison, (b, values[1]), outcome, self._here(), line()))
+
+    # --- modules and functions ---------------------------------------------------------------------------------------
+
+    def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Keep a layer as one call, or follow the forward of anything else."""
+        path = self.state.paths.get(id(module))
+        if path is None:
+            return call_module(module, *args, **kwargs)
+        self.entered.add(path)
+        if path in self.opaque or (path and is_layer(module)):
+            return self._keep(module, path, args, kwargs)
+        mark = (len(self.calls), len(self.guards), len(self._journal), list(self._autocast), self._group)
+        self._stack.append(path)
+        try:
+            return self._follow(module, args, kwargs)
+        except TraceRefused as refusal:
+            if path == "":
+                raise
+            self._roll_back(*mark)
+            refusal.source = refusal.source or line_of(refusal)
+            self.opaque[path] = refusal
+        finally:
+            self._stack.pop()
+        return self._keep(module, path, args, kwargs)
+
+    def _follow(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise TraceRefused("it has backward hooks, which run around the module as a whole")
+        hooked = hook_contents(module)
+        with unchanged(module):
+            result = call_module(module, *args, **kwargs)
+        changed = changed_attribute(hooked)
+        if changed is not None:
+            restore(hooked)
+            raise TraceRefused("a forward hook changes something outside of the module")
+        return result
+
+    def _keep(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        with self._pause():
+            call = Call("call_module", path, self._encoded(args), self._encoded(kwargs))
+            args, kwargs = self._without_data(args), self._without_data(kwargs)
+            versions = versions_of(args, kwargs)
+            with own_random_state() if path in self.opaque else nullcontext():
+                result = self._run(functools.partial(self._isolated(path), module), args, kwargs)
+            return self._append(call, result, versions, opaque=path in self.opaque)
+
+    def _isolated(self, path: str) -> Callable[..., Any]:
+        """Call layers as they are, and opaque modules with stand-ins for their parameters, which they might change."""
+        if self._stand_in is None or path not in self.opaque:
+            return call_module
+        stand_in = self._stand_in
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            state = {name: stand_in(parameter) for name, parameter in module.named_parameters()}
+            before = {name: parameter._version for name, parameter in state.items()}
+            result = torch.func.functional_call(module, state, args, kwargs, strict=False)
+            changed = [name for name, parameter in state.items() if parameter._version != before[name]]
+            self.written.update(f"{path}.{name}".removeprefix(".") for name in changed)
+            return result
+
+        return call
+
+    def apply(self, cls: Any, args: Any, kwargs: Any) -> Any:
+        """Write a call of a custom autograd function down."""
+        if cls is torch_checkpoint.CheckpointFunction:
+            function, preserve, *rest = args
+            with self.checkpointed({"preserve_rng_state": preserve}):
+                return function(*rest)
+        return self.call(ApplyFunction(cls), functools.partial(apply_function.__func__, cls), args, kwargs)
+
+    def call(self, target: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Write one call of ``function`` down as a call of ``target``, whatever it does inside."""
+        with self._pause():
+            call = Call("call_function", target, self._encoded(args), self._encoded(kwargs))
+            args, kwargs = self._without_data(args), self._without_data(kwargs)
+            versions = versions_of(args, kwargs)
+            result = self._run(function, args, kwargs)
+            return self._append(call, result, versions)
+
+    @contextmanager
+    def checkpointed(self, options: dict[str, Any]) -> Iterator[None]:
+        """Mark the calls inside as computed again in the backward; an outer checkpoint covers inner ones."""
+        outer = self._group
+        if outer is None:
+            self._group = len(self.groups)
+            self.groups[self._group] = options
+        try:
+            yield
+        finally:
+            self._group = outer
+
+    # --- bookkeeping -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @property
+    def paused(self) -> bool:
+        """Say whether what runs belongs to a call that is being written down."""
+        return self._paused
+
+    def autocast_entered(self, context: Any) -> None:
+        """Note that the model's code opened an autocast region."""
+        self._autocast.append((context.device, bool(context._enabled), str(context.fast_dtype).removeprefix("torch.")))
+
+    def autocast_left(self) -> None:
+        """Note that the model's code closed it."""
+        if self._autocast:
+            self._autocast.pop()
+
+    def _here(self) -> str:
+        return self._stack[-1] if self._stack else ""
+
+    def _refusal(self, reason: str) -> TraceRefused:
+        return TraceRefused(reason, line())
+
+    def _append(
+        self, call: Call, result: Any, versions: Any = None, in_place: bool = False, opaque: bool = False
+    ) -> Any:
+        call.path, call.group = self._here(), self._group
+        if call.op != "placeholder":
+            call.source = line()
+            if torch.is_inference_mode_enabled():
+                raise self._refusal("it runs under torch.inference_mode")
+            if settings() != self._settings:
+                raise self._refusal(
+                    "it runs under its own settings (saved-tensor hooks, kernels, precision, default dtype)"
+                )
+            call.region = Region(None if torch.is_grad_enabled() else False, tuple(self._autocast))
+        index = len(self.calls)
+        self.calls.append(call)
+        replaced: dict[int, Any] = {}
+        for path, part in parts_of(result):
+            if isinstance(part, torch.Tensor):
+                given = versions.get(id(part)) if versions else None
+                if given is not None and not in_place and part._version == given:
+                    part = replaced.setdefault(id(part), alias(part))
+                self._bind(part, Ref(index, path))
+                call.shapes[path] = tuple(part.shape)
+            elif part is not None and not isinstance(part, SPELLED):
+                self._bind(part, Ref(index, path))
+        if replaced:
+            leaves, structure = flatten(result)
+            result = unflatten(structure, [replaced.get(id(leaf), leaf) for leaf in leaves])
+        return map_values_with_path(self._number(index), result) if opaque else result
+
+    def _number(self, index: int) -> Callable[[Any, Any], Any]:
+        """Let numbers that an opaque module returned remember where they came from."""
+
+        def remember(path: Any, leaf: Any) -> Any:
+            if isinstance(leaf, (bool, str)):
+                raise self._refusal(f"an opaque module returned {leaf!r}, which may differ from call to call")
+            if type(leaf) is int:
+                return KnownInt.make(leaf, Expr("value", (Ref(index, path),)), self._watch)
+            if type(leaf) is float:
+                return KnownFloat.make(leaf, Expr("value", (Ref(index, path),)), self._watch)
+            return leaf
+
+        return remember
+
+    def _bind(self, value: Any, ref: Ref) -> None:
+        self._journal.append((id(value), self._known.get(id(value))))
+        self._known[id(value)] = (ref, value)
+
+    def _roll_back(self, n_calls: int, n_guards: int, n_bound: int, autocast: list[Any], group: int | None) -> None:
+        del self.calls[n_calls:]
+        del self.guards[n_guards:]
+        while len(self._journal) > n_bound:
+            key, before = self._journal.pop()
+            if before is None:
+                del self._known[key]
+            else:
+                self._known[key] = before
+        self._autocast, self._group = autocast, group
+
+    def _encoded(self, value: Any) -> Any:
+        if isinstance(value, tuple) and "__new__" in vars(type(value)) and hasattr(type(value).__base__, "_fields"):
+            parts, structure = flatten(value)  # a named tuple with a constructor of its own, such as PackedSequence
+            return self._built(structure, parts)
+        if type(value) in (tuple, list):
+            return type(value)(self._encoded(item) for item in value)
+        if type(value) is dict:
+            return {key: self._encoded(item) for key, item in value.items()}
+        return map_values(self._encode, value)
+
+    def _encode(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return self._ref_of(leaf)
+        if isinstance(leaf, Known) or type(leaf) in SPELLED or leaf is Ellipsis:
+            return leaf
+        if isinstance(leaf, SPELLED):  # numpy's float64 is a float
+            return next(kind(leaf) for kind in (bool, int, float, complex, str) if isinstance(leaf, kind))
+        if type(leaf).__module__ == "numpy" and hasattr(leaf, "item") and getattr(leaf, "ndim", 1) == 0:
+            return leaf.item()
+        if id(leaf) in self._known:
+            return self._known[id(leaf)][0]
+        if isinstance(leaf, range):
+            return list(leaf)
+        parts, structure = flatten(leaf)
+        if structure.kind != "leaf":
+            return self._built(structure, parts)
+        if any(isinstance(part, torch.Tensor) for _, part in parts_of(leaf)):
+            raise self._refusal(f"it hands over an object with tensors inside ({type(leaf).__name__})")
+        return self._object(leaf)
+
+    def _built(self, structure: Any, parts: list[Any]) -> Ref:
+        call = Call("call_function", Build(structure), tuple(self._encoded(part) for part in parts), {}, self._here())
+        call.group = self._group
+        self.calls.append(call)
+        return Ref(len(self.calls) - 1)
+
+    def _object(self, value: Any) -> Ref:
+        if isinstance(value, torch.Generator):
+            raise self._refusal("it draws from a random generator of its own")
+        name = next((name for name, known in self.objects.items() if known is value), None)
+        if name is None:
+            name = f"_constant_{len(self.objects)}"
+            self.objects[name] = value
+        return self._attribute(name)
+
+    def _attribute(self, target: str) -> Ref:
+        self.calls.append(Call("get_attr", target, path=self._here(), group=self._group))
+        return Ref(len(self.calls) - 1)
+
+    def _ref_of(self, tensor: torch.Tensor) -> Ref:
+        known = self._known.get(id(tensor))
+        if known is not None:
+            return known[0]
+        named = self.state.tensors.get(id(tensor))
+        if named is not None:
+            return self._attribute(named[0])
+        fake = type(tensor) is not torch.Tensor and hasattr(tensor, "fake_mode")
+        storage = None if fake else storage_of(tensor)
+        if fake or storage is None or storage._cdata in self._made.storages:
+            raise self._refusal("it uses a tensor that was made in a way that cannot be seen")
+        return self._object(tensor)
+
+
+def map_values_with_path(function: Callable[[Any, Any], Any], value: Any, path: Any = ()) -> Any:
+    """Apply ``function(path, leaf)`` to the leaves of nested tuples, lists and dicts."""
+    if type(value) in (tuple, list):
+        return type(value)(map_values_with_path(function, v, (*path, ("item", i))) for i, v in enumerate(value))
+    if type(value) is dict:
+        return {key: map_values_with_path(function, v, (*path, ("item", key))) for key, v in value.items()}
+    return function(path, value)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Say whether a module is one of torch's own layers, which are kept whole; torch's containers are followed."""
+    if isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule":
+        return True
+    if not type(module).__module__.startswith(("torch.nn.modules", "torch.ao.nn")):
+        return False
+    is_container = any(True for _ in module.children()) and not isinstance(module, nn.MultiheadAttention)
+    return not is_container
+
+
+def _from_data(expr: Expr) -> bool:
+    return expr.name == "value" or any(isinstance(arg, Expr) and _from_data(arg) for arg in expr.args)

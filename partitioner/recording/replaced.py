@@ -1,0 +1,95 @@
+"""What is not a torch function but must be seen: calls of modules, custom autograd functions, checkpoints, regions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils import checkpoint as torch_checkpoint
+
+from ...runtime.program.calls import Scripted
+
+call_module = nn.Module.__call__
+apply_function = torch.autograd.Function.__dict__["apply"]
+
+
+class Watcher(Protocol):
+    """What is told of the calls."""
+
+    @property
+    def paused(self) -> bool:
+        """Say whether calls are to be left alone."""
+
+    def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Call a module."""
+
+    def apply(self, cls: Any, args: Any, kwargs: Any) -> Any:
+        """Apply a custom autograd function."""
+
+    def call(self, target: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call ``function``, written down as ``target``."""
+
+    def checkpointed(self, options: dict[str, Any]) -> AbstractContextManager[None]:
+        """Surround what a checkpoint runs."""
+
+    def autocast_entered(self, context: Any) -> None:
+        """An autocast region begins."""
+
+    def autocast_left(self) -> None:
+        """An autocast region ends."""
+
+
+@contextmanager
+def replaced(recorder: Watcher) -> Iterator[None]:
+    """Send calls of modules, custom autograd functions, checkpoints and autocast regions through ``recorder``."""
+    autocast = torch.amp.autocast_mode.autocast
+    generator = torch_checkpoint._checkpoint_without_reentrant_generator
+    call_script = torch.jit.ScriptFunction.__call__
+    enter, leave = autocast.__enter__, autocast.__exit__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return call_module(module, *args, **kwargs) if recorder.paused else recorder.call_module(module, args, kwargs)
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return apply_function.__func__(cls, *args, **kwargs) if recorder.paused else recorder.apply(cls, args, kwargs)
+
+    def scripted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        original = functools.partial(call_script, function)
+        return (
+            original(*args, **kwargs) if recorder.paused else recorder.call(Scripted(function), original, args, kwargs)
+        )
+
+    def without_reentry(fn: Any, preserve: bool = True, context_fn: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if recorder.paused:
+            yield from generator(fn, preserve, context_fn, *args, **kwargs)
+            return
+        with recorder.checkpointed({"preserve_rng_state": preserve}):
+            yield
+
+    def entered(self: Any) -> Any:
+        if not recorder.paused:
+            recorder.autocast_entered(self)
+        return enter(self)
+
+    def left(self: Any, *error: Any) -> Any:
+        if not recorder.paused:
+            recorder.autocast_left()
+        return leave(self, *error)
+
+    torch.jit.ScriptFunction.__call__ = scripted
+    nn.Module.__call__ = call  # type: ignore[method-assign,assignment]
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
+    torch_checkpoint._checkpoint_without_reentrant_generator = without_reentry
+    autocast.__enter__, autocast.__exit__ = entered, left  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.jit.ScriptFunction.__call__ = call_script
+        nn.Module.__call__ = call_module  # type: ignore[method-assign]
+        torch.autograd.Function.apply = apply_function  # type: ignore[method-assign]
+        torch_checkpoint._checkpoint_without_reentrant_generator = generator
+        autocast.__enter__, autocast.__exit__ = enter, leave  # type: ignore[method-assign]
