@@ -106,7 +106,7 @@ def _is_plain_object(value: Any) -> bool:
     if callable(value) or isinstance(value, (type, torch.nn.Module)) or not hasattr(value, "__dict__"):
         return False
     return (
-        kind.__module__.partition(".")[0] not in ("builtins", "torch", "numpy") and kind.__reduce__ is object.__reduce__
+        kind.__module__.partition(".")[0] not in ("builtins", "torch", "numpy") and vars(kind).get("__reduce__") is None
     )
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes below are ended too
     report: dict[str, Any] = {"about": about(), "missing": {}, "entries": {}}
-    if options.json and options.json.exists() and (options.update or options.report):
+    if options.json and options.json.exists() and (options.update or options.resume or options.report):
         report["entries"] = json.loads(options.json.read_text())["entries"]
     if not options.report:
         run(options, report)
@@ -61,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help=f"also {', '.join(PEERS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every record, as the run goes on")
     parser.add_argument("--update", action="store_true", help="keep what FILE knows of other entries and methods")
+    parser.add_argument("--resume", action="store_true", help="run only what FILE has no record of")
     parser.add_argument("--report", action="store_true", help="run nothing, only report on FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the report as a document")
     parser.add_argument("--list", action="store_true", help="list the entries and stop")
@@ -82,6 +83,9 @@ def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
         if options.sample is not None and options.sample < len(chosen):
             chosen = random.Random(0).sample(chosen, options.sample)
         tasks += [(entry, method) for entry in chosen for method in methods]
+    if options.resume:
+        known = report["entries"]
+        tasks = [task for task in tasks if task[1] not in known.get(task[0].label, {"methods": {}})["methods"]]
     if options.list:
         print("\n".join(dict.fromkeys(entry.label for entry, _ in tasks)))
         raise SystemExit

@@ -6,18 +6,18 @@ import re
 
 _INPLACE_STATE = "keep it in a buffer (self.register_buffer) that is changed in place, or change it outside of forward"
 _TORCH_RANDOM = "draw from torch (torch.rand, torch.randint), whose random numbers a graph keeps"
-_SMALL_MODULE = "move these lines into a small submodule of its own, so that only that one is kept whole"
+_SMALL_MODULE = "give these lines a small submodule of their own, so that only it is kept whole"
 _ANY_BATCH = "write it over the whole batch at once, without a Python loop or list whose length is the batch size"
 _GRADIENTS = "use a torch.autograd.Function, whose own backward is kept, or do it outside of the model"
 
 # The first pattern that is found in the reason decides.
 _ADVICE: tuple[tuple[str, str], ...] = (
     (r"^asked for", ""),
-    (r"branches on a tensor's data", f"choose with torch.where instead of if; else {_SMALL_MODULE}"),
-    (r"branches on the batch size", f"do the same for every batch size; else {_SMALL_MODULE}"),
+    (r"branches on a tensor's data", f"choose with torch.where instead of if; or {_SMALL_MODULE}"),
+    (r"branches on the batch size", f"do the same for every batch size; or {_SMALL_MODULE}"),
     (r"branches on a number that an opaque", "let that module return a tensor, and choose with torch.where"),
     (r"reads a number out of a tensor", "keep the number in the tensor: no .item(), int() or float() on the way"),
-    (r"reads (a shape that depends on data|a tensor's|the data)", f"work on the tensor itself; else {_SMALL_MODULE}"),
+    (r"reads (a shape that depends on data|a tensor's|the data)", f"work on the tensor itself; or {_SMALL_MODULE}"),
     (r"changes its own attribute", _INPLACE_STATE),
     (r"hook changes something", "let the hook return what it found, or remove it before the model is captured"),
     (r"has backward hooks", "remove the module's backward hooks before the model is captured"),
@@ -33,7 +33,8 @@ _ADVICE: tuple[tuple[str, str], ...] = (
     (r"its own settings", "choose the settings once, before training, instead of inside forward"),
     (r"returned .* which may differ", "let the opaque module return a tensor instead of a Python value"),
     (r"object with tensors inside", "pass the tensors themselves, or put them into a tuple, dict or dataclass"),
-    (r"made in a way that cannot be seen", f"make the tensor with torch functions; else {_SMALL_MODULE}"),
+    (r"made in a way that cannot be seen", f"make the tensor with torch functions; or {_SMALL_MODULE}"),
+    (r"data as text", "leave the tensor out of the text: write its shape, or print it outside of forward"),
     (r"copy\.deepcopy", "use tensor.clone()"),
     (r"assigns a tensor's|replaces a tensor's storage", "compute a new tensor, or write with tensor.copy_(...)"),
     (r"resizes a tensor", "make a new tensor of the size that is needed"),

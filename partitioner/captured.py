@@ -116,7 +116,7 @@ class Capture:
         cut or repeated from the example, in both modes. Model, arguments and random state are left as they are.
 
         Raises:
-            CaptureError: the model cannot be copied, has no data, or fails on the example.
+            CaptureError: the model cannot be copied, or has no data.
         """
         return verify(self, args, kwargs or {}, seeds, rows)
 

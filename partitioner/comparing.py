@@ -104,32 +104,38 @@ def compare(call: str, wanted: Sequence[Record], given: Sequence[Record]) -> tup
 def _compare(
     call: str, wanted: Mapping[str, Any], given: Mapping[str, Any]
 ) -> Iterator[tuple[float, Difference | None]]:
-    largest = max((_largest(value) for value in wanted.values()), default=0.0)
+    floor: float | None = None  # known where it is needed
     for what in [*wanted, *(name for name in given if name not in wanted)]:
         if what not in wanted or what not in given:
             yield float("inf"), Difference(call, what, "is only in one of the two")
             continue
         ours, theirs = wanted[what], given[what]
         if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
-            yield _tensors(call, what, ours, theirs, _FLOOR * largest)
+            form = _other_form(ours, theirs)
+            if form is not None:
+                yield float("inf"), Difference(call, what, form)
+            elif not torch.equal(_dense(ours), _dense(theirs)):
+                floor = _FLOOR * max(map(_largest, wanted.values())) if floor is None else floor
+                yield _numbers(call, what, ours, theirs, floor)
         elif not _same(ours, theirs):
             yield float("inf"), Difference(call, what, f"is {_name(theirs)} instead of {_name(ours)}")
 
 
-def _tensors(
-    call: str, what: str, ours: torch.Tensor, theirs: torch.Tensor, floor: float
-) -> tuple[float, Difference | None]:
+def _other_form(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
     for quality in ("shape", "dtype", "device", "layout", "requires_grad"):
         a, b = getattr(ours, quality), getattr(theirs, quality)
         if a != b:
-            return float("inf"), Difference(
-                call, what, f"has {quality.replace('_', ' ')} {_plain(b)} instead of {_plain(a)}"
-            )
+            return f"has {quality.replace('_', ' ')} {_plain(b)} instead of {_plain(a)}"
+    return None
+
+
+def _numbers(
+    call: str, what: str, ours: torch.Tensor, theirs: torch.Tensor, floor: float
+) -> tuple[float, Difference | None]:
     error = relative_error(_dense(ours.detach()), _dense(theirs.detach()), floor)
     allowed = _RTOL.get(ours.dtype, _USUAL_RTOL)
-    if error <= allowed:
-        return error, None
-    return error, Difference(call, what, f"differs: relative error {error:.3g}, allowed {allowed:.1g}")
+    how = f"differs: relative error {error:.3g}, allowed {allowed:.1g}"
+    return error, None if error <= allowed else Difference(call, what, how)
 
 
 def relative_error(expected: torch.Tensor, given: torch.Tensor, floor: float = 0.0) -> float:

@@ -83,7 +83,8 @@ class _Isolated:
         if self.node.op == "call_module":
             return self.owner.get_submodule(str(self.node.target))
         if isinstance(self.node.target, InRegion) and self.node.target.function is None:
-            called: nn.Module = self.facts[self.node.args[0].name].value
+            first: Any = self.node.args[0]
+            called: nn.Module = self.facts[first.name].value
             return called
         return None
 

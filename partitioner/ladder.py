@@ -4,7 +4,6 @@ that stands in the way, until one graph is right for all of them."""
 from __future__ import annotations
 
 import fnmatch
-import functools
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import CaptureError
 from ..runtime.program import InputLeaf, InputSpec, OutputLeaf
@@ -120,6 +119,7 @@ class Ladder:
         self.rows = max(2, batched[0].shape[0]) if batched else 1
         self.meta = any(t.is_meta for t in (*_tensors(leaves), *model.parameters(), *model.buffers()))
         self.written: set[str] = set()
+        self.without_data = FakeTensorMode(allow_non_fake_inputs=True)
         self._start_over(real=False)
 
     def _start_over(self, *, real: bool) -> None:
@@ -219,18 +219,18 @@ class Ladder:
             if probing:
                 raise _Fails from error
             return self._failed(error, resized)
-        for path, refusal in refused.items():
-            if refusal is not None and path not in self.opaque:
+        for path, found in refused.items():
+            if found is not None and path not in self.opaque:
                 if probing:
                     raise _Fails
-                self._keep_whole(path, refusal.reason, refusal.source)
+                self._keep_whole(path, found.reason, found.source)
         recording.rows = rows
         self.written |= recording.written
         return recording
 
     def _record(self, rows: int, others: Sizes, training: bool, refused: dict[str, Any]) -> Recording:
         with _in_mode(self.model, training), self._kept_state(), _own_settings(), self._stand_ins() as mode:
-            recorder = Recorder(self.state, refused, None if mode is None else functools.partial(_stand_in, mode))
+            recorder = Recorder(self.state, refused, mode, meta=self.meta)
             made: dict[int, Any] = {}
             for known, leaf in zip(self.inputs.leaves, self.leaves):
                 if id(leaf) not in made:
@@ -286,11 +286,8 @@ class Ladder:
         log = logging.getLogger("torch._subclasses.fake_tensor")  # it reports every size that is tried in vain
         before, log.disabled = log.disabled, True
         try:
-            with (
-                torch.device("meta") if self.meta else nullcontext(),
-                FakeTensorMode(allow_non_fake_inputs=True) as mode,
-            ):
-                yield mode
+            with torch.device("meta") if self.meta else nullcontext(), self.without_data:
+                yield self.without_data
         finally:
             log.disabled = before
 
@@ -325,7 +322,7 @@ class Ladder:
         calls = [Call("placeholder", leaf.graph_input) for leaf in self.inputs.leaves if leaf.graph_input is not None]
         position = iter(range(len(calls)))
         objects: dict[str, Any] = {}
-        leaves = []
+        leaves: list[Any] = []
         for known in self.inputs.leaves:
             if known.graph_input is not None:
                 leaves.append(Ref(next(position)))
@@ -360,7 +357,7 @@ class Ladder:
         training = specialise(emitter.graph, lambda path: True)
         graph_module = CapturedGraph(union, training, name, root)
         in_training = _result(trained, united.trained.structure)
-        in_evaluation = _result(evaluated, united.evaluated.structure) if united.evaluated else in_training
+        in_evaluation = _result(evaluated or [], united.evaluated.structure) if united.evaluated else in_training
         return Capture(
             model=self.model,
             graph_module=graph_module,
@@ -415,10 +412,6 @@ def _attribute(root: Any, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
-
-
-def _stand_in(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
 
 
 def _tensors(leaves: list[Any]) -> list[torch.Tensor]:

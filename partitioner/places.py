@@ -21,7 +21,7 @@ def place_of(module: nn.Module, reason: str, source: str | None) -> str | None:
 
 def nearby(source: str) -> str:
     """Write a place as a path from here, if it is below."""
-    return source.removeprefix(os.getcwd() + os.sep)
+    return source.removeprefix(os.path.join(os.getcwd(), ""))
 
 
 def _in_forward(module: nn.Module, reason: str) -> str | None:
@@ -40,7 +40,7 @@ def _line_that_sets(forward: object, attribute: str) -> int:
         lines = inspect.getsourcelines(forward)[0]  # type: ignore[arg-type]
     except (OSError, TypeError):
         return 0
-    sets = re.compile(rf"self\.{attribute}\b(\[.*?\])?\s*(,.*)?(\W|\*\*|//|<<|>>)?=(?!=)")
+    sets = re.compile(rf"self\.{attribute}\b(\[.*?\])?\s*(,.*)?([-+*/%&|^@]|\*\*|//|<<|>>)?=(?!=)")
     mentions = re.compile(rf"self\.{attribute}\b")
     for wanted in (sets, mentions):
         for number, text in enumerate(lines):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CaptureError
+from ..errors import CaptureError, ShapeError
 from ..structure import call_leaves, tensors_in, unflatten
 from .comparing import Difference, Record, compare, play
 from .recording.state import contents_of_object, restore, untouched
@@ -27,7 +27,7 @@ class CaptureCheck:
             the two is missing or has another form.
         differences: what differs by more than rounding, in the order in which it was found.
         checked: the calls that were compared.
-        skipped: calls that could not be compared, and why: model or graph refuses them.
+        skipped: calls that could not be compared, and why: the model fails, or the graph is not meant for them.
     """
 
     worst: float
@@ -114,18 +114,13 @@ def _compare(capture: Capture, item: _Round, args: Any, kwargs: Any) -> str | tu
     except CaptureError:
         raise
     except Exception as error:
-        if item.rows is None and item.training is not None:
-            raise CaptureError(
-                f"{type(capture.model).__name__} fails on the example in {item.name} ({_line(error)})",
-                hint="call model(*args, **kwargs) to see the error",
-            ) from error
         return f"{item.name} (the model raises {_line(error)})"
     try:
         given = _played(capture, item, args, kwargs, captured=True)
+    except ShapeError as refusal:
+        return f"{item.name} (the graph refuses: {_line(refusal)})"
     except Exception as error:
-        if item.rows is None and item.training is not None:
-            return float("inf"), [Difference(item.name, "", f"the graph raises {_line(error)}")]
-        return f"{item.name} (the graph refuses: {_line(error)})"
+        return float("inf"), [Difference(item.name, "", f"the graph raises {_line(error)}")]
     worst, differences = compare(item.name, wanted, given)
     if differences:
         again = _played(capture, item, args, kwargs, captured=False)
@@ -159,8 +154,8 @@ def copied(capture: Capture) -> Capture:
     Raises:
         CaptureError: something in the model cannot be copied.
     """
-    # Records are shared, for constants in them are known by identity. Tensors that were computed, such as a weight under
-    # torch's older weight norm, are computed again before they are used.
+    # Records are shared, for constants in them are known by identity. Computed tensors, such as a weight under torch's
+    # older weight norm, are computed again before they are used.
     memo: dict[int, Any] = {id(record): record for record in (capture.inputs, capture.trained, capture.evaluated)}
     held = [value for module in capture.model.modules() for value in vars(module).values()]
     memo |= {id(t): t.detach().clone() for t in held if isinstance(t, torch.Tensor) and not t.is_leaf}

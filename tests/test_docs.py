@@ -5,9 +5,11 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 import stagecut
 from stagecut.tools.partition_viz import main
@@ -15,6 +17,7 @@ from stagecut.tools.partition_viz import main
 WITH_DOCTESTS = (
     "stagecut",
     "stagecut.records",
+    "stagecut.partitioner.folding",
     "stagecut.structure",
     "stagecut.runtime.batch",
     "stagecut.runtime.program.timeline",
@@ -56,3 +59,15 @@ def test_the_commands_of_the_readme_are_understood(repository: Path, capsys: pyt
     for command in commands:
         assert main([command.split()[0], "--help"]) == 0
         assert "partition-viz" in capsys.readouterr().out
+
+
+def test_the_capture_example_of_the_readme_prints_what_it_says(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, section = (repository / "README.md").read_text().partition("## What capture could not open\n")
+    code, text = re.findall(r"```(?:python|text)\n(.*?)```", section, re.DOTALL)[:2]
+    (tmp_path / "net.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        runpy.run_path(str(tmp_path / "net.py"))
+    assert capsys.readouterr().out == text

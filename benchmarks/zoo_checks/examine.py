@@ -30,12 +30,14 @@ MEBIBYTE = 1 << 20
 _MAX_DOUBLE = 100_000_000
 
 
-def examine_into(group: str, name: str, method: str, path: str, limit_s: float) -> None:
+def examine_into(group: str, name: str, method: str, path: str, limit_s: float, memory: int) -> None:
     """Examine an entry and write the record to ``path``; called in a new process, whose output goes beside it.
 
-    The process is killed after ``limit_s`` seconds of its processor's time, which does not depend on what else runs.
+    The process is killed after ``limit_s`` seconds of its processor's time, which does not depend on what else runs,
+    and may take ``memory`` bytes.
     """
     resource.setrlimit(resource.RLIMIT_CPU, (int(limit_s), int(limit_s) + 1))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     _end_with_parent()
     with open(f"{path}.log", "w") as log:
         for descriptor in (1, 2):

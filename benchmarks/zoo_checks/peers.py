@@ -22,11 +22,6 @@ class _Flat(nn.Module):
         self.model = model
         self.leaves, self.spec = _pytree.tree_flatten((args, kwargs))
         self.places = [index for index, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
-        names = ", ".join(f"tensor_{index}" for index in range(len(self.places)))
-        # Tracers read the names of a forward's arguments, so it has to have that many.
-        scope: dict[str, Any] = {}
-        exec(f"def forward(self, {names}):\n    return self.call(({names},))", scope)
-        self.forward = scope["forward"].__get__(self)
 
     def call(self, tensors: tuple[Any, ...]) -> Any:
         """Put the tensors to their places and call the model."""
@@ -51,7 +46,13 @@ class _Unflat(nn.Module):
 
 def fx_subject(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Subject, dict[str, Any]]:
     """Trace with ``torch.fx``; what the call leaves out, and what of it is no tensor, is constant."""
-    module = fx.symbolic_trace(_Flat(model, args, kwargs))
+    flat = _Flat(model, args, kwargs)
+    names = ", ".join(f"tensor_{index}" for index in range(len(flat.places)))
+    # A tracer reads the names of the arguments from the class's forward, so it has to have that many.
+    scope: dict[str, Any] = {}
+    exec(f"def forward(self, {names}):\n    return self.call(({names},))", scope)
+    flat.__class__ = type("Flat", (_Flat,), {"forward": scope["forward"]})
+    module = fx.symbolic_trace(flat)
     return Subject(_Unflat(module), model), {"kind": "whole", "n_ops": _n_ops(module.graph)}
 
 

@@ -22,6 +22,8 @@ from .examine import examine_into
 LARGE = 100_000_000
 # Limits are processor time; a process that does not get on in so many times as long on the clock hangs.
 _PATIENCE = 8
+# Bytes of address space that a process may take.
+_MEMORY, _MEMORY_LARGE = 10 << 30, 20 << 30
 
 
 @dataclass
@@ -85,8 +87,9 @@ def _next(waiting: list[tuple[Entry, str]], running: list[_Running]) -> tuple[En
 def _start(context: Any, entry: Entry, method: str, folder: Path, limit_s: float) -> _Running:
     path = folder / f"{entry.group}-{entry.name.replace('/', '_')}-{method}.json"
     path.unlink(missing_ok=True)
+    memory = _MEMORY_LARGE if entry.n_parameters > LARGE else _MEMORY
     own_limit_s = limit_s * (3 if entry.n_parameters > LARGE else 1)
-    arguments = (entry.group, entry.name, method, str(path), own_limit_s)
+    arguments = (entry.group, entry.name, method, str(path), own_limit_s, memory)
     process = context.Process(target=examine_into, args=arguments, daemon=True)
     process.start()
     return _Running(entry, method, process, path, time.monotonic(), own_limit_s)

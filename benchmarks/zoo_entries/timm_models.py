@@ -43,13 +43,16 @@ _LARGER = (
 )
 _SIDES = {
     **dict.fromkeys(("halonet_h1", "lambda_resnet26t", "maxvit_pico_rw_256"), 256),
-    **dict.fromkeys(("deepseek_vit_412m", "efficientformer_l1"), 224),
+    "efficientformer_l1": 224,
+    "deepseek_vit_412m": 112,
     **dict.fromkeys(("ens_adv_inception_resnet_v2", "inception_v4", "adv_inception_v3"), 96),
     "eva02_tiny_patch14_224": 56,
 }
 # Takes an image size, and resizes the images that are of another.
 _ANY_SIDE = {"crossvit_tiny_240"}
-_PARAMETERS = {"deepseek_vit_412m": 412, "gemma4_vit_167m": 167, "vgg11": 133}
+# Its family has no smaller one.
+_SMALLER = {"deepseek_vit_412m": {"depth": 8}}
+_PARAMETERS = {"deepseek_vit_412m": 103, "gemma4_vit_167m": 167, "vgg11": 133}
 
 
 def load() -> Table:
@@ -76,7 +79,7 @@ def _build(name: str, side: int) -> nn.Module:
         made: nn.Module = timm.create_model(name, pretrained=False)
         return made
     try:
-        model: nn.Module = timm.create_model(name, pretrained=False, img_size=side)
+        model: nn.Module = timm.create_model(name, pretrained=False, img_size=side, **_SMALLER.get(name, {}))
     except TypeError as error:  # convolutional networks take pictures of any size, and no size
         if "img_size" not in str(error):
             raise

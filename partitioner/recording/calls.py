@@ -16,10 +16,11 @@ Path = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class Region:
-    """The grad mode and autocast that a call ran under, where the model's code set them itself."""
+    """The grad mode, autocast and use of cuDNN that a call ran under, where the model's code set them itself."""
 
     grad: bool | None = None
     autocast: tuple[tuple[str, bool, str], ...] = ()
+    cudnn: bool | None = None
 
 
 @dataclass
@@ -98,6 +99,7 @@ def _kept_type(value: Any) -> Any:
 
 def parts_of(value: Any, path: Path = (), seen: frozenset[int] = frozenset()) -> Iterator[tuple[Path, Any]]:
     """List the parts of a result with the way to each: items by ``[key]``, fields and attributes by ``.name``."""
+    steps: list[tuple[tuple[str, Any], Any]]
     if isinstance(value, (tuple, list)):
         steps = [(("item", index), item) for index, item in enumerate(value)]
     elif isinstance(value, dict):

@@ -85,7 +85,7 @@ class Emitter:
         function = None if call.op == "call_module" else call.target
         if call.op == "call_module":
             args = (self._create("get_attr", call.target, (), {}, call), *args)
-        region = InRegion(call.region.grad, call.region.autocast, function)
+        region = InRegion(call.region.grad, call.region.autocast, function, call.region.cudnn)
         return self._create("call_function", self._regions.setdefault(region, region), args, kwargs, call)
 
     def _checkpoint(self, call: Call, args: Any) -> fx.Node:

@@ -105,7 +105,6 @@ READS = frozenset(
         "is_nonzero",
         "__repr__",
         "__str__",
-        "__format__",
         "__array__",
         "__array_wrap__",
         "__dlpack__",

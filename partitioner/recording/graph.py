@@ -35,7 +35,8 @@ class CapturedGraph(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedGraph:
         rebuild, parts = self.__reduce__()
-        memo[id(self)] = copied = rebuild(*copy.deepcopy(parts, memo))
+        copied: CapturedGraph = rebuild(*copy.deepcopy(parts, memo))
+        memo[id(self)] = copied
         return copied
 
 

@@ -157,4 +157,4 @@ for _kind in (KnownInt, KnownFloat):
         setattr(_kind, f"__{_name}__", _compared(_name))
     for _name in ("neg", "abs"):
         setattr(_kind, f"__{_name}__", _unary(_name))
-    _kind.__bool__ = _truth  # type: ignore[attr-defined]
+    setattr(_kind, "__bool__", _truth)  # noqa: B010 (a type checker objects to the assignment)

@@ -14,20 +14,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as torch_checkpoint
 
-from ...runtime.program.calls import ApplyFunction, Build
+from ...runtime.program.calls import ApplyFunction, Build, DataCheck
 from ...structure import flatten, unflatten
-from . import functions
+from . import functions, madeup
 from .calls import Call, Recording, Region, map_values, parts_of, without_memory
 from .numbers import Expr, Guard, Known, KnownFloat, KnownInt, Ref, plain
+from .refusals import outcome_that_goes_on
 from .replaced import apply_function, call_module, replaced
 from .state import TraceRefused, changed_attribute, hook_contents, own_random_state, restore, unchanged
-from .surroundings import line, line_of, settings
-from .tensors import Made, ModelState, alias, storage_of, versions_of
+from .surroundings import calling_frame, line, line_of, settings
+from .tensors import Made, ModelState, alias, storage_of, swapped_state, versions_of
 
 SPELLED = (type(None), bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format, torch.device)
+
+
+_UNSPOKEN = "<a tensor without data>"
 
 
 class NeedsData(BaseException):
@@ -38,14 +43,26 @@ class Recorder(TorchFunctionMode):
     """One recording. ``opaque`` maps module paths to reasons, and grows where a module cannot be followed."""
 
     def __init__(
-        self, state: ModelState, opaque: dict[str, TraceRefused], stand_in: Callable[[torch.Tensor], Any] | None
+        self,
+        state: ModelState,
+        opaque: dict[str, TraceRefused],
+        without: FakeTensorMode | None,
+        *,
+        meta: bool = False,
     ) -> None:
-        """``stand_in`` replaces the model's own tensors in calls by ones without data; None records on real data."""
+        """``without`` is the mode in which tensors have no data; None records on real data.
+
+        Of a model on the ``meta`` device nothing can be run on made-up data.
+        """
         super().__init__()
         self.state = state
         self.opaque = opaque
-        self.real = stand_in is None
-        self._stand_in = stand_in
+        self.real = without is None
+        self._without = without
+        self._is_meta = meta
+        self._stand_in = None if without is None else functools.partial(_stand_in, without)
+        self._kept_alive: list[Any] = []
+        self._real_of: dict[int, torch.Tensor] = {}
         self.calls: list[Call] = []
         self.guards: list[Guard] = []
         self.objects: dict[str, Any] = {}
@@ -55,6 +72,9 @@ class Recorder(TorchFunctionMode):
         self._known: dict[int, tuple[Ref, Any]] = {}
         self._journal: list[tuple[int, Any]] = []
         self._unsure: set[int] = set()
+        self._uniform: set[int] = set()
+        self._decided: dict[int, bool] = {}
+        self._same: dict[int, Any] = {}
         self._stack: list[str] = []
         self._group: int | None = None
         self._paused = False
@@ -63,6 +83,7 @@ class Recorder(TorchFunctionMode):
         self._own: list[tuple[str, torch.Tensor]] = []
         self._own_storages: dict[int, str] | None = None
         self._settings = settings()
+        self._cudnn = torch.backends.cudnn.enabled
 
     def record(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[int, str], placeholders: list[str | None]
@@ -77,6 +98,8 @@ class Recorder(TorchFunctionMode):
             result = self.state.model(*args, **kwargs)
             with self._pause():
                 leaves, structure = flatten(result)
+                if any(isinstance(leaf, str) and _UNSPOKEN in leaf for leaf in leaves):
+                    raise TraceRefused("it returns a tensor's data as text")
                 encoded = [self._ref_of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         return Recording(
             self.calls, (encoded, structure), self.objects, self.guards, self.entered, self.groups, self.written
@@ -95,7 +118,9 @@ class Recorder(TorchFunctionMode):
         if getattr(func, "__name__", "") in ("__set__", "__delete__"):
             raise self._refusal(f"it assigns a tensor's {name!r}")
         getter = functions.is_property(func)
-        if name in functions.QUESTIONS and (getter or name != "grad"):
+        if name == "__format__":
+            return _UNSPOKEN
+        if name in functions.QUESTIONS and (getter or name != "grad") and not (name == "type" and len(args) > 1):
             return self._ask(func, name, args, kwargs)
         if name in functions.REFUSED:
             raise self._refusal(functions.REFUSED[name])
@@ -114,24 +139,47 @@ class Recorder(TorchFunctionMode):
             self._note_writes([*args[:1], kwargs.get("out")])
         result = self._append(Call(op, target, encoded, encoded_kwargs), result, versions, in_place)
         self._doubt(name, args, result)
+        self._decide(name, args, result)
         if result is not None and not any(isinstance(part, torch.Tensor) for _, part in parts_of(result)):
             raise self._refusal(f"it uses the result of {name}, which is not a tensor")
         return result
 
-    def _run(self, function: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, function: Any, args: Any, kwargs: Any, module: nn.Module | None = None) -> Any:
+        """Call without data, or, where that is not enough, on made-up data."""
+        args, kwargs = without_memory(tuple(args)), without_memory(dict(kwargs))
         try:
-            return function(*without_memory(tuple(args)), **without_memory(dict(kwargs)))
+            return function(*args, **kwargs)
         except Exception as error:
-            if self.real:
-                raise
-            raise NeedsData(f"{line() or ''}: {type(error).__name__}: {error}") from error
+            if self._without is None or self._is_meta:
+                if self.real:
+                    raise
+                raise NeedsData(f"{line() or ''}: {type(error).__name__}: {error}") from error
+            first = error
+        try:
+            on_data = functools.partial(call_module, module) if module is not None else function
+            result, unsure = madeup.run(on_data, args, kwargs, module, self._without)
+        except Exception:
+            raise NeedsData(f"{line() or ''}: {type(first).__name__}: {first}") from first
+        self._kept_alive.append(unsure)
+        self._unsure.update(id(tensor) for tensor in unsure)
+        return result
 
     def _without_data(self, value: Any) -> Any:
         """Replace real tensors: what a call writes to them must not reach the model."""
         if self._stand_in is None:
             return value
         stand_in = self._stand_in
-        return map_values(lambda leaf: stand_in(leaf) if isinstance(leaf, torch.Tensor) else leaf, value)
+
+        def replace(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            made = stand_in(leaf)
+            if made is not leaf:
+                self._real_of[id(made)] = leaf
+                self._kept_alive.append(made)
+            return made
+
+        return map_values(replace, value)
 
     def _note_writes(self, values: list[Any]) -> None:
         """Remember which of the model's own tensors are changed in place, through views and ``.data`` too."""
@@ -169,11 +217,30 @@ class Recorder(TorchFunctionMode):
 
     def _read(self, func: Any, name: str, args: Any) -> Any:
         """Let Python see the data of constants; refuse for anything else."""
+        if name == "__bool__" and id(args[0]) in self._decided:
+            return self._decided[id(args[0])]
         constant = getattr(args[0], "constant", None) if args else None
         if constant is not None:
             return func(*args)
+        if name == "__bool__":
+            frame = calling_frame()
+            goes_on = None if frame is None else outcome_that_goes_on(frame)
+            if goes_on is not None:
+                self._append(Call("call_function", DataCheck(goes_on, line() or ""), self._encoded(args)), None)
+                return goes_on
         what = {"__bool__": "branches on a tensor's data", "item": "reads a number out of a tensor"}
         raise self._refusal(f"it {what.get(name, 'reads the data of a tensor')} ({name})")
+
+    def _decide(self, name: str, args: Any, result: Any) -> None:
+        """Know the outcome of comparing a random number between 0 and 1 with something that it cannot reach."""
+        if name == "rand" or (name == "uniform_" and tuple(args[1:]) in ((), (0, 1))):
+            self._uniform.add(id(result))
+        elif name in ("lt", "__lt__", "less", "gt", "__gt__", "greater", "le", "ge") and len(args) == 2:
+            bound = args[1]
+            if id(args[0]) in self._uniform and isinstance(bound, (int, float)) and not 0 < bound < 1:
+                below = name in ("lt", "__lt__", "less", "le")
+                if not (name in ("le", "gt") and bound == 0):
+                    self._decided[id(result)] = (bound >= 1) == below
 
     def _doubt(self, name: str, args: Any, result: Any) -> None:
         """Remember tensors whose shape depends on data."""
@@ -224,7 +291,7 @@ class Recorder(TorchFunctionMode):
         if module._backward_hooks or module._backward_pre_hooks:
             raise TraceRefused("it has backward hooks, which run around the module as a whole")
         hooked = hook_contents(module)
-        with unchanged(module):
+        with unchanged(module, self._same):
             result = call_module(module, *args, **kwargs)
         changed = changed_attribute(hooked)
         if changed is not None:
@@ -238,20 +305,21 @@ class Recorder(TorchFunctionMode):
             args, kwargs = self._without_data(args), self._without_data(kwargs)
             versions = versions_of(args, kwargs)
             with own_random_state() if path in self.opaque else nullcontext():
-                result = self._run(functools.partial(self._isolated(path), module), args, kwargs)
+                owner = module if path in self.opaque else None
+                result = self._run(functools.partial(self._isolated(path), module), args, kwargs, owner)
             return self._append(call, result, versions, opaque=path in self.opaque)
 
     def _isolated(self, path: str) -> Callable[..., Any]:
-        """Call layers as they are, and opaque modules with stand-ins for their parameters, which they might change."""
-        if self._stand_in is None or path not in self.opaque:
-            return call_module
+        """Call modules with stand-ins for their parameters and buffers, which they might change."""
         stand_in = self._stand_in
+        if stand_in is None:
+            return call_module
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            state = {name: stand_in(parameter) for name, parameter in module.named_parameters()}
-            before = {name: parameter._version for name, parameter in state.items()}
-            result = torch.func.functional_call(module, state, args, kwargs, strict=False)
-            changed = [name for name, parameter in state.items() if parameter._version != before[name]]
+            with swapped_state(module, stand_in) as state:
+                before = {name: tensor._version for name, tensor in state.items()}
+                result = call_module(module, *args, **kwargs)
+            changed = [name for name, tensor in state.items() if tensor._version != before[name]]
             self.written.update(f"{path}.{name}".removeprefix(".") for name in changed)
             return result
 
@@ -274,6 +342,13 @@ class Recorder(TorchFunctionMode):
             result = self._run(function, args, kwargs)
             return self._append(call, result, versions)
 
+    def check(self, condition: torch.Tensor) -> None:
+        """Write down that the model demands ``condition`` everywhere."""
+        place = line() or ""
+        everywhere = condition.all()
+        with self._pause():
+            self._append(Call("call_function", DataCheck(True, place), self._encoded((everywhere,))), None)
+
     @contextmanager
     def checkpointed(self, options: dict[str, Any]) -> Iterator[None]:
         """Mark the calls inside as computed again in the backward; an outer checkpoint covers inner ones."""
@@ -290,9 +365,14 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
+        """Let calls be; torch's function modes too, which would only slow them down, but for one that sets a device."""
         before, self._paused = self._paused, True
         try:
-            yield
+            if torch._C._len_torch_function_stack() == 1:
+                with torch._C.DisableTorchFunction():
+                    yield
+            else:
+                yield
         finally:
             self._paused = before
 
@@ -328,7 +408,9 @@ class Recorder(TorchFunctionMode):
                 raise self._refusal(
                     "it runs under its own settings (saved-tensor hooks, kernels, precision, default dtype)"
                 )
-            call.region = Region(None if torch.is_grad_enabled() else False, tuple(self._autocast))
+            cudnn = torch.backends.cudnn.enabled
+            grad = None if torch.is_grad_enabled() else False
+            call.region = Region(grad, tuple(self._autocast), None if cudnn == self._cudnn else cudnn)
         index = len(self.calls)
         self.calls.append(call)
         replaced: dict[int, Any] = {}
@@ -336,7 +418,9 @@ class Recorder(TorchFunctionMode):
             if isinstance(part, torch.Tensor):
                 given = versions.get(id(part)) if versions else None
                 if given is not None and not in_place and part._version == given:
+                    original = self._same.get(id(part), self._real_of.get(id(part), part))
                     part = replaced.setdefault(id(part), alias(part))
+                    self._same[id(part)] = original
                 self._bind(part, Ref(index, path))
                 call.shapes[path] = tuple(part.shape)
             elif part is not None and not isinstance(part, SPELLED):
@@ -389,9 +473,12 @@ class Recorder(TorchFunctionMode):
         if isinstance(leaf, torch.Tensor):
             return self._ref_of(leaf)
         if isinstance(leaf, Known) or type(leaf) in SPELLED or leaf is Ellipsis:
+            if isinstance(leaf, str) and _UNSPOKEN in leaf:
+                raise self._refusal("it uses a tensor's data as text")
             return leaf
         if isinstance(leaf, SPELLED):  # numpy's float64 is a float
-            return next(kind(leaf) for kind in (bool, int, float, complex, str) if isinstance(leaf, kind))
+            kinds: tuple[Any, ...] = (bool, int, float, complex, str)
+            return next(kind(leaf) for kind in kinds if isinstance(leaf, kind))
         if type(leaf).__module__ == "numpy" and hasattr(leaf, "item") and getattr(leaf, "ndim", 1) == 0:
             return leaf.item()
         if id(leaf) in self._known:
@@ -459,3 +546,7 @@ def is_layer(module: nn.Module) -> bool:
 
 def _from_data(expr: Expr) -> bool:
     return expr.name == "value" or any(isinstance(arg, Expr) and _from_data(arg) for arg in expr.args)
+
+
+def _stand_in(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)

@@ -33,6 +33,9 @@ class Watcher(Protocol):
     def call(self, target: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call ``function``, written down as ``target``."""
 
+    def check(self, condition: torch.Tensor) -> None:
+        """The model demands that ``condition`` holds everywhere."""
+
     def checkpointed(self, options: dict[str, Any]) -> AbstractContextManager[None]:
         """Surround what a checkpoint runs."""
 
@@ -46,9 +49,13 @@ class Watcher(Protocol):
 @contextmanager
 def replaced(recorder: Watcher) -> Iterator[None]:
     """Send calls of modules, custom autograd functions, checkpoints and autocast regions through ``recorder``."""
-    autocast = torch.amp.autocast_mode.autocast
-    generator = torch_checkpoint._checkpoint_without_reentrant_generator
-    call_script = torch.jit.ScriptFunction.__call__
+    autocast: Any = torch.amp.autocast_mode.autocast
+    generator: Any = torch_checkpoint._checkpoint_without_reentrant_generator
+    library: Any = torch
+    script: Any = torch.jit.ScriptFunction
+    checkpoints: Any = torch_checkpoint
+    check_all: Any = torch._check_tensor_all_with
+    call_script: Any = script.__call__
     enter, leave = autocast.__enter__, autocast.__exit__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -80,16 +87,25 @@ def replaced(recorder: Watcher) -> Iterator[None]:
             recorder.autocast_left()
         return leave(self, *error)
 
-    torch.jit.ScriptFunction.__call__ = scripted
-    nn.Module.__call__ = call  # type: ignore[method-assign,assignment]
+    script.__call__ = scripted
+
+    def check(error: Any, condition: Any, message: Any) -> None:
+        if recorder.paused or not isinstance(condition, torch.Tensor):
+            check_all(error, condition, message)
+        else:
+            recorder.check(condition)
+
+    library._check_tensor_all_with = check
+    nn.Module.__call__ = call  # type: ignore[method-assign]
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
-    torch_checkpoint._checkpoint_without_reentrant_generator = without_reentry
-    autocast.__enter__, autocast.__exit__ = entered, left  # type: ignore[method-assign]
+    checkpoints._checkpoint_without_reentrant_generator = without_reentry
+    autocast.__enter__, autocast.__exit__ = entered, left
     try:
         yield
     finally:
-        torch.jit.ScriptFunction.__call__ = call_script
+        script.__call__ = call_script
+        library._check_tensor_all_with = check_all
         nn.Module.__call__ = call_module  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply_function  # type: ignore[method-assign]
-        torch_checkpoint._checkpoint_without_reentrant_generator = generator
-        autocast.__enter__, autocast.__exit__ = enter, leave  # type: ignore[method-assign]
+        checkpoints._checkpoint_without_reentrant_generator = generator
+        autocast.__enter__, autocast.__exit__ = enter, leave

@@ -98,7 +98,9 @@ def _same_objects(recordings: Sequence[Recording]) -> None:
         for recording in recordings[1:]:
             other = recording.objects.get(name)
             if other is not value and not (not isinstance(value, torch.Tensor) and _equal(value, other)):
-                user = next(c for c in recordings[0].calls if c.op == "get_attr" and c.target == name)
+                user = next((c for c in recordings[0].calls if c.op == "get_attr" and c.target == name), None)
+                if user is None:  # what used it was rolled back
+                    continue
                 raise Misfit(user.path, f"it uses another {type(value).__name__} at every call", user.source)
 
 

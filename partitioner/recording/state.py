@@ -9,7 +9,7 @@ import itertools
 import random
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 _CONTAINERS = (list, dict, set, deque)
+_BASES: tuple[Any, ...] = _CONTAINERS
+_ORDERED = OrderedDict.__iter__
 _ITERATORS = (itertools.count, itertools.cycle)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LIBRARIES = ("torch", "numpy", "builtins", "sympy", "functools", "typing")
@@ -57,19 +59,23 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Refuse a forward that changes the module's own attributes or draws random numbers outside torch; undo it."""
+def unchanged(module: nn.Module, same: dict[int, Any] | None = None) -> Iterator[None]:
+    """Refuse a forward that changes the module's own attributes or draws random numbers outside torch; undo it.
+
+    ``same`` maps the identity of stand-ins to what the model itself would hold in their place.
+    """
     contents = contents_of(module)
     drawn, drawn_by_numpy, seed = random.getstate(), np.random.get_state(), torch.initial_seed()
     try:
         yield
-        changed = changed_attribute(contents)
+        changed = changed_attribute(contents, same or {})
         if changed is not None:
             raise TraceRefused(f"its forward changes its own attribute {changed!r}")
         if random.getstate() != drawn:
             raise TraceRefused("its forward draws random numbers from Python's random module")
         if any(not np.array_equal(a, b) for a, b in zip(drawn_by_numpy, np.random.get_state())):
             raise TraceRefused("its forward draws random numbers from numpy")
+        restore(contents)
         if torch.initial_seed() != seed:
             raise TraceRefused("its forward seeds torch's random numbers")
     except BaseException:
@@ -80,7 +86,7 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def put_back(model: nn.Module) -> Iterator[None]:
+def put_back(model: nn.Module, *, caches: bool = True) -> Iterator[None]:
     """Give every module its attributes back, with what they held: a run of the model may count, cache or append.
 
     So are the containers that forward hooks close over, the globals and class attributes of the files that define the
@@ -91,7 +97,7 @@ def put_back(model: nn.Module) -> Iterator[None]:
     contents += [entry for scope in _scopes(modules) for entry in _containers_in(scope)]
     contents += [entry for module in modules for hook in _hooks_of(module) for entry in _closed_over(hook)]
     generators = [(item, _state_of(item)) for module in modules for item in vars(module).values() if _draws(item)]
-    caches = [(cache, cache.cache_info()) for cache in _caches()]
+    known = [(cache, cache.cache_info()) for cache in _caches()] if caches else []
     iterators = [(module, key, item, _fork(item)) for module in modules for key, item in vars(module).items()
                  if isinstance(item, _ITERATORS)]  # fmt: skip
     try:
@@ -103,7 +109,7 @@ def put_back(model: nn.Module) -> Iterator[None]:
                 vars(module)[key] = before
         for generator, state in generators:
             _set_state(generator, state)
-        for cache, before in caches:
+        for cache, before in known:
             if cache.cache_info().misses != before.misses:
                 cache.cache_clear()
 
@@ -119,14 +125,23 @@ def _containers_in(root: Any) -> list[_Content]:
     waiting: list[tuple[str, Any]] = [("", root)]
     while waiting:
         name, value = waiting.pop()
-        if isinstance(value, _CONTAINERS) and id(value) not in seen:
+        if _is_container(value) and id(value) not in seen:
             seen.add(id(value))
             found.append((name, value, _items(value)))
             if isinstance(value, dict):
-                waiting += [(name or str(key), item) for key, item in value.items() if isinstance(item, _CONTAINERS)]
+                waiting += [(name or str(key), item) for key, item in value.items() if _is_container(item)]
             else:
-                waiting += [(name, item) for item in value if isinstance(item, _CONTAINERS)]
+                waiting += [(name, item) for item in value if _is_container(item)]
     return found
+
+
+def _is_container(value: Any) -> bool:
+    """Say whether a value is a list, dictionary, set or deque; one that looks things up in its own way is none."""
+    for base in _BASES:
+        if isinstance(value, base):
+            own: Any = type(value)
+            return base is set or (own.__getitem__ is base.__getitem__ and own.__iter__ in (base.__iter__, _ORDERED))
+    return False
 
 
 def _items(container: Any) -> Any:
@@ -137,7 +152,7 @@ def _items(container: Any) -> Any:
 
 def contents_of_object(value: Any) -> list[_Content]:
     """Copy what a container, or an object by its attributes, holds."""
-    return _containers_in(value if isinstance(value, _CONTAINERS) else getattr(value, "__dict__", None))
+    return _containers_in(value if _is_container(value) else getattr(value, "__dict__", None))
 
 
 def _scopes(modules: list[nn.Module]) -> list[dict[str, Any]]:
@@ -145,7 +160,7 @@ def _scopes(modules: list[nn.Module]) -> list[dict[str, Any]]:
     classes = {cls for module in modules for cls in type(module).__mro__ if not _of_library(cls.__module__)}
     files = {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
     scopes: list[dict[str, Any]] = [vars(file) for file in files]
-    scopes += [{k: v for k, v in vars(cls).items() if isinstance(v, _CONTAINERS)} for cls in classes]
+    scopes += [{k: v for k, v in vars(cls).items() if _is_container(v)} for cls in classes]
     return scopes
 
 
@@ -237,9 +252,11 @@ def _is_same(container: Any, before: Any) -> bool:
     return all(a is b for a, b in zip(container, before))
 
 
-def changed_attribute(contents: list[_Content]) -> str | None:
+def changed_attribute(contents: list[_Content], same: dict[int, Any] | None = None) -> str | None:
     """Name an attribute or buffer that is another object, or holds other objects, than before."""
     for name, container, before in contents:
+        if same and isinstance(container, dict):
+            container = {key: same.get(id(value), value) for key, value in container.items()}
         if not _is_same(container, before):
             if name not in ("", "_buffers", "_parameters", "_modules") or not isinstance(container, dict):
                 return name or "a container"

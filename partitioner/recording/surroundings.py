@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import types
 from typing import Any
 
 import torch
@@ -27,19 +28,22 @@ def settings() -> tuple[Any, ...]:
         torch._C._get_flash_sdp_enabled(),
         torch._C._get_math_sdp_enabled(),
         torch._C._get_mem_efficient_sdp_enabled(),
-        torch.backends.cudnn.enabled,
         cuda.matmul.allow_tf32,
     )
 
 
+def calling_frame() -> types.FrameType | None:
+    """Find the innermost frame of the model's own code."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_MODEL):
+        frame = frame.f_back
+    return frame
+
+
 def line() -> str | None:
     """Find the innermost line of the model's own code."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if not frame.f_code.co_filename.startswith(_NOT_THE_MODEL):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+    frame = calling_frame()
+    return None if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def line_of(error: BaseException) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +50,27 @@ class Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.storages.add(storage._cdata)
                 self._alive.append(storage)
         return result
+
+
+@contextmanager
+def swapped_state(module: nn.Module, stand_in: Callable[[torch.Tensor], Any]) -> Iterator[dict[str, torch.Tensor]]:
+    """Give a module, and what is inside it, stand-ins for parameters and buffers for a while; yields them by name."""
+    state: dict[str, torch.Tensor] = {}
+    kept: list[tuple[nn.Module, str, Any]] = []
+    for path, inner in module.named_modules():
+        if isinstance(inner, torch.jit.ScriptModule):
+            continue
+        for kind in ("_parameters", "_buffers"):
+            own = inner.__dict__[kind]
+            swapped = {name: None if tensor is None else stand_in(tensor) for name, tensor in own.items()}
+            state.update((f"{path}.{name}".removeprefix("."), t) for name, t in swapped.items() if t is not None)
+            kept.append((inner, kind, own))
+            inner.__dict__[kind] = swapped
+    try:
+        yield state
+    finally:
+        for inner, kind, own in kept:
+            inner.__dict__[kind] = own
 
 
 def alias(tensor: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ class ApplyFunction(_Named):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call ``function.apply``."""
-        return self.function.apply(*args, **kwargs)
+        return self.function.apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ApplyFunction) and other.function is self.function
@@ -67,7 +67,7 @@ class Scripted(_Named):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.function = torch.jit.load(io.BytesIO(state["function"]))
+        self.function = torch.jit.load(io.BytesIO(state["function"]))  # type: ignore[no-untyped-call]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Scripted) and other.function is self.function
@@ -97,13 +97,21 @@ class Build(_Named):
 class InRegion(_Named):
     """Call a function, a tensor method by name, or a module given as first argument, under a grad mode and autocast.
 
-    ``autocast`` lists (device type, enabled, dtype), outermost first. ``grad`` False is ``torch.no_grad()``.
+    ``autocast`` lists (device type, enabled, dtype), outermost first. ``grad`` False is ``torch.no_grad()``;
+    ``cudnn`` says whether cuDNN may be used.
     """
 
-    def __init__(self, grad: bool | None, autocast: tuple[tuple[str, bool, str], ...], function: Any = None) -> None:
-        self.grad, self.autocast, self.function = grad, autocast, function
+    def __init__(
+        self,
+        grad: bool | None,
+        autocast: tuple[tuple[str, bool, str], ...],
+        function: Any = None,
+        cudnn: bool | None = None,
+    ) -> None:
+        self.grad, self.autocast, self.function, self.cudnn = grad, autocast, function, cudnn
         called = function if isinstance(function, str) else getattr(function, "__name__", "call")
         parts = [] if grad is None else ["no_grad" if not grad else "enable_grad"]
+        parts += [] if cudnn is None else ["cudnn_on" if cudnn else "cudnn_off"]
         parts += [f"autocast_{dtype}" if enabled else "autocast_off" for _, enabled, dtype in autocast[-1:]]
         self._name("_".join([*parts, called]))
 
@@ -120,6 +128,8 @@ class InRegion(_Named):
                 stack.enter_context(torch.autocast(device, dtype=getattr(torch, dtype), enabled=enabled))
             if self.grad is not None:
                 stack.enter_context(torch.set_grad_enabled(self.grad))
+            if self.cudnn is not None:
+                stack.enter_context(torch.backends.cudnn.flags(enabled=self.cudnn))
             if self.function is None:
                 return args[0](*args[1:], **kwargs)
             if isinstance(self.function, str):
@@ -152,6 +162,29 @@ class Guarded(_Named):
 
     def __hash__(self) -> int:
         return hash((self.comparison, self.outcome, self.place))
+
+
+class DataCheck(_Named):
+    """Refuse data that the model refuses: its own check branches on a tensor, and only raises on the other side."""
+
+    def __init__(self, expected: bool, place: str) -> None:
+        self.expected, self.place = expected, place
+        self._name("check_data")
+
+    def __call__(self, condition: torch.Tensor) -> None:
+        """Check.
+
+        Raises:
+            ValueError: the model itself raises for such data.
+        """
+        if bool(condition) is not self.expected:
+            raise ValueError(f"the model refuses such data at {self.place}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DataCheck) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash((self.expected, self.place))
 
 
 class ModeSwitch(nn.Module):

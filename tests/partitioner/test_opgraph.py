@@ -118,7 +118,9 @@ def test_a_batchnorm_that_is_called_twice_stays_on_one_stage() -> None:
 
 
 class Handle:
-    """A value of a class that no packet can carry."""
+    """A value of a class that no packet can carry, and that keeps its tensor out of sight."""
+
+    __slots__ = ("value",)
 
     def __init__(self, value: torch.Tensor) -> None:
         self.value = value
