@@ -13,6 +13,7 @@ _GRADIENTS = "use a torch.autograd.Function, whose own backward is kept, or do i
 # The first pattern that is found in the reason decides.
 _ADVICE: tuple[tuple[str, str], ...] = (
     (r"^asked for", ""),
+    (r"takes len\(\)", "write x.shape[0] instead of len(x)"),
     (r"branches on a tensor's data", f"choose with torch.where instead of if; or {_SMALL_MODULE}"),
     (r"branches on the batch size", f"do the same for every batch size; or {_SMALL_MODULE}"),
     (r"branches on a number that an opaque", "let that module return a tensor, and choose with torch.where"),

@@ -12,10 +12,10 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from ..structure import tensors_in
 from .captured import Capture
+from .flops import op_flops
 from .recording.emit import SOURCE
 from .recording.state import untouched
 
@@ -79,9 +79,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.flops += int(count(*args, **kwargs, out_val=result))
+        self.flops += op_flops(func, args, kwargs, result)
         self.random |= torch.Tag.nondeterministic_seeded in func.tags
         inputs, outputs = tensors_in([args, kwargs]), tensors_in(result)
         self._note_writes(func, args, kwargs)

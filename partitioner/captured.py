@@ -182,6 +182,11 @@ class CapturedModule(nn.Module):
         return variants[modes]
 
 
+def has_modes(union: fx.Graph) -> bool:
+    """Say whether some ops of ``union`` run in one mode only."""
+    return any(ONLY in node.meta or (OWNER in node.meta and is_structural(node)) for node in union.nodes)
+
+
 def deciding_modules(union: fx.Graph) -> list[str]:
     """List the modules whose mode decides which ops of ``union`` run."""
     owners = {"": None}

@@ -49,7 +49,8 @@ def one_line(record: dict[str, Any]) -> str:
             parts.append(f"{name} not judged: {verdict['detail'][:120]}")
         elif not verdict["decisive"]:
             parts.append(f"{name} not decisive")
-    bitwise = all(verdict.get("bitwise") for verdict in (record.get("checks") or {}).values())
+    passed = [verdict for verdict in (record.get("checks") or {}).values() if verdict["ok"]]
+    bitwise = all(verdict["bitwise"] for verdict in passed)
     parts.append("bitwise" if bitwise else "in float64" if record.get("double") else "within rounding")
     if record.get("balance") is not None:
         parts.append(f"balance {record['balance']:.2f}")

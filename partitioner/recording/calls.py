@@ -53,7 +53,8 @@ class Recording:
 
     ``objects`` holds what calls use and no code can spell: tensors that belong to no module, generators, classes.
     ``entered`` lists the modules that were called, ``groups`` the options of every checkpoint, ``written`` the
-    parameters and buffers that were changed in place; ``rows`` is the batch size.
+    parameters and buffers that were changed in place, ``lengths`` what ``len`` said of tensors and where; ``rows`` is
+    the batch size.
     """
 
     calls: list[Call]
@@ -63,6 +64,7 @@ class Recording:
     entered: set[str]
     groups: dict[int, dict[str, Any]]
     written: set[str] = field(default_factory=set)
+    lengths: list[tuple[int, str, str | None]] = field(default_factory=list)
     rows: int = 0
 
 

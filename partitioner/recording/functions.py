@@ -194,7 +194,7 @@ def target_of(function: Callable[..., Any], name: str) -> tuple[str, Any]:
 def _is_method(function: Any) -> bool:
     if isinstance(function, (types.MethodDescriptorType, types.WrapperDescriptorType)):
         return True
-    return isinstance(function, types.FunctionType) and function.__qualname__.startswith("Tensor.")
+    return isinstance(function, types.FunctionType) and function.__qualname__.startswith(("Tensor.", "TensorBase."))
 
 
 def changes_in_place(name: str, kwargs: dict[str, Any]) -> bool:

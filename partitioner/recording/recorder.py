@@ -65,6 +65,7 @@ class Recorder(TorchFunctionMode):
         self._real_of: dict[int, torch.Tensor] = {}
         self.calls: list[Call] = []
         self.guards: list[Guard] = []
+        self.lengths: list[tuple[int, str, str | None]] = []
         self.objects: dict[str, Any] = {}
         self.entered: set[str] = set()
         self.written: set[str] = set()
@@ -102,7 +103,14 @@ class Recorder(TorchFunctionMode):
                     raise TraceRefused("it returns a tensor's data as text")
                 encoded = [self._ref_of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         return Recording(
-            self.calls, (encoded, structure), self.objects, self.guards, self.entered, self.groups, self.written
+            self.calls,
+            (encoded, structure),
+            self.objects,
+            self.guards,
+            self.entered,
+            self.groups,
+            self.written,
+            self.lengths,
         )
 
     # --- torch functions ---------------------------------------------------------------------------------------------
@@ -120,6 +128,8 @@ class Recorder(TorchFunctionMode):
         getter = functions.is_property(func)
         if name == "__format__":
             return _UNSPOKEN
+        if name == "_assert":
+            return self._assert(args[0])
         if name in functions.QUESTIONS and (getter or name != "grad") and not (name == "type" and len(args) > 1):
             return self._ask(func, name, args, kwargs)
         if name in functions.REFUSED:
@@ -207,11 +217,20 @@ class Recorder(TorchFunctionMode):
             return answer
         return self._sized(known[0], name, answer, without_memory(tuple(args)), kwargs)
 
+    def _assert(self, condition: Any) -> None:
+        """Keep what the model demands of data; what it demands of sizes holds, and was noted as it was compared."""
+        if isinstance(condition, torch.Tensor):
+            self._append(Call("call_function", DataCheck(True, line() or ""), self._encoded((condition,))), None)
+        elif not condition:
+            raise AssertionError("an assertion of the model fails")
+
     def _sized(self, ref: Ref, name: str, answer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if isinstance(answer, torch.Size):
             return torch.Size([KnownInt.make(n, Expr("size", (ref, d)), self._watch) for d, n in enumerate(answer)])
         if name in ("numel", "nelement"):
             return KnownInt.make(answer, Expr("numel", (ref,)), self._watch)
+        if name == "__len__":
+            self.lengths.append((answer, self._here(), line()))
         dim = 0 if name == "__len__" else kwargs.get("dim", args[1] if len(args) > 1 else 0)
         return KnownInt.make(answer, Expr("size", (ref, dim)), self._watch)
 

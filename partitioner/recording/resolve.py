@@ -58,6 +58,7 @@ def resolve(recordings: Sequence[Recording]) -> Resolved:
     first = recordings[0]
     _same_calls(recordings)
     _same_objects(recordings)
+    _same_lengths(recordings)
     calls = []
     for index, call in enumerate(first.calls):
         others = [recording.calls[index] for recording in recordings]
@@ -102,6 +103,13 @@ def _same_objects(recordings: Sequence[Recording]) -> None:
                 if user is None:  # what used it was rolled back
                     continue
                 raise Misfit(user.path, f"it uses another {type(value).__name__} at every call", user.source)
+
+
+def _same_lengths(recordings: Sequence[Recording]) -> None:
+    """Refuse ``len`` of what moves: Python makes a plain number of it, and could compare that with anything."""
+    for first, *others in zip(*(recording.lengths for recording in recordings)):
+        if any(other[0] != first[0] for other in others):
+            raise Misfit(first[1], "it takes len() of a batch; x.shape[0] can be followed", first[2])
 
 
 def _fit(values: list[Any], index: int, recordings: Sequence[Recording]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import functools
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,14 @@ import stagecut
 ROWS = 4
 OTHER_ROWS = (7, 2)
 
-everyone = pytest.mark.parametrize("name", NASTY)
+# Entries at whose sizes the model's own Python takes another branch: there the capture may say so.
+BRANCHES_ON_ROWS = ("shapes.truth_of_rows",)
+
+# STAGECUT_ALL=1 asks every model; without it every third, for time.
+NAMES = list(NASTY) if os.environ.get("STAGECUT_ALL") else sorted({*list(NASTY)[::3], *BRANCHES_ON_ROWS})
+everyone = pytest.mark.parametrize("name", NAMES)
+# Whether the comparison itself can be believed is asked of every eighth model; it takes as long as the captures.
+some = pytest.mark.parametrize("name", list(NASTY)[::8])
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +63,7 @@ def test_there_are_at_least_a_hundred() -> None:
     assert len(NASTY) >= 100
 
 
-@everyone
+@some
 def test_the_model_and_its_twin_are_the_same(name: str) -> None:
     """The comparison can be believed: eager training passes it, and equal seeds give equal models."""
     entry = NASTY[name]
@@ -65,7 +73,7 @@ def test_the_model_and_its_twin_are_the_same(name: str) -> None:
     assert entry.deterministic or results_vary(model, calls_of(entry)[0])
 
 
-@everyone
+@some
 def test_the_comparison_sees_other_weights(name: str) -> None:
     entry = NASTY[name]
     if not entry.deterministic:
@@ -117,6 +125,11 @@ def test_a_capture_is_refused_or_does_what_the_model_does(name: str) -> None:
         assert refusal
         assert "fails on the example inputs" not in refusal  # no model here does that by itself
         return
-    assert compare(model, capture, calls_of(entry), values=entry.deterministic, reset=entry.reset) == []
+    found = compare(model, capture, calls_of(entry), values=entry.deterministic, reset=entry.reset)
+    if name in BRANCHES_ON_ROWS:
+        assert len(found) == 1
+        assert "ShapeError: the model branches on sizes" in found[0]
+        return
+    assert found == []
     with own_random_state():
         assert entry.deterministic or results_vary(capture.module, calls_of(entry)[0])
