@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import functools
+import os
 import warnings
 from collections.abc import Iterator
 
