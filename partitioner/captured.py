@@ -51,8 +51,8 @@ class Capture:
         model: the model that was captured; the graph refers to its modules and parameters.
         graph_module: the graph in training mode, over flat inputs (the tensor leaves of the arguments), returning the
             result's leaves.
-        union: the graph of both modes; ops of one mode are marked, and switches choose between values. It is
-            ``graph_module`` itself where the modes differ in nothing but numbers.
+        union: the graph of both modes; ops of one mode are marked, and switches choose between values. It gives
+            the results of both.
         inputs: how a call's arguments become graph inputs.
         trained, evaluated: the result in training, and in evaluation.
         opaque: the modules that were kept whole.
@@ -169,8 +169,6 @@ class CapturedModule(nn.Module):
             for switch in module.children():
                 if isinstance(switch, ModeSwitch):
                     switch.training = self._mode(switch.owner)
-        if capture.union is capture.graph_module:
-            return capture.graph_module
         owners = deciding_modules(capture.union.graph)
         modes = tuple(self._mode(owner) for owner in owners)
         if all(modes):

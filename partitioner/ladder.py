@@ -19,7 +19,7 @@ from ..errors import CaptureError
 from ..runtime.program import InputLeaf, InputSpec, OutputLeaf
 from ..runtime.program.calls import Guarded
 from ..structure import LEAF, Structure, unflatten
-from .captured import WHOLE_MODEL, Capture, ModelResult, OpaqueCall, has_modes
+from .captured import WHOLE_MODEL, Capture, ModelResult, OpaqueCall
 from .recording.calls import Call, Recording
 from .recording.checkpoints import fold_checkpoints
 from .recording.emit import Emitter, specialise
@@ -356,8 +356,6 @@ class Ladder:
             union.get_submodule(path).training = self.model.get_submodule(owner).training
         training = specialise(emitter.graph, lambda path: True)
         graph_module = CapturedGraph(union, training, name, root)
-        if evaluated is None and not has_modes(emitter.graph):
-            union = graph_module
         in_training = _result(trained, united.trained.structure)
         in_evaluation = _result(evaluated or [], united.evaluated.structure) if united.evaluated else in_training
         return Capture(

@@ -12,7 +12,7 @@ from torch import fx, nn
 from ..runtime.program.calls import ModeSwitch
 from ..structure import tensors_in
 from .analysis import OpFacts, storage_of
-from .captured import Capture
+from .captured import Capture, has_modes
 from .cluster import Cluster
 from .cost import FREE, OpCost
 
@@ -163,7 +163,7 @@ def op_graph(
 
 def _in_evaluation(capture: Capture, ops: Mapping[str, OpNode]) -> list[tuple[str, str]]:
     """List what must come before what for the sake of ops that only evaluation runs, which have no place yet."""
-    if capture.union is capture.graph_module:
+    if not has_modes(capture.union.graph):
         return []
     edges: list[tuple[str, str]] = []
     origins: dict[str, set[str]] = {}
