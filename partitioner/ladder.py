@@ -28,7 +28,7 @@ from .recording.modes import Results, United, unite
 from .recording.numbers import Ref
 from .recording.recorder import SPELLED, NeedsData, Recorder
 from .recording.resolve import Misfit, Resolved, resolve
-from .recording.state import TraceRefused, changed_attribute, contents_of_object, restore
+from .recording.state import TraceRefused, changed_attribute, contents_of_object, put_back, restore
 from .recording.tensors import ModelState
 
 _MAX_ROUNDS = 1000
@@ -123,10 +123,11 @@ class Ladder:
         self._start_over(real=False)
 
     def _start_over(self, *, real: bool) -> None:
-        """Forget what was found out about sizes."""
+        """Forget what was found out about sizes, and the recording that it began with."""
         self.real = real
         self.fixed_rows = False
         self.free: Sizes | None = {} if real else None
+        self.first: tuple[set[str], Recording] | None = None
 
     def climb(self) -> Capture:
         """Record until it succeeds.
@@ -158,6 +159,9 @@ class Ladder:
         recordings: list[Recording] = []
         for rows, others in sizes:
             n_opaque = len(self.opaque)
+            if training and not recordings and self.first is not None and self.first[0] == set(self.opaque):
+                recordings.append(self.first[1])
+                continue
             recordings.append(self._recorded(rows, others, training, bool(recordings)))
             if len(self.opaque) > n_opaque and (len(recordings) > 1 or not training):
                 raise _Again
@@ -181,6 +185,7 @@ class Ladder:
         if not 0 < len(sizes) <= _MAX_SIZES or self.meta:
             return found
         first = self._recorded(self.rows, {}, True, False)
+        self.first = (set(self.opaque), first)
         for size in sorted(sizes):
             for other in (size - 1, size // 2):
                 with suppress(_Fails, Misfit):
@@ -229,7 +234,8 @@ class Ladder:
         return recording
 
     def _record(self, rows: int, others: Sizes, training: bool, refused: dict[str, Any]) -> Recording:
-        with _in_mode(self.model, training), self._kept_state(), _own_settings(), self._stand_ins() as mode:
+        kept = put_back(self.model, caches=False)  # what is kept whole may change its attributes
+        with kept, _in_mode(self.model, training), self._kept_state(), _own_settings(), self._stand_ins() as mode:
             recorder = Recorder(self.state, refused, mode, meta=self.meta)
             made: dict[int, Any] = {}
             for known, leaf in zip(self.inputs.leaves, self.leaves):

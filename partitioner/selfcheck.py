@@ -83,7 +83,8 @@ def _run(result: Capture, module: nn.Module, args: Any, kwargs: Any, rows: int |
     np.random.seed(0)
     try:
         with torch.enable_grad(), put_back(result.model):
-            return module(*few_args, **few_kwargs)
+            given = module(*few_args, **few_kwargs)
+            return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, given)
     finally:
         with torch.no_grad():
             for tensor, before in kept:
