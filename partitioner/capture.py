@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError
+from ..runtime.program import InputSpec
 from ..structure import call_leaves, leaf_paths
 from .captured import Capture, OpaqueCall
 from .ladder import Ladder, input_spec, matching_paths
@@ -37,10 +38,9 @@ def capture(
     leaves, structure = call_leaves(model.forward, args, kwargs)
     inputs = input_spec(leaves, structure, leaf_paths(model.forward, args, kwargs))
     with own_random_state(), torch.inference_mode(False), torch.enable_grad():
-        with put_back(model):
-            result = Ladder(model, inputs, leaves, asked, list(kwargs)).climb()
-        if agrees(result, args, kwargs):
-            return replace(result, flops=forward_flops(result, args, kwargs))
+        for result in _attempts(model, inputs, leaves, asked, list(kwargs)):
+            if agrees(result, args, kwargs):
+                return replace(result, flops=forward_flops(result, args, kwargs))
         reason = "the captured graph computed something else than the model"
         warnings.warn(
             f"stagecut: {reason} ({type(model).__name__}), so the model is kept whole and cannot be cut; "
@@ -49,6 +49,24 @@ def capture(
         )
         with put_back(model):
             return Ladder(model, inputs, leaves, {"": OpaqueCall("", type(model).__name__, reason)}).climb()
+
+
+def _attempts(
+    model: nn.Module, inputs: InputSpec, leaves: list[Any], asked: dict[str, OpaqueCall], order: list[str]
+) -> Iterator[Capture]:
+    """Capture with all means; then without a first run that sets attributes up; then on real tensors only."""
+    ladder = Ladder(model, inputs, leaves, asked, order)
+    with put_back(model):
+        result = ladder.climb()
+    yield result
+    if ladder.warmed:
+        with put_back(model):
+            result = Ladder(model, inputs, leaves, asked, order, may_warm_up=False).climb()
+        yield result
+    if not ladder.real and not ladder.meta:
+        with put_back(model):
+            result = Ladder(model, inputs, leaves, asked, order, may_warm_up=False, real=True).climb()
+        yield result
 
 
 __all__ = ["Capture", "CaptureError", "OpaqueCall", "capture"]

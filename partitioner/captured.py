@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,16 +23,27 @@ WHOLE_MODEL = ""
 
 @dataclass(frozen=True)
 class OpaqueCall:
-    """A module that is kept whole: where it is in the model, why it could not be opened, and the line that decided."""
+    """A module that is kept whole: where it is in the model, why it could not be opened, and the line that decided.
+
+    ``function`` is set where less is kept whole than a module: a function or method that the module at ``path`` calls.
+    """
 
     path: str
     type_name: str
     reason: str
     source: str | None = None
+    function: Callable[..., Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the path of the module, or that of the function with parentheses."""
+        if self.function is None:
+            return self.path
+        return f"{self.path}.{self.function.__name__}()".removeprefix(".")
 
     def __str__(self) -> str:
         place = f" at {self.source}" if self.source else ""
-        return f"{self.path or '(the whole model)'} ({self.type_name}): {self.reason}{place}"
+        return f"{self.name or '(the whole model)'} ({self.type_name}): {self.reason}{place}"
 
 
 @dataclass(frozen=True)
@@ -55,11 +66,11 @@ class Capture:
             the results of both.
         inputs: how a call's arguments become graph inputs.
         trained, evaluated: the result in training, and in evaluation.
-        opaque: the modules that were kept whole.
+        opaque: the modules that were kept whole, then the functions.
         mode_owners: for each leaf module of the union, the module of the model whose mode it follows.
         written: parameters and buffers that the forward changes in place.
-        flops: forward FLOPs of the whole model (by the name ``""``) and of each opaque module, for a few rows; empty if
-            nothing is opaque, or if they could not be counted.
+        flops: forward FLOPs of the whole model (by the name ``""``) and of what is opaque, by its name, for a few rows;
+            empty if nothing is opaque, or if they could not be counted.
     """
 
     model: nn.Module
@@ -72,6 +83,11 @@ class Capture:
     mode_owners: dict[str, str]
     written: frozenset[str] = frozenset()
     flops: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Say whether the model is one opaque module."""
+        return any(call.name == WHOLE_MODEL for call in self.opaque)
 
     @property
     def graph(self) -> fx.Graph:
@@ -140,7 +156,7 @@ class CapturedModule(nn.Module):
             ShapeError: the arguments differ from those of the capture in more than tensor values and batch size.
         """
         (capture,) = self._capture
-        if capture.opaque and capture.opaque[0].path == WHOLE_MODEL:
+        if capture.is_whole:
             return capture.model(*args, **kwargs)
         leaves, structure = call_leaves(capture.model.forward, args, kwargs)
         if structure != capture.inputs.structure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,14 @@ class ModuleFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def call(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function and count what it runs by ``name``."""
+        before = self.total
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.of[name] = self.of.get(name, 0) + self.total - before
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if module in self._names:

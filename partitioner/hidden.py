@@ -1,4 +1,4 @@
-"""How much of a model the modules that were kept whole hide from the cut."""
+"""How much of a model the modules and functions that were kept whole hide from the cut."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .captured import Capture
+    from .captured import Capture, OpaqueCall
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """What one opaque module hides.
+    """What one opaque module or function hides.
 
     Attributes:
-        path, type_name: the module, as in :class:`OpaqueCall`.
-        n_modules: modules that it consists of, itself included.
+        path, type_name: the module, as in :class:`OpaqueCall`; of a function, its name and "function".
+        n_modules: modules that it consists of, itself included; none for a function.
         parameter_share: its part of the model's parameters, between 0 and 1; a tied parameter counts once.
         flop_share: its part of the model's forward FLOPs; None where they are not known, or where there are none.
     """
@@ -32,26 +32,26 @@ def hidden(capture: Capture) -> tuple[Hidden, ...]:
     """Say what each opaque module hides, in the order of ``capture.opaque``."""
     return tuple(
         Hidden(
-            call.path,
+            call.name,
             call.type_name,
-            sum(1 for _ in capture.model.get_submodule(call.path).modules()),
-            parameter_share(capture, [call.path]),
-            flop_share(capture, [call.path]),
+            0 if call.function else sum(1 for _ in capture.model.get_submodule(call.path).modules()),
+            parameter_share(capture, [call]),
+            flop_share(capture, [call]),
         )
         for call in capture.opaque
     )
 
 
-def parameter_share(capture: Capture, paths: Iterable[str]) -> float:
-    """Return the part of the model's parameters that the modules at ``paths`` hold together."""
-    inside = {id(p): p.numel() for path in paths for p in capture.model.get_submodule(path).parameters()}
+def parameter_share(capture: Capture, calls: Iterable[OpaqueCall]) -> float:
+    """Return the part of the model's parameters that modules hold together; functions hold none."""
+    modules = [capture.model.get_submodule(call.path) for call in calls if call.function is None]
+    inside = {id(p): p.numel() for module in modules for p in module.parameters()}
     return sum(inside.values()) / max(1, sum(p.numel() for p in capture.model.parameters()))
 
 
-def flop_share(capture: Capture, paths: Iterable[str]) -> float | None:
-    """Return the part of the model's forward FLOPs that the opaque modules at ``paths`` have together."""
-    paths = list(paths)
-    if "" in paths:
+def flop_share(capture: Capture, calls: Iterable[OpaqueCall]) -> float | None:
+    """Return the part of the model's forward FLOPs that opaque modules and functions have together."""
+    if capture.is_whole:
         return 1.0
     total = capture.flops.get("", 0)
-    return sum(capture.flops[path] for path in paths) / total if total else None
+    return sum(capture.flops.get(call.name, 0) for call in calls) / total if total else None

@@ -17,18 +17,29 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import CaptureError
 from ..runtime.program import InputLeaf, InputSpec, OutputLeaf
-from ..runtime.program.calls import Guarded
-from ..structure import LEAF, Structure, unflatten
+from ..runtime.program.calls import Guarded, KeptFunction
+from ..structure import LEAF, Structure, tensors_in, unflatten
 from .captured import WHOLE_MODEL, Capture, ModelResult, OpaqueCall
 from .recording.calls import Call, Recording
 from .recording.checkpoints import fold_checkpoints
 from .recording.emit import Emitter, specialise
 from .recording.graph import CapturedGraph
+from .recording.kept import KeptFunctions
 from .recording.modes import Results, United, unite
 from .recording.numbers import Ref
 from .recording.recorder import SPELLED, NeedsData, Recorder
 from .recording.resolve import Misfit, Resolved, resolve
-from .recording.state import TraceRefused, changed_attribute, contents_of_object, put_back, restore
+from .recording.state import (
+    CHANGES_ITSELF,
+    TraceRefused,
+    all_caches,
+    changed_attribute,
+    contents_of,
+    contents_of_object,
+    emptied,
+    new_values,
+    restore,
+)
 from .recording.tensors import ModelState
 
 _MAX_ROUNDS = 1000
@@ -97,7 +108,8 @@ def _unused(name: str, used: set[str]) -> str:
 class Ladder:
     """Captures ``model`` for a call with ``leaves``; ``opaque`` are the modules to keep whole from the start.
 
-    ``order`` lists the keyword arguments in the order in which the call gave them.
+    ``order`` lists the keyword arguments in the order in which the call gave them. ``real`` records on real tensors
+    from the start. Where a forward changes attributes, it ``may_warm_up``: a first run may only set them up, once.
     """
 
     def __init__(
@@ -107,6 +119,9 @@ class Ladder:
         leaves: list[Any],
         opaque: dict[str, OpaqueCall],
         order: Sequence[str] = (),
+        *,
+        may_warm_up: bool = True,
+        real: bool = False,
     ) -> None:
         self.model = model
         self.inputs = inputs
@@ -118,16 +133,20 @@ class Ladder:
         batched = [leaf for known, leaf in zip(inputs.leaves, leaves) if known.batched]
         self.rows = max(2, batched[0].shape[0]) if batched else 1
         self.meta = any(t.is_meta for t in (*_tensors(leaves), *model.parameters(), *model.buffers()))
+        self.caches = all_caches()
+        self.may_warm_up = may_warm_up and not self.meta
+        self.warmed: set[bool] = set()
         self.written: set[str] = set()
         self.without_data = FakeTensorMode(allow_non_fake_inputs=True)
-        self._start_over(real=False)
+        self._start_over(real=real)
 
     def _start_over(self, *, real: bool) -> None:
         """Forget what was found out about sizes, and the recording that it began with."""
         self.real = real
         self.fixed_rows = False
         self.free: Sizes | None = {} if real else None
-        self.first: tuple[set[str], Recording] | None = None
+        self.kept = KeptFunctions()
+        self.first: tuple[Any, Recording] | None = None
 
     def climb(self) -> Capture:
         """Record until it succeeds.
@@ -158,22 +177,35 @@ class Ladder:
         sizes += [(self.rows, {})] if self.fixed_rows else [(self.rows + 1, {}), (self.rows + 2, free)]
         recordings: list[Recording] = []
         for rows, others in sizes:
-            n_opaque = len(self.opaque)
-            if training and not recordings and self.first is not None and self.first[0] == set(self.opaque):
+            known = self._known()
+            if training and not recordings and self.first is not None and self.first[0] == self._known():
                 recordings.append(self.first[1])
                 continue
             recordings.append(self._recorded(rows, others, training, bool(recordings)))
-            if len(self.opaque) > n_opaque and (len(recordings) > 1 or not training):
+            if self._known() != known and (len(recordings) > 1 or not training):
                 raise _Again
         try:
             resolved = resolve(recordings)
         except Misfit as misfit:
             if free and not self.fixed_rows:
                 self.free = {}
-            else:
+            elif not self._rejects_function(recordings, misfit.path):
                 self._keep_whole(misfit.path, misfit.reason, misfit.source)
             raise _Again from None
         return self._guarded(resolved)
+
+    def _known(self) -> tuple[set[str], set[Any]]:
+        """Return what is kept whole so far: modules and functions."""
+        return set(self.opaque), set(self.kept.functions)
+
+    def _rejects_function(self, recordings: list[Recording], path: str) -> bool:
+        """Give up functions of a module that were kept whole: perhaps another one can be, in which they are called."""
+        calls = [call for recording in recordings for call in recording.calls if call.path == path]
+        called = {call.target.function for call in calls if isinstance(call.target, KeptFunction)}
+        codes = [code for code, (function, _) in self.kept.functions.items() if function in called]
+        for code in codes:
+            self.kept.reject(code)
+        return bool(codes)
 
     def _find_free_sizes(self) -> Sizes:
         """Find sizes of the arguments, other than the batch, that the model runs for with the same calls.
@@ -185,7 +217,7 @@ class Ladder:
         if not 0 < len(sizes) <= _MAX_SIZES or self.meta:
             return found
         first = self._recorded(self.rows, {}, True, False)
-        self.first = (set(self.opaque), first)
+        self.first = (self._known(), first)
         for size in sorted(sizes):
             for other in (size - 1, size // 2):
                 with suppress(_Fails, Misfit):
@@ -213,17 +245,26 @@ class Ladder:
 
     def _recorded(self, rows: int, others: Sizes, training: bool, resized: bool, probing: bool = False) -> Recording:
         refused: dict[str, Any] = dict.fromkeys(self.opaque)
+        kept = self.kept.copy()
         try:
-            recording = self._record(rows, others, training, refused)
+            recording = self._record(rows, others, training, refused, kept)
         except TraceRefused as refusal:
             if probing:
                 raise _Fails from refusal
+            if kept.needs_data and not self.real and not self.meta:
+                raise NeedsData(refusal.reason) from refusal
             self._keep_whole(WHOLE_MODEL, refusal.reason, refusal.source)
             raise _Again from None
         except (NeedsData, Exception) as error:
             if probing:
                 raise _Fails from error
             return self._failed(error, resized)
+        if probing and kept.functions.keys() != self.kept.functions.keys():
+            raise _Fails
+        new = [found for path, found in refused.items() if found is not None and path not in self.opaque]
+        if any(found.reason.startswith(CHANGES_ITSELF) for found in new) and not probing and self._warm_up(training):
+            raise _Again
+        self.kept = kept
         for path, found in refused.items():
             if found is not None and path not in self.opaque:
                 if probing:
@@ -233,17 +274,18 @@ class Ladder:
         self.written |= recording.written
         return recording
 
-    def _record(self, rows: int, others: Sizes, training: bool, refused: dict[str, Any]) -> Recording:
-        kept = put_back(self.model, caches=False)  # what is kept whole may change its attributes
-        with kept, _in_mode(self.model, training), self._kept_state(), _own_settings(), self._stand_ins() as mode:
-            recorder = Recorder(self.state, refused, mode, meta=self.meta)
-            made: dict[int, Any] = {}
-            for known, leaf in zip(self.inputs.leaves, self.leaves):
-                if id(leaf) not in made:
-                    made[id(leaf)] = self._argument(leaf, rows if known.batched else None, others)
-            given = [made[id(leaf)] for leaf in self.leaves]
-            args, kwargs = unflatten(self.inputs.structure, given)
-            kwargs = {name: kwargs[name] for name in sorted(kwargs, key=self._place)}
+    def _record(
+        self, rows: int, others: Sizes, training: bool, refused: dict[str, Any], functions: KeptFunctions
+    ) -> Recording:
+        with (
+            self._without_traces(refused),
+            _in_mode(self.model, training),
+            self._kept_state(),
+            _own_settings(),
+            self._stand_ins() as mode,
+        ):
+            recorder = Recorder(self.state, refused, mode, functions, meta=self.meta)
+            (args, kwargs), given = self._call(rows, others)
             names: dict[int, str] = {}
             for known, leaf in zip(self.inputs.leaves, given):
                 if known.graph_input is not None:
@@ -257,6 +299,34 @@ class Ladder:
             finally:
                 restore(before)
             return recording
+
+    def _call(self, rows: int, others: Sizes) -> tuple[tuple[Any, dict[str, Any]], list[Any]]:
+        """Make the arguments of a call, and list their leaves; what is one tensor in the example is one here."""
+        made: dict[int, Any] = {}
+        for known, leaf in zip(self.inputs.leaves, self.leaves):
+            if id(leaf) not in made:
+                made[id(leaf)] = self._argument(leaf, rows if known.batched else None, others)
+        given = [made[id(leaf)] for leaf in self.leaves]
+        args, kwargs = unflatten(self.inputs.structure, given)
+        return (args, {name: kwargs[name] for name in sorted(kwargs, key=self._place)}), given
+
+    def _warm_up(self, training: bool) -> bool:
+        """Run the model once, so that it sets up what it sets up once: flags, hooks; tensors that it keeps are dropped.
+
+        Returns False if that was done before. That the graph does what a first call does is checked at the end.
+        """
+        if not self.may_warm_up or training in self.warmed:
+            return False
+        self.warmed.add(training)
+        before = [(module, contents_of(module)) for module in self.model.modules()]
+        with _in_mode(self.model, training), self._kept_state(), _own_settings(), self._stand_ins():
+            args, kwargs = self._call(self.rows, {})[0]
+            with suppress(Exception):
+                self.model(*args, **kwargs)
+        for _, contents in before:
+            if tensors_in(new_values(contents)):
+                restore(contents)
+        return True
 
     def _place(self, name: str) -> int:
         return self.order.index(name) if name in self.order else len(self.order)
@@ -300,6 +370,21 @@ class Ladder:
     def _argument(self, leaf: Any, rows: int | None, others: Sizes) -> Any:
         """Give an argument for ``rows`` samples: without data where that is enough, else the example's own rows."""
         return _real(leaf, rows) if self.real else _fake(leaf, rows, others, self.meta)
+
+    @contextmanager
+    def _without_traces(self, opaque: dict[str, Any]) -> Iterator[None]:
+        """Undo what runs of ``opaque`` modules change in their attributes, and forget cached results.
+
+        All other state is left as a run leaves it: that recordings then differ shows that the model has it.
+        """
+        before = {path: contents_of(module) for path, module in self.model.named_modules()}
+        with emptied(self.caches):
+            try:
+                yield
+            finally:
+                for path, contents in before.items():
+                    if any(path == outer or path.startswith(f"{outer}.") for outer in opaque):
+                        restore(contents)
 
     @contextmanager
     def _kept_state(self) -> Iterator[None]:
@@ -362,6 +447,7 @@ class Ladder:
             union.get_submodule(path).training = self.model.get_submodule(owner).training
         training = specialise(emitter.graph, lambda path: True)
         graph_module = CapturedGraph(union, training, name, root)
+        functions = [] if whole else self._functions(united.calls)
         in_training = _result(trained, united.trained.structure)
         in_evaluation = _result(evaluated or [], united.evaluated.structure) if united.evaluated else in_training
         return Capture(
@@ -371,10 +457,21 @@ class Ladder:
             inputs=self._named_inputs(emitter.graph),
             trained=in_training,
             evaluated=in_evaluation,
-            opaque=tuple(call for path, call in self.opaque.items() if not self._inside_opaque(path)),
+            opaque=(*(call for path, call in self.opaque.items() if not self._inside_opaque(path)), *functions),
             mode_owners=self._owners(emitter, whole),
             written=frozenset(self.written),
         )
+
+    def _functions(self, calls: Sequence[Call]) -> list[OpaqueCall]:
+        """List the functions that the graph calls whole, with the first module that each is called in."""
+        why: dict[Any, TraceRefused] = dict(self.kept.functions.values())
+        found: dict[Any, OpaqueCall] = {}
+        for call in (inner for outer in calls for inner in (outer, *outer.body)):
+            if isinstance(call.target, KeptFunction):
+                function: Any = call.target.function
+                known = OpaqueCall(call.path, "function", why[function].reason, why[function].source, function)
+                found.setdefault(function, known)
+        return list(found.values())
 
     def _type_of(self, path: str) -> Any:
         return self.types.get(path)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 import os
 import re
-
-from torch import nn
+from collections.abc import Callable
+from typing import Any
 
 _CHANGES = re.compile(r"its forward changes its own attribute '(\w+)'")
 
 
-def place_of(module: nn.Module, reason: str, source: str | None) -> str | None:
+def place_of(forward: Callable[..., Any], reason: str, source: str | None) -> str | None:
     """Return ``file:line``: where it was noticed, or the line of forward that changes the attribute in question."""
     if source is None or reason.startswith("its forward"):
-        found = _in_forward(module, reason)
+        found = _in_forward(forward, reason)
         source = found or source
     return None if source is None else nearby(source)
 
@@ -24,8 +24,8 @@ def nearby(source: str) -> str:
     return source.removeprefix(os.path.join(os.getcwd(), ""))
 
 
-def _in_forward(module: nn.Module, reason: str) -> str | None:
-    forward = inspect.unwrap(type(module).forward)
+def _in_forward(forward: Callable[..., Any], reason: str) -> str | None:
+    forward = inspect.unwrap(forward)
     code = getattr(forward, "__code__", None)
     if code is None:
         return None
@@ -34,10 +34,10 @@ def _in_forward(module: nn.Module, reason: str) -> str | None:
     return f"{code.co_filename}:{line}"
 
 
-def _line_that_sets(forward: object, attribute: str) -> int:
+def _line_that_sets(forward: Callable[..., Any], attribute: str) -> int:
     """Count the lines before the one that sets ``self.attribute``, or else the first that mentions it."""
     try:
-        lines = inspect.getsourcelines(forward)[0]  # type: ignore[arg-type]
+        lines = inspect.getsourcelines(forward)[0]
     except (OSError, TypeError):
         return 0
     sets = re.compile(rf"self\.{attribute}\b(\[.*?\])?\s*(,.*)?([-+*/%&|^@]|\*\*|//|<<|>>)?=(?!=)")

@@ -33,9 +33,12 @@ def _headline(capture: Capture) -> str:
     n_opaque = len(capture.opaque)
     if not n_opaque:
         return f"{name}: {n_ops}; captured whole, with no opaque modules"
-    if not capture.opaque[0].path:
+    if capture.is_whole:
         return f"{name}: {n_ops}; the whole model is 1 opaque module and cannot be cut"
-    return f"{name}: {n_ops}; not captured whole, with {_count(n_opaque, 'opaque module')} that cannot be cut inside"
+    n_functions = sum(1 for call in capture.opaque if call.function)
+    kinds = ((n_opaque - n_functions, "opaque module"), (n_functions, "opaque function"))
+    counts = " and ".join(_count(n, noun) for n, noun in kinds if n)
+    return f"{name}: {n_ops}; not captured whole, with {counts} that cannot be cut inside"
 
 
 # --- opaque modules --------------------------------------------------------------------------------------------------
@@ -46,32 +49,32 @@ def _opaque(capture: Capture) -> Iterator[str]:
     for name, calls in entries:
         yield from _entry(capture, name, calls)
     if len(entries) > 1:
-        yield f"  together they hide {_shares(capture, [call.path for call in capture.opaque])} from the cut"
+        yield f"  together they hide {_shares(capture, capture.opaque)} from the cut"
 
 
 def _entries(capture: Capture) -> list[tuple[str, list[OpaqueCall]]]:
-    """Put modules of one class that were kept for one reason together where their paths differ in numbers only."""
+    """Put modules of one class that were kept for one reason together where their names differ in numbers only."""
     alike: dict[Any, dict[str, OpaqueCall]] = {}
     for call in capture.opaque:
-        alike.setdefault((call.type_name, call.reason, call.source), {})[call.path] = call
+        alike.setdefault((call.type_name, call.reason, call.source), {})[call.name] = call
     return [(name, [calls[path] for path in paths]) for calls in alike.values() for name, paths in fold(calls)]
 
 
 def _entry(capture: Capture, name: str, calls: Sequence[OpaqueCall]) -> Iterator[str]:
     first, times = calls[0], f" ×{len(calls)}" if len(calls) > 1 else ""
     yield f"  opaque {name or '(the whole model)'}{times} ({first.type_name}): {first.reason}"
-    place = place_of(capture.model.get_submodule(first.path), first.reason, first.source)
+    place = place_of(first.function or capture.model.get_submodule(first.path).forward, first.reason, first.source)
     if place and first.reason != "asked for":
         yield f"    where: {place}"
-    yield f"    hides from the cut: {_shares(capture, [call.path for call in calls])}"
+    yield f"    hides from the cut: {_shares(capture, calls)}"
     change = advice(first.reason)
     if change:
         yield f"    to open it: {change}"
 
 
-def _shares(capture: Capture, paths: list[str]) -> str:
-    parameters = f"{_percent(parameter_share(capture, paths))} of the parameters"
-    flops = flop_share(capture, paths)
+def _shares(capture: Capture, calls: Sequence[OpaqueCall]) -> str:
+    parameters = f"{_percent(parameter_share(capture, calls))} of the parameters"
+    flops = flop_share(capture, calls)
     if flops is None:
         without = "the model has no matrix products" if capture.flops else "it does not run by itself"
         return f"{parameters}, FLOPs unknown ({without})"

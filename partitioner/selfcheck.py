@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import nn
 
 from ..errors import CaptureError
 from ..structure import call_leaves, flatten, map_leaves, tensors_in, unflatten
-from .captured import WHOLE_MODEL, Capture
+from .captured import Capture
 from .flops import ModuleFlops, meta_like
+from .recording.kept import catching
 from .recording.state import put_back
 from .recording.tensors import ModelState
 
@@ -28,7 +30,7 @@ def agrees(result: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     Raises:
         CaptureError: the model fails on the example.
     """
-    if result.opaque and result.opaque[0].path == WHOLE_MODEL:
+    if result.is_whole:
         return True
     tensors = tensors_in((args, kwargs)) + list(result.model.parameters())
     if any(tensor.is_meta for tensor in tensors):
@@ -51,10 +53,10 @@ def agrees(result: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 def forward_flops(result: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
     """Count the FLOPs of one forward of the model on a few rows: of the whole by the name ``""``, and of each opaque
-    module. Empty if nothing is opaque, or if the model cannot be run so."""
-    names = {result.model.get_submodule(call.path): call.path for call in result.opaque}
-    if not names or WHOLE_MODEL in names.values():
+    module or function. Empty if nothing is opaque, or if the model cannot be run so."""
+    if not result.opaque or result.is_whole:
         return {}
+    names = {result.model.get_submodule(call.path): call.path for call in result.opaque if call.function is None}
     meta = any(tensor.is_meta for tensor in tensors_in((args, kwargs)) + list(result.model.parameters()))
     if meta:
         args, kwargs = map_leaves(
@@ -62,7 +64,15 @@ def forward_flops(result: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]
         )
     for rows in (_CHECK_ROWS, None) if result.inputs.rows is None else (None,):
         counter = ModuleFlops(names)
-        with suppress(Exception), torch.device("meta") if meta else nullcontext(), counter.counting():
+        with (
+            suppress(Exception),
+            torch.device("meta") if meta else nullcontext(),
+            counter.counting(),
+            ExitStack() as stack,
+        ):
+            for call in result.opaque:
+                if call.function is not None:
+                    stack.enter_context(catching(call.function, partial(counter.call, call.name)))
             _run(result, result.model, args, kwargs, rows)
             return {"": counter.total, **counter.of}
     return {}

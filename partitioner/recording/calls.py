@@ -84,6 +84,15 @@ def map_values(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
+def map_values_with_path(function: Callable[[Any, Any], Any], value: Any, path: Any = ()) -> Any:
+    """Apply ``function(path, leaf)`` to the leaves of nested tuples, lists and dicts."""
+    if type(value) in (tuple, list):
+        return type(value)(map_values_with_path(function, v, (*path, ("item", i))) for i, v in enumerate(value))
+    if type(value) is dict:
+        return {key: map_values_with_path(function, v, (*path, ("item", key))) for key, v in value.items()}
+    return function(path, value)
+
+
 def without_memory(value: Any) -> Any:
     """Turn known numbers into plain ones."""
     if isinstance(value, torch.Size):

@@ -1,4 +1,5 @@
-"""What torch functions are to a recording: questions about a tensor, reads of its data, or work to write down."""
+"""What torch functions are to a recording: questions about a tensor, reads of its data, or work to write down; and
+which modules are layers."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 # Answers that depend on shapes, types and layout only.
 QUESTIONS = frozenset(
@@ -85,6 +87,7 @@ QUESTIONS = frozenset(
         "_is_view",
         "dim_order",
         "is_grad_enabled",
+        "_parse_to",
     ]
 )
 # What the graph would compute once, at capture, and never again.
@@ -115,6 +118,7 @@ READS = frozenset(
         "storage_type",
     ]
 )
+NUMBERS = frozenset(["item", "tolist", "__bool__", "__int__", "__float__", "__index__"])
 REFUSED = {
     "backward": "it runs a backward of its own",
     "register_hook": "it registers a hook on a tensor",
@@ -207,3 +211,13 @@ def changes_in_place(name: str, kwargs: dict[str, Any]) -> bool:
 def may_return_nothing(name: str) -> bool:
     """Say whether a function that returns None does work all the same."""
     return name in _NO_RESULT or (name.startswith("_foreach") or changes_in_place(name, {}))
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Say whether a module is one of torch's own layers, which are kept whole; torch's containers are followed."""
+    if isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule":
+        return True
+    if not type(module).__module__.startswith(("torch.nn.modules", "torch.ao.nn")):
+        return False
+    is_container = any(True for _ in module.children()) and not isinstance(module, nn.MultiheadAttention)
+    return not is_container

@@ -7,13 +7,14 @@ that mean nothing; where the two results differ in shape, the shape depends on d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
+from ...runtime.program.calls import form_of
 from ...structure import flatten, unflatten
 from .state import own_random_state, put_back
 
@@ -42,21 +43,38 @@ def run(function: Callable[..., Any], args: Any, kwargs: Any, module: nn.Module 
     return unflatten(structure, made), unsure
 
 
-def _real(value: Any) -> Any:
+def forms(function: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
+    """Return the forms that results of ``function`` have for numbers that mean nothing, and masks of every kind.
+
+    Values for which it does not run are left out.
+    """
+    found = []
+    for masked in (None, True, False):
+        with unset_fake_temporarily(), own_random_state(), suppress(Exception):
+            torch.manual_seed(0)
+            given_args, given_kwargs = _real((args, kwargs), torch.Tensor, masked)
+            found.append(form_of(function(*given_args, **given_kwargs)))
+    return found
+
+
+def _real(value: Any, kind: type[torch.Tensor] = FakeTensor, masked: bool | None = None) -> Any:
     leaves, structure = flatten(value)
     known: dict[int, torch.Tensor] = {}
-    return unflatten(structure, [_made_up(leaf, known) if isinstance(leaf, FakeTensor) else leaf for leaf in leaves])
+    return unflatten(structure, [_made_up(x, known, masked) if isinstance(x, kind) else x for x in leaves])
 
 
-def _made_up(like: FakeTensor, known: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Make normal numbers, zeros where integers may be indices, and either truth value for masks."""
+def _made_up(like: torch.Tensor, known: dict[int, torch.Tensor], masked: bool | None) -> torch.Tensor:
+    """Make normal numbers, zeros where integers may be indices, and for masks ``masked`` or either truth value."""
     if id(like) not in known:
         made = torch.empty_strided(tuple(like.shape), like.stride(), dtype=like.dtype, device=like.device)
         if like.is_floating_point() or like.is_complex():
             made.normal_()
         else:
-            made.copy_(torch.rand(tuple(like.shape)) < 0.5) if like.dtype is torch.bool else made.zero_()
-        known[id(like)] = made.requires_grad_(like.requires_grad)
+            made.zero_()
+            if like.dtype is torch.bool:
+                made.copy_(torch.rand(tuple(like.shape)) < 0.5 if masked is None else torch.tensor(masked))
+        made.requires_grad_(like.requires_grad)
+        known[id(like)] = made.clone() if like.requires_grad and not like.is_leaf else made
     return known[id(like)]
 
 
@@ -75,7 +93,7 @@ def _kept(module: nn.Module | None) -> Iterator[None]:
     state = [*module.parameters(), *module.buffers()]
     before = [tensor.detach().clone() for tensor in state]
     try:
-        with put_back(module, caches=False):
+        with put_back(module, caches=()):
             yield
     finally:
         with torch.no_grad():

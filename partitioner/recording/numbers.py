@@ -29,6 +29,11 @@ class Expr:
     name: str
     args: tuple[Any, ...]
 
+    @property
+    def from_data(self) -> bool:
+        """Say whether an opaque module returned a number that it is computed from."""
+        return self.name == "value" or any(isinstance(arg, Expr) and arg.from_data for arg in self.args)
+
     def refs(self) -> list[Ref]:
         """List the values that the number is computed from."""
         found: list[Ref] = []

@@ -8,6 +8,7 @@ are known by identity. A module whose forward does what no graph can keep is rol
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,20 +19,31 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as torch_checkpoint
 
-from ...runtime.program.calls import ApplyFunction, Build, DataCheck
+from ...runtime.program.calls import ApplyFunction, Build, DataCheck, OutOfReach, Settled
 from ...structure import flatten, unflatten
 from . import functions, madeup
-from .calls import Call, Recording, Region, map_values, parts_of, without_memory
+from .calls import Call, Recording, Region, map_values, map_values_with_path, parts_of, without_memory
+from .doubts import Doubts
+from .kept import Catching, KeptFunctions, run_kept
 from .numbers import Expr, Guard, Known, KnownFloat, KnownInt, Ref, plain
 from .refusals import outcome_that_goes_on
 from .replaced import apply_function, call_module, replaced
-from .state import TraceRefused, changed_attribute, hook_contents, own_random_state, restore, unchanged
-from .surroundings import calling_frame, line, line_of, settings
+from .settled import settled_value
+from .state import (
+    TraceRefused,
+    changed_attribute,
+    hook_contents,
+    own_random_state,
+    restore,
+    unchanged,
+)
+from .surroundings import asking_frame, line, line_of, settings
 from .tensors import Made, ModelState, alias, storage_of, swapped_state, versions_of
 
 SPELLED = (type(None), bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format, torch.device)
 
 
+_MOST_NUMBERS = 4096
 _UNSPOKEN = "<a tensor without data>"
 
 
@@ -47,10 +59,13 @@ class Recorder(TorchFunctionMode):
         state: ModelState,
         opaque: dict[str, TraceRefused],
         without: FakeTensorMode | None,
+        kept: KeptFunctions,
         *,
         meta: bool = False,
     ) -> None:
         """``without`` is the mode in which tensors have no data; None records on real data.
+
+        ``kept`` are the functions that are kept whole; it grows before ``opaque`` does.
 
         Of a model on the ``meta`` device nothing can be run on made-up data.
         """
@@ -59,6 +74,7 @@ class Recorder(TorchFunctionMode):
         self.opaque = opaque
         self.real = without is None
         self._without = without
+        self._catching = Catching(kept, self.call_kept)
         self._is_meta = meta
         self._stand_in = None if without is None else functools.partial(_stand_in, without)
         self._kept_alive: list[Any] = []
@@ -72,9 +88,7 @@ class Recorder(TorchFunctionMode):
         self.groups: dict[int, dict[str, Any]] = {}
         self._known: dict[int, tuple[Ref, Any]] = {}
         self._journal: list[tuple[int, Any]] = []
-        self._unsure: set[int] = set()
-        self._uniform: set[int] = set()
-        self._decided: dict[int, bool] = {}
+        self._doubts = Doubts()
         self._same: dict[int, Any] = {}
         self._stack: list[str] = []
         self._group: int | None = None
@@ -95,7 +109,7 @@ class Recorder(TorchFunctionMode):
             if name is not None:
                 self._append(Call("placeholder", name), given.get(name))
         watched = self._made if self.real else nullcontext()
-        with replaced(self), watched, self:
+        with replaced(self), watched, self._catching, self:
             result = self.state.model(*args, **kwargs)
             with self._pause():
                 leaves, structure = flatten(result)
@@ -123,6 +137,8 @@ class Recorder(TorchFunctionMode):
             return self._function(func, functions.name_of(func), args, kwargs)
 
     def _function(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        if getattr(func, "__name__", "") == "__set__" and name == "requires_grad" and id(args[0]) in self._known:
+            return self._function(torch.Tensor.requires_grad_, "requires_grad_", args, kwargs)
         if getattr(func, "__name__", "") in ("__set__", "__delete__"):
             raise self._refusal(f"it assigns a tensor's {name!r}")
         getter = functions.is_property(func)
@@ -148,8 +164,7 @@ class Recorder(TorchFunctionMode):
         if in_place or name == "__setitem__":
             self._note_writes([*args[:1], kwargs.get("out")])
         result = self._append(Call(op, target, encoded, encoded_kwargs), result, versions, in_place)
-        self._doubt(name, args, result)
-        self._decide(name, args, result)
+        self._doubts.note(name, args, result)
         if result is not None and not any(isinstance(part, torch.Tensor) for _, part in parts_of(result)):
             raise self._refusal(f"it uses the result of {name}, which is not a tensor")
         return result
@@ -171,7 +186,7 @@ class Recorder(TorchFunctionMode):
         except Exception:
             raise NeedsData(f"{line() or ''}: {type(first).__name__}: {first}") from first
         self._kept_alive.append(unsure)
-        self._unsure.update(id(tensor) for tensor in unsure)
+        self._doubts.unsure.update(id(tensor) for tensor in unsure)
         return result
 
     def _without_data(self, value: Any) -> Any:
@@ -208,7 +223,15 @@ class Recorder(TorchFunctionMode):
         tensor = args[0] if args else None
         if not isinstance(tensor, torch.Tensor):
             return answer
-        if id(tensor) in self._unsure and name in ("size", "shape", "numel", "nelement", "__len__", "stride", "nbytes"):
+        if id(tensor) in self._doubts.unsure and name in (
+            "size",
+            "shape",
+            "numel",
+            "nelement",
+            "__len__",
+            "stride",
+            "nbytes",
+        ):
             raise self._refusal("it reads a shape that depends on data")
         if isinstance(answer, torch.Tensor):
             raise self._refusal(f"it reads a tensor's {name!r}")
@@ -236,48 +259,39 @@ class Recorder(TorchFunctionMode):
 
     def _read(self, func: Any, name: str, args: Any) -> Any:
         """Let Python see the data of constants; refuse for anything else."""
-        if name == "__bool__" and id(args[0]) in self._decided:
-            return self._decided[id(args[0])]
+        if name == "__bool__" and id(args[0]) in self._doubts.decided:
+            return self._doubts.decided[id(args[0])]
         constant = getattr(args[0], "constant", None) if args else None
         if constant is not None:
             return func(*args)
-        if name == "__bool__":
-            frame = calling_frame()
-            goes_on = None if frame is None else outcome_that_goes_on(frame)
+        settled = self._settled(name, args)
+        if settled is not None:
+            return func(settled, *args[1:])
+        if name in ("__bool__", "item"):
+            goes_on = outcome_that_goes_on(asking_frame())
+            if goes_on is not None and name == "item":
+                return self._function(torch.Tensor.reshape, "reshape", (args[0], ()), {})
             if goes_on is not None:
                 self._append(Call("call_function", DataCheck(goes_on, line() or ""), self._encoded(args)), None)
                 return goes_on
         what = {"__bool__": "branches on a tensor's data", "item": "reads a number out of a tensor"}
         raise self._refusal(f"it {what.get(name, 'reads the data of a tensor')} ({name})")
 
-    def _decide(self, name: str, args: Any, result: Any) -> None:
-        """Know the outcome of comparing a random number between 0 and 1 with something that it cannot reach."""
-        if name == "rand" or (name == "uniform_" and tuple(args[1:]) in ((), (0, 1))):
-            self._uniform.add(id(result))
-        elif name in ("lt", "__lt__", "less", "gt", "__gt__", "greater", "le", "ge") and len(args) == 2:
-            bound = args[1]
-            if id(args[0]) in self._uniform and isinstance(bound, (int, float)) and not 0 < bound < 1:
-                below = name in ("lt", "__lt__", "less", "le")
-                if not (name in ("le", "gt") and bound == 0):
-                    self._decided[id(result)] = (bound >= 1) == below
-
-    def _doubt(self, name: str, args: Any, result: Any) -> None:
-        """Remember tensors whose shape depends on data."""
-        doubtful = name in functions.UNKNOWN_SHAPE or (name == "where" and len(args) == 1)
-        if name == "repeat_interleave":
-            doubtful = any(isinstance(item, torch.Tensor) for item in args[1:]) or len(args) == 1
-        if name == "__getitem__":
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            doubtful = any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index)
-        if doubtful or any(id(item) in self._unsure for item in flatten(list(args))[0]):
-            fixed = name in ("sum", "mean", "max", "min", "prod", "any", "all") and len(args) == 1
-            if not fixed:
-                self._unsure.update(id(part) for _, part in parts_of(result) if isinstance(part, torch.Tensor))
+    def _settled(self, name: str, args: Any) -> torch.Tensor | None:
+        """Compute a tensor that Python reads, if only sizes decide it, and check it whenever the graph runs."""
+        known = self._known.get(id(args[0])) if args else None
+        if known is None or name not in functions.NUMBERS or id(args[0]) in self._doubts.unsure:
+            return None
+        settled = settled_value(self.calls, known[0])
+        if settled is None or settled.numel() > _MOST_NUMBERS or not bool((settled == settled).all()):
+            return None
+        self._append(Call("call_function", Settled(settled.tolist(), line() or ""), (known[0],)), None)
+        return settled
 
     def _watch(self, left: Any, comparison: str, right: Any, outcome: bool) -> None:
         if not self._paused:
             a, b = (value.expr if isinstance(value, Known) else value for value in (left, right))
-            if any(isinstance(side, Expr) and _from_data(side) for side in (a, b)):
+            if any(isinstance(side, Expr) and side.from_data for side in (a, b)):
                 raise self._refusal("it branches on a number that an opaque module returned")
             values = (plain(left), plain(right))
             self.guards.append(Guard((a, values[0]), comparison, (b, values[1]), outcome, self._here(), line()))
@@ -290,20 +304,25 @@ class Recorder(TorchFunctionMode):
         if path is None:
             return call_module(module, *args, **kwargs)
         self.entered.add(path)
-        if path in self.opaque or (path and is_layer(module)):
+        if path in self.opaque or (path and functions.is_layer(module)):
             return self._keep(module, path, args, kwargs)
         mark = (len(self.calls), len(self.guards), len(self._journal), list(self._autocast), self._group)
-        self._stack.append(path)
-        try:
-            return self._follow(module, args, kwargs)
-        except TraceRefused as refusal:
-            if path == "":
-                raise
-            self._roll_back(*mark)
-            refusal.source = refusal.source or line_of(refusal)
-            self.opaque[path] = refusal
-        finally:
-            self._stack.pop()
+        while path not in self.opaque:
+            self._stack.append(path)
+            try:
+                return self._follow(module, args, kwargs)
+            except TraceRefused as refusal:
+                self._roll_back(*mark)
+                code = self._catching.kept.find(refusal, module)
+                if code is not None:
+                    self._catching.catch(code)
+                elif path == "":
+                    raise
+                else:
+                    refusal.source = refusal.source or line_of(refusal)
+                    self.opaque[path] = refusal
+            finally:
+                self._stack.pop()
         return self._keep(module, path, args, kwargs)
 
     def _follow(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -311,7 +330,12 @@ class Recorder(TorchFunctionMode):
             raise TraceRefused("it has backward hooks, which run around the module as a whole")
         hooked = hook_contents(module)
         with unchanged(module, self._same):
-            result = call_module(module, *args, **kwargs)
+            try:
+                result = call_module(module, *args, **kwargs)
+            except Exception as error:
+                if _UNSPOKEN in str(error):
+                    raise TraceRefused("it uses a tensor's data as text") from error
+                raise
         changed = changed_attribute(hooked)
         if changed is not None:
             restore(hooked)
@@ -343,6 +367,31 @@ class Recorder(TorchFunctionMode):
             return result
 
         return call
+
+    def call_kept(self, code: types.CodeType, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Write a call of a function that is kept whole down, or give the function up."""
+        if self.paused:
+            return original(*args, **kwargs)
+        try:
+            with self._pause():
+                return self._call_kept(self._catching.kept.functions[code][0], args, kwargs)
+        except (TraceRefused, NeedsData, OutOfReach) as error:
+            kept = self._catching.kept
+            kept.needs_data = kept.needs_data or isinstance(error, NeedsData)
+            self._catching.release(code)
+            refusal = kept.reject(code)
+        raise refusal
+
+    def _call_kept(self, function: types.FunctionType, args: Any, kwargs: Any) -> Any:
+        owner = args[0] if args and id(args[0]) in self.state.paths else None
+        versions = versions_of(args, kwargs)
+        with own_random_state():
+            target, args, result = run_kept(function, owner, args, kwargs, self._run_without_data)
+        call = Call("call_function", target, self._encoded(args), self._encoded(kwargs))
+        return self._append(call, result, versions, opaque=True)
+
+    def _run_without_data(self, function: Any, args: Any, kwargs: Any) -> Any:
+        return self._run(function, self._without_data(args), self._without_data(kwargs))
 
     def apply(self, cls: Any, args: Any, kwargs: Any) -> Any:
         """Write a call of a custom autograd function down."""
@@ -472,6 +521,7 @@ class Recorder(TorchFunctionMode):
         del self.guards[n_guards:]
         while len(self._journal) > n_bound:
             key, before = self._journal.pop()
+            self._kept_alive.append(self._known[key])  # what is known of it by identity must not pass to another
             if before is None:
                 del self._known[key]
             else:
@@ -542,29 +592,6 @@ class Recorder(TorchFunctionMode):
         if fake or storage is None or storage._cdata in self._made.storages:
             raise self._refusal("it uses a tensor that was made in a way that cannot be seen")
         return self._object(tensor)
-
-
-def map_values_with_path(function: Callable[[Any, Any], Any], value: Any, path: Any = ()) -> Any:
-    """Apply ``function(path, leaf)`` to the leaves of nested tuples, lists and dicts."""
-    if type(value) in (tuple, list):
-        return type(value)(map_values_with_path(function, v, (*path, ("item", i))) for i, v in enumerate(value))
-    if type(value) is dict:
-        return {key: map_values_with_path(function, v, (*path, ("item", key))) for key, v in value.items()}
-    return function(path, value)
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Say whether a module is one of torch's own layers, which are kept whole; torch's containers are followed."""
-    if isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule":
-        return True
-    if not type(module).__module__.startswith(("torch.nn.modules", "torch.ao.nn")):
-        return False
-    is_container = any(True for _ in module.children()) and not isinstance(module, nn.MultiheadAttention)
-    return not is_container
-
-
-def _from_data(expr: Expr) -> bool:
-    return expr.name == "value" or any(isinstance(arg, Expr) and _from_data(arg) for arg in expr.args)
 
 
 def _stand_in(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:

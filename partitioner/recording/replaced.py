@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import checkpoint as torch_checkpoint
 
 from ...runtime.program.calls import Scripted
+from .state import TraceRefused
+from .surroundings import line
 
 call_module = nn.Module.__call__
 apply_function = torch.autograd.Function.__dict__["apply"]
@@ -44,6 +48,28 @@ class Watcher(Protocol):
 
     def autocast_left(self) -> None:
         """An autocast region ends."""
+
+
+def _drawing() -> Iterator[tuple[Any, str, Callable[..., Any], str]]:
+    """List the functions of ``random`` and ``numpy.random`` that draw, with what is to be said of them."""
+    own = {"getstate", "setstate", "get_state", "set_state"}
+    for place, made, reason in (
+        (random, vars(random)["_inst"], "it draws random numbers from Python's random module"),
+        (np.random, vars(np.random.mtrand)["_rand"], "it draws random numbers from numpy"),
+    ):
+        for name, value in vars(place).items():
+            if getattr(value, "__self__", None) is made and name not in own:
+                yield place, name, value, reason
+
+
+def _refusing(recorder: Watcher, draw: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    @functools.wraps(draw)
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if recorder.paused:
+            return draw(*args, **kwargs)
+        raise TraceRefused(reason, line())
+
+    return refuse
 
 
 @contextmanager
@@ -95,6 +121,9 @@ def replaced(recorder: Watcher) -> Iterator[None]:
         else:
             recorder.check(condition)
 
+    drawing = list(_drawing())
+    for place, name, draw, reason in drawing:
+        setattr(place, name, _refusing(recorder, draw, reason))
     library._check_tensor_all_with = check
     nn.Module.__call__ = call  # type: ignore[method-assign]
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
@@ -103,6 +132,8 @@ def replaced(recorder: Watcher) -> Iterator[None]:
     try:
         yield
     finally:
+        for place, name, draw, _ in drawing:
+            setattr(place, name, draw)
         script.__call__ = call_script
         library._check_tensor_all_with = check_all
         nn.Module.__call__ = call_module  # type: ignore[method-assign]

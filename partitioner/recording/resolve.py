@@ -143,7 +143,7 @@ def _fit_leaf(leaves: list[Any], index: int, recordings: Sequence[Recording]) ->
         return first
     numbers = [plain(leaf) for leaf in leaves]
     exprs = [leaf.expr if isinstance(leaf, Known) else None for leaf in leaves]
-    from_data = exprs[0] is not None and _uses_data(exprs[0])
+    from_data = exprs[0] is not None and exprs[0].from_data
     if not from_data and all(_equal(numbers[0], number) for number in numbers):
         return numbers[0]
     if exprs[0] is not None and all(expr == exprs[0] for expr in exprs):
@@ -159,10 +159,6 @@ def _fit_leaf(leaves: list[Any], index: int, recordings: Sequence[Recording]) ->
 
 def _list(values: list[Any]) -> str:
     return ", ".join(repr(value)[:20] for value in values)
-
-
-def _uses_data(expr: Expr) -> bool:
-    return expr.name == "value" or any(isinstance(arg, Expr) and _uses_data(arg) for arg in expr.args)
 
 
 def _equal(a: Any, b: Any) -> bool:

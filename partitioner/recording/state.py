@@ -10,7 +10,7 @@ import random
 import sys
 import types
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ _ORDERED = OrderedDict.__iter__
 _ITERATORS = (itertools.count, itertools.cycle)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LIBRARIES = ("torch", "numpy", "builtins", "sympy", "functools", "typing")
+CHANGES_ITSELF = "its forward changes its own attribute"
 _Content = tuple[str, Any, Any]  # attribute, container, copy of the container
 
 
@@ -70,7 +71,7 @@ def unchanged(module: nn.Module, same: dict[int, Any] | None = None) -> Iterator
         yield
         changed = changed_attribute(contents, same or {})
         if changed is not None:
-            raise TraceRefused(f"its forward changes its own attribute {changed!r}")
+            raise TraceRefused(f"{CHANGES_ITSELF} {changed!r}")
         if random.getstate() != drawn:
             raise TraceRefused("its forward draws random numbers from Python's random module")
         if any(not np.array_equal(a, b) for a, b in zip(drawn_by_numpy, np.random.get_state())):
@@ -86,22 +87,23 @@ def unchanged(module: nn.Module, same: dict[int, Any] | None = None) -> Iterator
 
 
 @contextmanager
-def put_back(model: nn.Module, *, caches: bool = True) -> Iterator[None]:
+def put_back(model: nn.Module, caches: Sequence[Any] | None = None) -> Iterator[None]:
     """Give every module its attributes back, with what they held: a run of the model may count, cache or append.
 
     So are the containers that forward hooks close over, the globals and class attributes of the files that define the
-    modules, the states of random generators that modules hold, and results kept by ``functools.lru_cache``.
+    modules, the states of random generators that modules hold, and results kept by ``functools.lru_cache``: in
+    ``caches``, or anywhere.
     """
     modules = list(model.modules())
     contents = [entry for module in modules for entry in contents_of(module)]
     contents += [entry for scope in _scopes(modules) for entry in _containers_in(scope)]
     contents += [entry for module in modules for hook in _hooks_of(module) for entry in _closed_over(hook)]
     generators = [(item, _state_of(item)) for module in modules for item in vars(module).values() if _draws(item)]
-    known = [(cache, cache.cache_info()) for cache in _caches()] if caches else []
     iterators = [(module, key, item, _fork(item)) for module in modules for key, item in vars(module).items()
                  if isinstance(item, _ITERATORS)]  # fmt: skip
     try:
-        yield
+        with emptied(all_caches() if caches is None else caches):
+            yield
     finally:
         restore(contents)
         for module, key, item, before in iterators:
@@ -109,8 +111,17 @@ def put_back(model: nn.Module, *, caches: bool = True) -> Iterator[None]:
                 vars(module)[key] = before
         for generator, state in generators:
             _set_state(generator, state)
-        for cache, before in known:
-            if cache.cache_info().misses != before.misses:
+
+
+@contextmanager
+def emptied(caches: Sequence[Any]) -> Iterator[None]:
+    """Empty the caches that results are added to."""
+    known = [(cache, cache.cache_info().misses) for cache in caches]
+    try:
+        yield
+    finally:
+        for cache, misses in known:
+            if cache.cache_info().misses != misses:
                 cache.cache_clear()
 
 
@@ -222,7 +233,8 @@ def _set_state(item: Any, state: Any) -> None:
         item.setstate(state)
 
 
-def _caches() -> list[Any]:
+def all_caches() -> list[Any]:
+    """Find the ``functools.lru_cache`` functions of all code but torch's and its like."""
     kind = type(functools.lru_cache(lambda: None))
     found = [item for item in gc.get_objects() if type(item) is kind]
     return [cache for cache in found if not _of_library(getattr(cache, "__module__", None) or "builtins")]
@@ -250,6 +262,16 @@ def _is_same(container: Any, before: Any) -> bool:
     if isinstance(container, set):
         return bool(container == before)
     return all(a is b for a, b in zip(container, before))
+
+
+def new_values(contents: list[_Content]) -> list[Any]:
+    """List what containers hold that they did not hold when they were copied."""
+    found: list[Any] = []
+    for _, container, before in contents:
+        items, old = ((c.values() if isinstance(c, dict) else c) for c in (container, before))
+        known = {id(item) for item in old}
+        found += [item for item in items if id(item) not in known]
+    return found
 
 
 def changed_attribute(contents: list[_Content], same: dict[int, Any] | None = None) -> str | None:

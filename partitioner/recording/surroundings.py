@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _NOT_THE_MODEL = (
-    os.path.dirname(os.path.dirname(__file__)) + os.sep,
+    _PACKAGE,
     os.path.dirname(torch.__file__) + os.sep,
     os.path.dirname(os.__file__) + os.sep + "contextlib",
     "<",
 )
+
+
+def is_of_the_model(file: str) -> bool:
+    """Say whether code in ``file`` is neither torch's nor this package's."""
+    return not file.startswith(_NOT_THE_MODEL)
 
 
 def settings() -> tuple[Any, ...]:
@@ -38,6 +44,18 @@ def calling_frame() -> types.FrameType | None:
     while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_MODEL):
         frame = frame.f_back
     return frame
+
+
+def asking_frame() -> types.FrameType:
+    """Find the frame that called the torch function which is being recorded: torch's own code too."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (frame.f_code.co_filename.startswith(_PACKAGE) or _is_passing_on(frame)):
+        frame = frame.f_back
+    return frame
+
+
+def _is_passing_on(frame: types.FrameType) -> bool:
+    return frame.f_code.co_filename in (torch.overrides.__file__, torch._tensor.__file__)
 
 
 def line() -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import ShapeError
-from ...structure import Structure, unflatten
+from ...structure import Structure, flatten, unflatten
 
 
 class _Named:
@@ -74,6 +75,124 @@ class Scripted(_Named):
 
     def __hash__(self) -> int:
         return id(self.function)
+
+
+def form_of(result: Any) -> tuple[Structure, tuple[str, ...]]:
+    """Describe a result: how it is nested, and which of its leaves are tensors, numbers or None."""
+    leaves, structure = flatten(result)
+    kinds = (torch.Tensor, int, float, type(None))
+    return structure, tuple(next((kind.__name__ for kind in kinds if isinstance(leaf, kind)), "") for leaf in leaves)
+
+
+class KeptFunction(_Named):
+    """Call a function of the model's code as it is: the graph does not see what it does.
+
+    ``form`` is that of the result when the model was captured.
+    """
+
+    form: Any = None
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._name(f"kept_{function.__name__}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it.
+
+        Raises:
+            ShapeError: the result has another form than when the model was captured.
+        """
+        return self._checked(self.function(*args, **kwargs))
+
+    def _checked(self, result: Any) -> Any:
+        if self.form is not None and form_of(result) != self.form:
+            raise ShapeError(
+                f"{self.function.__qualname__} returned {', '.join(form_of(result)[1])} where it returned "
+                f"{', '.join(self.form[1])} when the model was captured, and the graph goes on from that",
+                hint="keep the module that calls it whole: opaque=[...] takes its path",
+            )
+        return result
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeptFunction) and type(other) is type(self) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+
+class KeptMethod(KeptFunction):
+    """Call a method of a module of the model as it is, without the module: with the attributes that it reads.
+
+    Attributes:
+        attributes: plain values by name; ``given`` names those that every call passes in: tensors, and ``training``.
+        away: attributes that are out of reach; to read one is an error, as is to set any.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        cls: type[nn.Module],
+        attributes: dict[str, Any],
+        away: frozenset[str],
+        given: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(function)
+        self.cls, self.attributes, self.away, self.given = cls, attributes, away, given
+
+    def __call__(self, values: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+        """Call it with values for ``given``.
+
+        Raises:
+            ShapeError: the result has another form than when the model was captured.
+        """
+        attributes = Attributes({**self.attributes, **dict(zip(self.given, values))}, self.away)
+        return self._checked(self.on(attributes, *args, **kwargs))
+
+    def on(self, attributes: Attributes, *args: Any, **kwargs: Any) -> Any:
+        """Call it on a module that has ``attributes`` and nothing else."""
+        module = object.__new__(self.cls)
+        own = {"_parameters": {}, "_buffers": attributes, "_modules": Attributes({}, self.away)}
+        module.__dict__.update(own)
+        result = self.function(module, *args, **kwargs)
+        if module.__dict__.keys() != own.keys():
+            raise OutOfReach(f"{self.function.__name__} sets attributes of its {self.cls.__name__}")
+        return result
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, KeptMethod) or other.attributes.keys() != self.attributes.keys():
+            return False
+        same = all(other.attributes[name] is value for name, value in self.attributes.items())
+        mine, theirs = ((m.function, m.form, m.cls, m.away, m.given) for m in (self, other))
+        return same and mine == theirs
+
+    def __hash__(self) -> int:
+        return hash((self.function, self.cls, self.given))
+
+
+class OutOfReach(RuntimeError):
+    """A method that is kept whole wants more of its module than it is given."""
+
+
+class Attributes(dict[str, Any]):
+    """Attributes by name that can only be read, and of which those in ``away`` cannot even be asked for."""
+
+    def __init__(self, known: dict[str, Any], away: frozenset[str]) -> None:
+        super().__init__(known)
+        self.away = away
+
+    def __contains__(self, name: object) -> bool:
+        if name in self.away:
+            raise OutOfReach(f"a method that is kept whole reads the attribute {name!r}, which it has not read before")
+        return super().__contains__(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise OutOfReach(f"a method that is kept whole sets the attribute {name!r}")
+
+    def items(self) -> Any:
+        """Refuse: it would list too few."""
+        raise OutOfReach("a method that is kept whole lists the parameters or modules of its module")
+
+    __iter__ = keys = values = items
 
 
 class Build(_Named):
@@ -162,6 +281,33 @@ class Guarded(_Named):
 
     def __hash__(self) -> int:
         return hash((self.comparison, self.outcome, self.place))
+
+
+class Settled(_Named):
+    """Refuse sizes for which a tensor that only sizes decide is another than when the model's Python read it."""
+
+    def __init__(self, value: Any, place: str) -> None:
+        self.value, self.place = value, place
+        self._name("settled")
+
+    def __call__(self, tensor: torch.Tensor) -> None:
+        """Read it again.
+
+        Raises:
+            ShapeError: it is another one.
+        """
+        value = tensor.tolist()
+        if value != self.value:
+            raise ShapeError(
+                f"the model reads a tensor that sizes decide ({self.place}): {value}, but {self.value} when captured",
+                hint="capture it again for these sizes, or keep the module that reads whole with opaque=[...]",
+            )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Settled) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash((repr(self.value), self.place))
 
 
 class DataCheck(_Named):
