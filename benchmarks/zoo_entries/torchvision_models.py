@@ -26,8 +26,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "vit_h_14": {"image_size": 56},
 }
 _CLIP = (3, 8, 64, 64)
-# The last pooling of S3D covers 2 x 7 x 7 positions, which needs 16 frames of 193 pixels at least.
-_CLIPS = {"s3d": (3, 16, 193, 193)}
+# The last pooling of S3D covers 2 x 7 x 7 positions, which 16 frames of 224 pixels have.
+_CLIPS = {"s3d": (3, 16, 224, 224)}
 _LARGE = {
     "regnet_y_128gf": 645,
     "vit_h_14": 632,

@@ -17,9 +17,26 @@ def outcome_that_goes_on(frame: types.FrameType) -> bool | None:
     statement = _statement(frame.f_code, frame.f_lineno)
     if isinstance(statement, ast.Assert):
         return _plain(statement.test, wanted=True)
-    if isinstance(statement, ast.If) and not statement.orelse and all(isinstance(s, ast.Raise) for s in statement.body):
+    if isinstance(statement, ast.If) and not statement.orelse and _ends_in_error(statement.body):
         return _plain(statement.test, wanted=False)
     return None
+
+
+def _ends_in_error(body: list[ast.stmt]) -> bool:
+    """Say whether statements cannot but end in an error: they raise at last, and nothing leaves before."""
+    inner = [node for statement in body for node in ast.walk(statement)]
+    if any(isinstance(node, ast.Return | ast.Break | ast.Continue | ast.Yield | ast.YieldFrom) for node in inner):
+        return False
+    last = body[-1]
+    if isinstance(last, ast.Assert):
+        return _is_false(last.test)
+    if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call) and last.value.args:
+        return ast.unparse(last.value.func) in ("torch._assert", "_assert") and _is_false(last.value.args[0])
+    return isinstance(last, ast.Raise)
+
+
+def _is_false(test: ast.expr) -> bool:
+    return isinstance(test, ast.Constant) and test.value is False
 
 
 def _plain(test: ast.expr, wanted: bool) -> bool | None:
