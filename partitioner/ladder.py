@@ -251,6 +251,8 @@ class Ladder:
         except TraceRefused as refusal:
             if probing:
                 raise _Fails from refusal
+            if refusal.reason.startswith(CHANGES_ITSELF) and self._warm_up(training):
+                raise _Again from None
             if kept.needs_data and not self.real and not self.meta:
                 raise NeedsData(refusal.reason) from refusal
             self._keep_whole(WHOLE_MODEL, refusal.reason, refusal.source)

@@ -53,15 +53,15 @@ class KeptFunctions:
 
     def find(self, refusal: TraceRefused, module: nn.Module) -> types.CodeType | None:
         """Choose the innermost function between the module's forward and the line that could not be followed."""
-        for code in reversed(list(_codes_between(refusal, module))):
+        for frame in reversed(list(_frames_between(refusal, module))):
+            code = frame.f_code
             if code in self.functions:  # its calls are caught, so this was another function: one made at every call
                 self.reject(code)
             if code in self.rejected or code.co_flags & _NOT_PLAIN or code.co_name.startswith("<"):
                 continue
-            found = [item for item in gc.get_referrers(code) if type(item) is types.FunctionType]
-            found = [function for function in found if _COPY not in vars(function)]
-            if len(found) == 1:
-                self.functions[code] = (found[0], TraceRefused(refusal.reason, refusal.source))
+            function = _function_of(frame)
+            if function is not None:
+                self.functions[code] = (function, TraceRefused(refusal.reason, refusal.source))
                 return code
         return None
 
@@ -71,8 +71,27 @@ class KeptFunctions:
         return self.functions.pop(code)[1]
 
 
-def _codes_between(refusal: TraceRefused, module: nn.Module) -> Iterator[types.CodeType]:
-    """List the model's own code that was running, from below the module's forward inwards."""
+def _function_of(frame: types.FrameType) -> types.FunctionType | None:
+    """Find the function that runs in a frame, if that is clear: several can have the same code."""
+    functions = [item for item in gc.get_referrers(frame.f_code) if type(item) is types.FunctionType]
+    functions = [function for function in functions if _COPY not in vars(function)]
+    if len(functions) > 1 and frame.f_code.co_argcount:
+        own = type(frame.f_locals.get(frame.f_code.co_varnames[0]))
+        methods = {id(found) for cls in own.__mro__ for value in vars(cls).values() for found in _wrapped(value)}
+        functions = [function for function in functions if id(function) in methods]
+    return functions[0] if len(functions) == 1 else None
+
+
+def _wrapped(value: Any) -> Iterator[Any]:
+    """List a function and those that it was made from, by decorators."""
+    value = getattr(value, "__func__", value)
+    while isinstance(value, types.FunctionType):
+        yield value
+        value = getattr(value, "__wrapped__", None)
+
+
+def _frames_between(refusal: TraceRefused, module: nn.Module) -> Iterator[types.FrameType]:
+    """List the frames of the model's own code that was running, from below the module's forward inwards."""
     frames = []
     trace = refusal.__traceback__
     while trace is not None:
@@ -84,7 +103,7 @@ def _codes_between(refusal: TraceRefused, module: nn.Module) -> Iterator[types.C
     for frame in frames:
         code = frame.f_code
         if inside and is_of_the_model(code.co_filename) and not _is_standard(code.co_filename):
-            yield code
+            yield frame
         inside = inside or code is own
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as torch_checkpoint
 
@@ -264,9 +264,10 @@ class Recorder(TorchFunctionMode):
         constant = getattr(args[0], "constant", None) if args else None
         if constant is not None:
             return func(*args)
-        settled = self._settled(name, args)
-        if settled is not None:
-            return func(settled, *args[1:])
+        with unset_fake_temporarily():
+            settled = self._settled(name, args)
+            if settled is not None:
+                return func(settled, *args[1:])
         if name in ("__bool__", "item"):
             goes_on = outcome_that_goes_on(asking_frame())
             if goes_on is not None and name == "item":
@@ -283,7 +284,7 @@ class Recorder(TorchFunctionMode):
         if known is None or name not in functions.NUMBERS or id(args[0]) in self._doubts.unsure:
             return None
         settled = settled_value(self.calls, known[0])
-        if settled is None or settled.numel() > _MOST_NUMBERS or not bool((settled == settled).all()):
+        if settled is None or settled.numel() > _MOST_NUMBERS or bool(settled.isnan().any()):
             return None
         self._append(Call("call_function", Settled(settled.tolist(), line() or ""), (known[0],)), None)
         return settled
