@@ -26,8 +26,9 @@ from .recording.emit import Emitter, specialise
 from .recording.graph import CapturedGraph
 from .recording.kept import KeptFunctions
 from .recording.modes import Results, United, unite
+from .recording.naming import SPELLED
 from .recording.numbers import Ref
-from .recording.recorder import SPELLED, NeedsData, Recorder
+from .recording.recorder import NeedsData, Recorder
 from .recording.resolve import Misfit, Resolved, resolve
 from .recording.state import (
     CHANGES_ITSELF,
@@ -189,14 +190,16 @@ class Ladder:
         except Misfit as misfit:
             if free and not self.fixed_rows:
                 self.free = {}
+            elif misfit.at_line and misfit.source and misfit.source not in self.kept.lines:
+                self.kept.lines[misfit.source] = misfit.reason  # perhaps a function can be kept whole there
             elif not self._rejects_function(recordings, misfit.path):
                 self._keep_whole(misfit.path, misfit.reason, misfit.source)
             raise _Again from None
         return self._guarded(resolved)
 
-    def _known(self) -> tuple[set[str], set[Any]]:
-        """Return what is kept whole so far: modules and functions."""
-        return set(self.opaque), set(self.kept.functions)
+    def _known(self) -> tuple[set[Any], ...]:
+        """Return what is kept whole so far, modules and functions, and which lines are known not to be for a graph."""
+        return set(self.opaque), set(self.kept.functions), set(self.kept.lines)
 
     def _rejects_function(self, recordings: list[Recording], path: str) -> bool:
         """Give up functions of a module that were kept whole: perhaps another one can be, in which they are called."""
@@ -260,11 +263,12 @@ class Ladder:
         except (NeedsData, Exception) as error:
             if probing:
                 raise _Fails from error
+            if self._sets_itself_up(refused) and self._warm_up(training):
+                raise _Again from None
             return self._failed(error, resized)
         if probing and kept.functions.keys() != self.kept.functions.keys():
             raise _Fails
-        new = [found for path, found in refused.items() if found is not None and path not in self.opaque]
-        if any(found.reason.startswith(CHANGES_ITSELF) for found in new) and not probing and self._warm_up(training):
+        if not probing and self._sets_itself_up(refused) and self._warm_up(training):
             raise _Again
         self.kept = kept
         for path, found in refused.items():
@@ -311,6 +315,11 @@ class Ladder:
         given = [made[id(leaf)] for leaf in self.leaves]
         args, kwargs = unflatten(self.inputs.structure, given)
         return (args, {name: kwargs[name] for name in sorted(kwargs, key=self._place)}), given
+
+    def _sets_itself_up(self, refused: dict[str, Any]) -> bool:
+        """Say whether a module was refused for the first time because it changes its attributes."""
+        new = [found for path, found in refused.items() if found is not None and path not in self.opaque]
+        return any(found.reason.startswith(CHANGES_ITSELF) for found in new)
 
     def _warm_up(self, training: bool) -> bool:
         """Run the model once, so that it sets up what it sets up once: flags, hooks; tensors that it keeps are dropped.

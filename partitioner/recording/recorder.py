@@ -19,12 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as torch_checkpoint
 
-from ...runtime.program.calls import ApplyFunction, Build, DataCheck, OutOfReach, Settled
+from ...runtime.program.calls import ApplyFunction, DataCheck, OutOfReach, Settled
 from ...structure import flatten, unflatten
 from . import functions, madeup
 from .calls import Call, Recording, Region, map_values, map_values_with_path, parts_of, without_memory
 from .doubts import Doubts
 from .kept import Catching, KeptFunctions, run_kept
+from .naming import SPELLED, UNSPOKEN, Values
 from .numbers import Expr, Guard, Known, KnownFloat, KnownInt, Ref, plain
 from .refusals import outcome_that_goes_on
 from .replaced import apply_function, call_module, replaced
@@ -37,14 +38,10 @@ from .state import (
     restore,
     unchanged,
 )
-from .surroundings import asking_frame, line, line_of, settings
+from .surroundings import asking_frame, line, line_of, place_of_call, settings
 from .tensors import Made, ModelState, alias, storage_of, swapped_state, versions_of
 
-SPELLED = (type(None), bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format, torch.device)
-
-
 _MOST_NUMBERS = 4096
-_UNSPOKEN = "<a tensor without data>"
 
 
 class NeedsData(BaseException):
@@ -82,19 +79,18 @@ class Recorder(TorchFunctionMode):
         self.calls: list[Call] = []
         self.guards: list[Guard] = []
         self.lengths: list[tuple[int, str, str | None]] = []
-        self.objects: dict[str, Any] = {}
         self.entered: set[str] = set()
         self.written: set[str] = set()
         self.groups: dict[int, dict[str, Any]] = {}
-        self._known: dict[int, tuple[Ref, Any]] = {}
-        self._journal: list[tuple[int, Any]] = []
         self._doubts = Doubts()
+        self._iterated: Any = None
         self._same: dict[int, Any] = {}
         self._stack: list[str] = []
         self._group: int | None = None
         self._paused = False
         self._autocast: list[tuple[str, bool, str]] = []
         self._made = Made()
+        self._values = Values(state, self._made, self._add)
         self._own: list[tuple[str, torch.Tensor]] = []
         self._own_storages: dict[int, str] | None = None
         self._settings = settings()
@@ -113,13 +109,13 @@ class Recorder(TorchFunctionMode):
             result = self.state.model(*args, **kwargs)
             with self._pause():
                 leaves, structure = flatten(result)
-                if any(isinstance(leaf, str) and _UNSPOKEN in leaf for leaf in leaves):
+                if any(isinstance(leaf, str) and UNSPOKEN in leaf for leaf in leaves):
                     raise TraceRefused("it returns a tensor's data as text")
-                encoded = [self._ref_of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+                encoded = [self._values.ref_of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         return Recording(
             self.calls,
             (encoded, structure),
-            self.objects,
+            self._values.objects,
             self.guards,
             self.entered,
             self.groups,
@@ -137,13 +133,17 @@ class Recorder(TorchFunctionMode):
             return self._function(func, functions.name_of(func), args, kwargs)
 
     def _function(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        if getattr(func, "__name__", "") == "__set__" and name == "requires_grad" and id(args[0]) in self._known:
+        if (
+            getattr(func, "__name__", "") == "__set__"
+            and name == "requires_grad"
+            and self._values.ref(args[0]) is not None
+        ):
             return self._function(torch.Tensor.requires_grad_, "requires_grad_", args, kwargs)
         if getattr(func, "__name__", "") in ("__set__", "__delete__"):
             raise self._refusal(f"it assigns a tensor's {name!r}")
         getter = functions.is_property(func)
         if name == "__format__":
-            return _UNSPOKEN
+            return UNSPOKEN
         if name == "_assert":
             return self._assert(args[0])
         if name in functions.QUESTIONS and (getter or name != "grad") and not (name == "type" and len(args) > 1):
@@ -154,7 +154,7 @@ class Recorder(TorchFunctionMode):
             return self._read(func, name, args)
         op, target = ("call_function", getattr) if getter else functions.target_of(func, name)
         given = (args[0], name) if getter else args
-        encoded, encoded_kwargs = self._encoded(given), self._encoded(kwargs)
+        encoded, encoded_kwargs = self._values.encoded(given, True), self._values.encoded(kwargs, True)
         args, kwargs = self._without_data(args), self._without_data(kwargs)
         versions = versions_of(args, kwargs)
         result = self._run(func, args, kwargs)
@@ -165,6 +165,7 @@ class Recorder(TorchFunctionMode):
             self._note_writes([*args[:1], kwargs.get("out")])
         result = self._append(Call(op, target, encoded, encoded_kwargs), result, versions, in_place)
         self._doubts.note(name, args, result)
+        self._iterated = (id(args[0]), place_of_call()) if name == "unbind" else None
         if result is not None and not any(isinstance(part, torch.Tensor) for _, part in parts_of(result)):
             raise self._refusal(f"it uses the result of {name}, which is not a tensor")
         return result
@@ -235,15 +236,17 @@ class Recorder(TorchFunctionMode):
             raise self._refusal("it reads a shape that depends on data")
         if isinstance(answer, torch.Tensor):
             raise self._refusal(f"it reads a tensor's {name!r}")
-        known = self._known.get(id(tensor))
+        known = self._values.ref(tensor)
         if known is None or name not in ("size", "shape", "numel", "nelement", "__len__"):
             return answer
-        return self._sized(known[0], name, answer, without_memory(tuple(args)), kwargs)
+        if name == "__len__" and self._iterated == (id(tensor), place_of_call()):  # list(tensor) asks for it too
+            return answer
+        return self._sized(known, name, answer, without_memory(tuple(args)), kwargs)
 
     def _assert(self, condition: Any) -> None:
         """Keep what the model demands of data; what it demands of sizes holds, and was noted as it was compared."""
         if isinstance(condition, torch.Tensor):
-            self._append(Call("call_function", DataCheck(True, line() or ""), self._encoded((condition,))), None)
+            self._append(Call("call_function", DataCheck(True, line() or ""), self._values.encoded((condition,))), None)
         elif not condition:
             raise AssertionError("an assertion of the model fails")
 
@@ -254,6 +257,7 @@ class Recorder(TorchFunctionMode):
             return KnownInt.make(answer, Expr("numel", (ref,)), self._watch)
         if name == "__len__":
             self.lengths.append((answer, self._here(), line()))
+            self._refuse_line(line())
         dim = 0 if name == "__len__" else kwargs.get("dim", args[1] if len(args) > 1 else 0)
         return KnownInt.make(answer, Expr("size", (ref, dim)), self._watch)
 
@@ -273,20 +277,20 @@ class Recorder(TorchFunctionMode):
             if goes_on is not None and name == "item":
                 return self._function(torch.Tensor.reshape, "reshape", (args[0], ()), {})
             if goes_on is not None:
-                self._append(Call("call_function", DataCheck(goes_on, line() or ""), self._encoded(args)), None)
+                self._append(Call("call_function", DataCheck(goes_on, line() or ""), self._values.encoded(args)), None)
                 return goes_on
         what = {"__bool__": "branches on a tensor's data", "item": "reads a number out of a tensor"}
         raise self._refusal(f"it {what.get(name, 'reads the data of a tensor')} ({name})")
 
     def _settled(self, name: str, args: Any) -> torch.Tensor | None:
         """Compute a tensor that Python reads, if only sizes decide it, and check it whenever the graph runs."""
-        known = self._known.get(id(args[0])) if args else None
+        known = self._values.ref(args[0]) if args else None
         if known is None or name not in functions.NUMBERS or id(args[0]) in self._doubts.unsure:
             return None
-        settled = settled_value(self.calls, known[0])
+        settled = settled_value(self.calls, known)
         if settled is None or settled.numel() > _MOST_NUMBERS or bool(settled.isnan().any()):
             return None
-        self._append(Call("call_function", Settled(settled.tolist(), line() or ""), (known[0],)), None)
+        self._append(Call("call_function", Settled(settled.tolist(), line() or ""), (known,)), None)
         return settled
 
     def _watch(self, left: Any, comparison: str, right: Any, outcome: bool) -> None:
@@ -307,7 +311,7 @@ class Recorder(TorchFunctionMode):
         self.entered.add(path)
         if path in self.opaque or (path and functions.is_layer(module)):
             return self._keep(module, path, args, kwargs)
-        mark = (len(self.calls), len(self.guards), len(self._journal), list(self._autocast), self._group)
+        mark = (len(self.calls), len(self.guards), self._values.mark(), list(self._autocast), self._group)
         while path not in self.opaque:
             self._stack.append(path)
             try:
@@ -334,7 +338,7 @@ class Recorder(TorchFunctionMode):
             try:
                 result = call_module(module, *args, **kwargs)
             except Exception as error:
-                if _UNSPOKEN in str(error):
+                if UNSPOKEN in str(error):
                     raise TraceRefused("it uses a tensor's data as text") from error
                 raise
         changed = changed_attribute(hooked)
@@ -345,7 +349,7 @@ class Recorder(TorchFunctionMode):
 
     def _keep(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         with self._pause():
-            call = Call("call_module", path, self._encoded(args), self._encoded(kwargs))
+            call = Call("call_module", path, self._values.encoded(args), self._values.encoded(kwargs))
             args, kwargs = self._without_data(args), self._without_data(kwargs)
             versions = versions_of(args, kwargs)
             with own_random_state() if path in self.opaque else nullcontext():
@@ -388,11 +392,17 @@ class Recorder(TorchFunctionMode):
         versions = versions_of(args, kwargs)
         with own_random_state():
             target, args, result = run_kept(function, owner, args, kwargs, self._run_without_data)
-        call = Call("call_function", target, self._encoded(args), self._encoded(kwargs))
+        call = Call("call_function", target, self._values.encoded(args), self._values.encoded(kwargs))
         return self._append(call, result, versions, opaque=True)
 
     def _run_without_data(self, function: Any, args: Any, kwargs: Any) -> Any:
         return self._run(function, self._without_data(args), self._without_data(kwargs))
+
+    def attribute_set(self, module: nn.Module) -> None:
+        """Refuse to change what a module remembers that is kept whole: a graph would not."""
+        path = self.state.paths.get(id(module))
+        if path is not None and any(path == outer or path.startswith(f"{outer}.") for outer in self.opaque):
+            raise self._refusal("it changes an attribute of a module that is kept whole")
 
     def apply(self, cls: Any, args: Any, kwargs: Any) -> Any:
         """Write a call of a custom autograd function down."""
@@ -405,7 +415,7 @@ class Recorder(TorchFunctionMode):
     def call(self, target: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Write one call of ``function`` down as a call of ``target``, whatever it does inside."""
         with self._pause():
-            call = Call("call_function", target, self._encoded(args), self._encoded(kwargs))
+            call = Call("call_function", target, self._values.encoded(args), self._values.encoded(kwargs))
             args, kwargs = self._without_data(args), self._without_data(kwargs)
             versions = versions_of(args, kwargs)
             result = self._run(function, args, kwargs)
@@ -416,7 +426,7 @@ class Recorder(TorchFunctionMode):
         place = line() or ""
         everywhere = condition.all()
         with self._pause():
-            self._append(Call("call_function", DataCheck(True, place), self._encoded((everywhere,))), None)
+            self._append(Call("call_function", DataCheck(True, place), self._values.encoded((everywhere,))), None)
 
     @contextmanager
     def checkpointed(self, options: dict[str, Any]) -> Iterator[None]:
@@ -462,6 +472,10 @@ class Recorder(TorchFunctionMode):
     def _here(self) -> str:
         return self._stack[-1] if self._stack else ""
 
+    def _refuse_line(self, source: str | None) -> None:
+        if source in self._catching.kept.lines:
+            raise TraceRefused(self._catching.kept.lines[source], source)
+
     def _refusal(self, reason: str) -> TraceRefused:
         return TraceRefused(reason, line())
 
@@ -471,6 +485,7 @@ class Recorder(TorchFunctionMode):
         call.path, call.group = self._here(), self._group
         if call.op != "placeholder":
             call.source = line()
+            self._refuse_line(call.source)
             if torch.is_inference_mode_enabled():
                 raise self._refusal("it runs under torch.inference_mode")
             if settings() != self._settings:
@@ -490,10 +505,10 @@ class Recorder(TorchFunctionMode):
                     original = self._same.get(id(part), self._real_of.get(id(part), part))
                     part = replaced.setdefault(id(part), alias(part))
                     self._same[id(part)] = original
-                self._bind(part, Ref(index, path))
+                self._values.bind(part, Ref(index, path))
                 call.shapes[path] = tuple(part.shape)
             elif part is not None and not isinstance(part, SPELLED):
-                self._bind(part, Ref(index, path))
+                self._values.bind(part, Ref(index, path))
         if replaced:
             leaves, structure = flatten(result)
             result = unflatten(structure, [replaced.get(id(leaf), leaf) for leaf in leaves])
@@ -513,86 +528,17 @@ class Recorder(TorchFunctionMode):
 
         return remember
 
-    def _bind(self, value: Any, ref: Ref) -> None:
-        self._journal.append((id(value), self._known.get(id(value))))
-        self._known[id(value)] = (ref, value)
+    def _add(self, call: Call) -> Ref:
+        """Add what a call needs: an attribute, an argument put together."""
+        call.path, call.group = self._here(), self._group
+        self.calls.append(call)
+        return Ref(len(self.calls) - 1)
 
     def _roll_back(self, n_calls: int, n_guards: int, n_bound: int, autocast: list[Any], group: int | None) -> None:
         del self.calls[n_calls:]
         del self.guards[n_guards:]
-        while len(self._journal) > n_bound:
-            key, before = self._journal.pop()
-            self._kept_alive.append(self._known[key])  # what is known of it by identity must not pass to another
-            if before is None:
-                del self._known[key]
-            else:
-                self._known[key] = before
+        self._values.roll_back(n_bound)
         self._autocast, self._group = autocast, group
-
-    def _encoded(self, value: Any) -> Any:
-        if isinstance(value, tuple) and "__new__" in vars(type(value)) and hasattr(type(value).__base__, "_fields"):
-            parts, structure = flatten(value)  # a named tuple with a constructor of its own, such as PackedSequence
-            return self._built(structure, parts)
-        if type(value) in (tuple, list):
-            return type(value)(self._encoded(item) for item in value)
-        if type(value) is dict:
-            return {key: self._encoded(item) for key, item in value.items()}
-        return map_values(self._encode, value)
-
-    def _encode(self, leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return self._ref_of(leaf)
-        if isinstance(leaf, Known) or type(leaf) in SPELLED or leaf is Ellipsis:
-            if isinstance(leaf, str) and _UNSPOKEN in leaf:
-                raise self._refusal("it uses a tensor's data as text")
-            return leaf
-        if isinstance(leaf, SPELLED):  # numpy's float64 is a float
-            kinds: tuple[Any, ...] = (bool, int, float, complex, str)
-            return next(kind(leaf) for kind in kinds if isinstance(leaf, kind))
-        if type(leaf).__module__ == "numpy" and hasattr(leaf, "item") and getattr(leaf, "ndim", 1) == 0:
-            return leaf.item()
-        if id(leaf) in self._known:
-            return self._known[id(leaf)][0]
-        if isinstance(leaf, range):
-            return list(leaf)
-        parts, structure = flatten(leaf)
-        if structure.kind != "leaf":
-            return self._built(structure, parts)
-        if any(isinstance(part, torch.Tensor) for _, part in parts_of(leaf)):
-            raise self._refusal(f"it hands over an object with tensors inside ({type(leaf).__name__})")
-        return self._object(leaf)
-
-    def _built(self, structure: Any, parts: list[Any]) -> Ref:
-        call = Call("call_function", Build(structure), tuple(self._encoded(part) for part in parts), {}, self._here())
-        call.group = self._group
-        self.calls.append(call)
-        return Ref(len(self.calls) - 1)
-
-    def _object(self, value: Any) -> Ref:
-        if isinstance(value, torch.Generator):
-            raise self._refusal("it draws from a random generator of its own")
-        name = next((name for name, known in self.objects.items() if known is value), None)
-        if name is None:
-            name = f"_constant_{len(self.objects)}"
-            self.objects[name] = value
-        return self._attribute(name)
-
-    def _attribute(self, target: str) -> Ref:
-        self.calls.append(Call("get_attr", target, path=self._here(), group=self._group))
-        return Ref(len(self.calls) - 1)
-
-    def _ref_of(self, tensor: torch.Tensor) -> Ref:
-        known = self._known.get(id(tensor))
-        if known is not None:
-            return known[0]
-        named = self.state.tensors.get(id(tensor))
-        if named is not None:
-            return self._attribute(named[0])
-        fake = type(tensor) is not torch.Tensor and hasattr(tensor, "fake_mode")
-        storage = None if fake else storage_of(tensor)
-        if fake or storage is None or storage._cdata in self._made.storages:
-            raise self._refusal("it uses a tensor that was made in a way that cannot be seen")
-        return self._object(tensor)
 
 
 def _stand_in(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:

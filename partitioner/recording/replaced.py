@@ -18,6 +18,7 @@ from .state import TraceRefused
 from .surroundings import line
 
 call_module = nn.Module.__call__
+set_plainly = nn.Module.__setattr__
 apply_function = torch.autograd.Function.__dict__["apply"]
 
 
@@ -30,6 +31,9 @@ class Watcher(Protocol):
 
     def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Call a module."""
+
+    def attribute_set(self, module: nn.Module) -> None:
+        """An attribute of a module is about to be set."""
 
     def apply(self, cls: Any, args: Any, kwargs: Any) -> Any:
         """Apply a custom autograd function."""
@@ -90,6 +94,11 @@ def replaced(recorder: Watcher) -> Iterator[None]:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return apply_function.__func__(cls, *args, **kwargs) if recorder.paused else recorder.apply(cls, args, kwargs)
 
+    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+        if not recorder.paused:
+            recorder.attribute_set(module)
+        set_plainly(module, name, value)
+
     def scripted(function: Any, *args: Any, **kwargs: Any) -> Any:
         original = functools.partial(call_script, function)
         return (
@@ -126,6 +135,7 @@ def replaced(recorder: Watcher) -> Iterator[None]:
         setattr(place, name, _refusing(recorder, draw, reason))
     library._check_tensor_all_with = check
     nn.Module.__call__ = call  # type: ignore[method-assign]
+    nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign,assignment]
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
     checkpoints._checkpoint_without_reentrant_generator = without_reentry
     autocast.__enter__, autocast.__exit__ = entered, left
@@ -137,6 +147,7 @@ def replaced(recorder: Watcher) -> Iterator[None]:
         script.__call__ = call_script
         library._check_tensor_all_with = check_all
         nn.Module.__call__ = call_module  # type: ignore[method-assign]
+        nn.Module.__setattr__ = set_plainly  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply_function  # type: ignore[method-assign]
         checkpoints._checkpoint_without_reentrant_generator = generator
         autocast.__enter__, autocast.__exit__ = enter, leave

@@ -21,11 +21,11 @@ from .numbers import Expr, Guard, Known, Ref, plain
 
 
 class Misfit(Exception):
-    """A module whose calls are not the same at all sizes. ``path`` names it."""
+    """A module, ``path``, whose calls are not the same at all sizes; ``at_line``: ``source`` is the very line."""
 
-    def __init__(self, path: str, reason: str, source: str | None = None) -> None:
+    def __init__(self, path: str, reason: str, source: str | None = None, at_line: bool = False) -> None:
         super().__init__(f"{path}: {reason}")
-        self.path, self.reason, self.source = path, reason, source
+        self.path, self.reason, self.source, self.at_line = path, reason, source, at_line
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _same_lengths(recordings: Sequence[Recording]) -> None:
     """Refuse ``len`` of what moves: Python makes a plain number of it, and could compare that with anything."""
     for first, *others in zip(*(recording.lengths for recording in recordings)):
         if any(other[0] != first[0] for other in others):
-            raise Misfit(first[1], "it takes len() of a batch; x.shape[0] can be followed", first[2])
+            raise Misfit(first[1], "it takes len() of a batch; x.shape[0] can be followed", first[2], at_line=True)
 
 
 def _fit(values: list[Any], index: int, recordings: Sequence[Recording]) -> Any:
@@ -132,7 +132,7 @@ def _shape(value: Any) -> str:
 def _misfit(index: int, recordings: Sequence[Recording], reason: str) -> Misfit:
     calls = recordings[0].calls
     call = calls[index] if index < len(calls) else None
-    return Misfit(call.path, reason, call.source) if call else Misfit("", reason)
+    return Misfit(call.path, reason, call.source, at_line=True) if call else Misfit("", reason)
 
 
 def _fit_leaf(leaves: list[Any], index: int, recordings: Sequence[Recording]) -> Any:

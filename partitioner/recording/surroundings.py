@@ -54,6 +54,12 @@ def asking_frame() -> types.FrameType:
     return frame
 
 
+def place_of_call() -> tuple[int, int]:
+    """Name the very instruction that called the torch function which is being recorded."""
+    frame = asking_frame()
+    return id(frame), frame.f_lasti
+
+
 def _is_passing_on(frame: types.FrameType) -> bool:
     return frame.f_code.co_filename in (torch.overrides.__file__, torch._tensor.__file__)
 

@@ -491,3 +491,73 @@ def test_what_a_module_remembers_of_sizes_that_were_only_tried_is_forgotten() ->
     found = capture(model, (x,))
     assert [module.shift for module in model] == [2, 2, 2]
     assert found.verify((x,)).ok
+
+
+class Remembers(nn.Module):
+    """Kept whole, since what it remembers changes with every call; its owner sets that back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+        self.state: torch.Tensor | float = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.state = self.lin(x) + self.state
+        return self.state
+
+
+class SetsBack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.remembers = Remembers()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.remembers.state = 0.0
+        return self.remembers(x) + self.remembers(x)
+
+
+def test_who_sets_back_what_a_module_remembers_is_kept_with_it() -> None:
+    found = capture(nn.Sequential(nn.Linear(3, 3), SetsBack(), nn.Linear(3, 3)), (rows(),))
+    assert names(found) == ["1"]
+    for _ in range(2):  # a second backward through the state of the first call would fail
+        torch.testing.assert_close(found.module(rows()), found.model(rows()), rtol=0, atol=0)
+        found.module(rows()).sum().backward()
+
+
+class ListOfRows(Base):
+    """As llava's models do: a list of the rows of a batch, put together again."""
+
+    def between(self, h: torch.Tensor) -> torch.Tensor:
+        samples = list(h)
+        return (
+            torch.stack(samples) + torch.cat([*h.unbind(0)]).view(h.shape[0], -1) + torch.stack([*h.split(1, 1)], 0)[0]
+        )
+
+
+def test_a_list_of_all_rows_is_no_matter_of_the_batch_size() -> None:
+    found = caught(ListOfRows())
+    assert names(found) == []
+    assert found.inputs.rows is None
+
+
+class LengthOfRows(Base):
+    def between(self, h: torch.Tensor) -> torch.Tensor:
+        return self.last(h) * (2 if len(h) > 6 else 1)
+
+
+def test_the_length_of_a_batch_is_not_taken_from_the_example() -> None:
+    found = caught(nn.Sequential(nn.Linear(3, 3), LengthOfRows()), rows(4))
+    assert names(found) == ["1"]
+
+
+def targets_of(h: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(h)).float()
+
+
+class LengthInAFunction(Base):
+    def between(self, h: torch.Tensor) -> torch.Tensor:
+        return self.last(h) + targets_of(h)[:, None]
+
+
+def test_a_function_that_takes_the_length_of_a_batch_is_kept_alone() -> None:
+    assert names(caught(LengthInAFunction())) == ["targets_of()"]
