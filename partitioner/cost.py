@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..runtime.program.calls import Checkpointed, InRegion
+from ..runtime.program.calls import Folded, InRegion
 from ..structure import flatten, map_leaves, tensors_in
 from .analysis import Meter, OpFacts, storage_of
 from .cluster import DeviceKind
@@ -135,7 +135,7 @@ class _Isolated:
         module = self._module()
         if module is not None:
             state = [f"{tuple(t.shape)}{t.dtype}{t.requires_grad}" for t in (*module.parameters(), *module.buffers())]
-            code = module.body.code if isinstance(module, Checkpointed) else ""
+            code = module.body.code if isinstance(module, Folded) else ""
             region = self.node.target if isinstance(self.node.target, InRegion) else ""
             target = f"{type(module).__module__}.{type(module).__qualname__}{module!r}{state}{code}{region}"
         text = "|".join([context, self.node.op, target, *described])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
@@ -17,12 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import CaptureError
 from ..runtime.program import InputLeaf, InputSpec, OutputLeaf
-from ..runtime.program.calls import Guarded, KeptFunction
+from ..runtime.program.calls import Folded, Guarded, KeptFunction
 from ..structure import LEAF, Structure, tensors_in, unflatten
 from .captured import WHOLE_MODEL, Capture, ModelResult, OpaqueCall
 from .recording.calls import Call, Recording
 from .recording.checkpoints import fold_checkpoints
 from .recording.emit import Emitter, specialise
+from .recording.forks import NotOptional, Segment, segment_of, with_segments
 from .recording.graph import CapturedGraph
 from .recording.kept import KeptFunctions
 from .recording.modes import Results, United, unite
@@ -147,6 +148,7 @@ class Ladder:
         self.fixed_rows = False
         self.free: Sizes | None = {} if real else None
         self.kept = KeptFunctions()
+        self.decisions: dict[bool, dict[int, bool]] = {True: {}, False: {}}
         self.first: tuple[Any, Recording] | None = None
 
     def climb(self) -> Capture:
@@ -195,11 +197,47 @@ class Ladder:
             elif not self._rejects_function(recordings, misfit.path):
                 self._keep_whole(misfit.path, misfit.reason, misfit.source)
             raise _Again from None
-        return self._guarded(resolved)
+        return self._with_forks(self._guarded(resolved), recordings[0], training)
+
+    def _with_forks(self, resolved: Resolved, base: Recording, training: bool) -> Resolved:
+        """Fold the calls that random numbers decide, by recordings that go the other way at one fork each."""
+        segments: list[Segment] = []
+        try:
+            for number, fork in enumerate(base.forks):
+                segment = segment_of(base, self._turned(training, {number}), number)
+                if segment is None:  # it is the other side that makes calls
+                    self._go_the_other_way(base, training, fork.source)
+                elif segment.start < segment.end:
+                    segments.append(segment)
+            if segments:
+                together = self._turned(training, set(range(len(base.forks))))
+                if len(base.calls) - len(together.calls) != sum(segment.end - segment.start for segment in segments):
+                    raise NotOptional
+            return with_segments(resolved, segments)
+        except (_Fails, NotOptional):
+            self.kept.unforked |= {fork.source for fork in base.forks}
+            raise _Again from None
+
+    def _turned(self, training: bool, forks: set[int]) -> Recording:
+        decisions = {number: not self.decisions[training].get(number, False) for number in forks}
+        return self._recorded(self.rows, {}, training, True, probing=True, decisions=decisions)
+
+    def _go_the_other_way(self, base: Recording, training: bool, source: str | None) -> None:
+        """Record again, with the other outcome at all forks that are at this line.
+
+        Raises:
+            NotOptional: that was done already.
+        """
+        numbers = {number for number, fork in enumerate(base.forks) if fork.source == source}
+        if numbers & self.decisions[training].keys():
+            raise NotOptional
+        self.decisions[training].update(dict.fromkeys(numbers, True))
+        raise _Again
 
     def _known(self) -> tuple[set[Any], ...]:
         """Return what is kept whole so far, modules and functions, and which lines are known not to be for a graph."""
-        return set(self.opaque), set(self.kept.functions), set(self.kept.lines)
+        decisions = {(mode, number) for mode, made in self.decisions.items() for number in made}
+        return set(self.opaque), set(self.kept.functions), set(self.kept.lines), self.kept.unforked | decisions
 
     def _rejects_function(self, recordings: list[Recording], path: str) -> bool:
         """Give up functions of a module that were kept whole: perhaps another one can be, in which they are called."""
@@ -246,11 +284,19 @@ class Ladder:
         total = sum(parameter.numel() for parameter in self.model.parameters())
         return sum(parameter.numel() for parameter in self.model.get_submodule(path).parameters()) / max(1, total)
 
-    def _recorded(self, rows: int, others: Sizes, training: bool, resized: bool, probing: bool = False) -> Recording:
+    def _recorded(
+        self,
+        rows: int,
+        others: Sizes,
+        training: bool,
+        resized: bool,
+        probing: bool = False,
+        decisions: Mapping[int, bool] | None = None,
+    ) -> Recording:
         refused: dict[str, Any] = dict.fromkeys(self.opaque)
         kept = self.kept.copy()
         try:
-            recording = self._record(rows, others, training, refused, kept)
+            recording = self._record(rows, others, training, refused, kept, decisions or {})
         except TraceRefused as refusal:
             if probing:
                 raise _Fails from refusal
@@ -281,7 +327,13 @@ class Ladder:
         return recording
 
     def _record(
-        self, rows: int, others: Sizes, training: bool, refused: dict[str, Any], functions: KeptFunctions
+        self,
+        rows: int,
+        others: Sizes,
+        training: bool,
+        refused: dict[str, Any],
+        functions: KeptFunctions,
+        decisions: Mapping[int, bool],
     ) -> Recording:
         with (
             self._without_traces(refused),
@@ -290,7 +342,8 @@ class Ladder:
             _own_settings(),
             self._stand_ins() as mode,
         ):
-            recorder = Recorder(self.state, refused, mode, functions, meta=self.meta)
+            decisions = {**self.decisions[training], **decisions}
+            recorder = Recorder(self.state, refused, mode, functions, decisions, meta=self.meta)
             (args, kwargs), given = self._call(rows, others)
             names: dict[int, str] = {}
             for known, leaf in zip(self.inputs.leaves, given):
@@ -444,7 +497,7 @@ class Ladder:
         emitter = Emitter(
             lambda path: objects[path] if path in objects else _attribute(root, path),
             self._type_of,
-            lambda attributes, graph: CapturedGraph(attributes, graph, "CheckpointedOps", root),
+            lambda attributes, graph: CapturedGraph(attributes, graph, "FoldedOps", nn.Module()),
         )
         emitter.emit(united.calls)
         trained = [emitter.value(leaf) for leaf in united.trained.leaves]
@@ -491,7 +544,7 @@ class Ladder:
         owners: dict[str, str] = {}
         for target, value in emitter.attributes.items():
             if isinstance(value, nn.Module):
-                inside = whole or target.startswith("_checkpoint_")
+                inside = whole or isinstance(value, Folded)
                 owners[target] = emitter.owners.get(target, "" if inside else target)
         return owners
 

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from ..errors import ShapeError
 from ..structure import flatten, map_leaves, unflatten
-from .program.calls import Checkpointed
+from .program.calls import Folded
 from .program.specs import NodeRecord, NodeRef, StageSpec
 
 
@@ -242,7 +242,7 @@ class StageRuntime:
         self._modes = tuple(modes[path] for path in self._deciding)
         for path, owner in self.spec.mode_owners.items():
             held = self.spec.modules[path]
-            body = held.body if isinstance(held, Checkpointed) else held
+            body = held.body if isinstance(held, Folded) else held
             for inner, module in body.named_modules():
                 full = ".".join(part for part in (owner, inner) if part)
                 module.training = modes.get(full, self._modes[self._deciding.index("")])

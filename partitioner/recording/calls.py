@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .numbers import Guard, Known, Ref, plain
+
+if TYPE_CHECKING:
+    from .forks import Fork
 
 Path = tuple[tuple[str, Any], ...]
 
@@ -30,7 +33,8 @@ class Call:
     ``args`` and ``kwargs`` hold :class:`Ref` for values, known numbers, and constants. ``shapes`` are those of the
     result's tensors by path. ``group`` numbers the ``torch.utils.checkpoint`` call that it was made in. Of a call that
     only one mode makes, ``only`` names the module whose mode decides and whether it is made in training. A call with
-    ``op`` "checkpoint" has the calls inside as ``body``, its own placeholders first, and gives the values ``results``.
+    ``op`` "checkpoint" or "skippable" has the calls inside as ``body``, its own placeholders first, and gives the
+    values ``results``.
     """
 
     op: str
@@ -53,8 +57,8 @@ class Recording:
 
     ``objects`` holds what calls use and no code can spell: tensors that belong to no module, generators, classes.
     ``entered`` lists the modules that were called, ``groups`` the options of every checkpoint, ``written`` the
-    parameters and buffers that were changed in place, ``lengths`` what ``len`` said of tensors and where; ``rows`` is
-    the batch size.
+    parameters and buffers that were changed in place, ``lengths`` what ``len`` said of tensors and where, ``forks``
+    the branches that random numbers decided; ``rows`` is the batch size.
     """
 
     calls: list[Call]
@@ -65,6 +69,7 @@ class Recording:
     groups: dict[int, dict[str, Any]]
     written: set[str] = field(default_factory=set)
     lengths: list[tuple[int, str, str | None]] = field(default_factory=list)
+    forks: list[Fork] = field(default_factory=list)
     rows: int = 0
 
 

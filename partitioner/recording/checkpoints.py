@@ -1,10 +1,11 @@
-"""Calls that the model made under ``torch.utils.checkpoint`` become one call with a body."""
+"""Calls that the model made under ``torch.utils.checkpoint``, or makes or leaves out, become one call with a body."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .calls import Call, map_values
+from .forks import Segment
 from .numbers import Expr, Ref
 from .resolve import Resolved
 
@@ -79,11 +80,27 @@ class _Fold:
             args, kwargs = (map_values(inner, value) for value in (call.args, call.kwargs))
             body.append(_with(call, args, kwargs))
         first = self.resolved.calls[members[0]]
+        segment: Segment | None = self.resolved.groups[group].get("segment")
+        if segment is not None:
+            self._skippable(segment, given, first, body, position)
+            return
         options = tuple(sorted(self.resolved.groups[group].items()))
         home = len(self.calls)
         self.calls.append(Call("checkpoint", options, tuple(given), {}, _owner(first, body), first.source, body=body))
         for index in members:
             self.inside[index] = (home, position[index])
+
+    def _skippable(
+        self, segment: Segment, given: list[Any], first: Call, body: list[Call], position: dict[int, int]
+    ) -> None:
+        """Write calls that are made or left out; what they give is fixed, since each value needs another instead."""
+        instead = tuple(self._moved(ref) for ref in segment.instead.values())
+        results = [Ref(position[ref.index], ref.path) for ref in segment.instead]
+        args = (self._moved(segment.condition), instead, *given)
+        home, path = len(self.calls), _owner(first, body)
+        self.calls.append(Call("skippable", segment.outcome, args, {}, path, first.source, body=body, results=results))
+        for index, place in position.items():
+            self.inside[index] = (home, place)
 
 
 def _owner(first: Call, body: list[Call]) -> str:

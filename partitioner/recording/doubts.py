@@ -19,11 +19,13 @@ class Doubts:
     Attributes:
         unsure: tensors whose shape depends on data.
         decided: comparisons of a random number between 0 and 1 with something that it cannot reach, by their outcome.
+        coins: comparisons of one random number between 0 and 1 with something that it can reach.
     """
 
     def __init__(self) -> None:
         self.unsure: set[int] = set()
         self.decided: dict[int, bool] = {}
+        self.coins: set[int] = set()
         self._uniform: set[int] = set()
 
     def note(self, name: str, args: Any, result: Any) -> None:
@@ -36,7 +38,11 @@ class Doubts:
             self._uniform.add(id(result))
         elif name in ("lt", "__lt__", "less", "gt", "__gt__", "greater", "le", "ge") and len(args) == 2:
             bound = args[1]
-            if id(args[0]) in self._uniform and isinstance(bound, (int, float)) and not 0 < bound < 1:
+            if id(args[0]) not in self._uniform or not isinstance(bound, (int, float)):
+                return
+            if 0 < bound < 1:
+                self.coins.update([id(result)] if result.numel() == 1 else [])
+            else:
                 below = name in ("lt", "__lt__", "less", "le")
                 if not (name in ("le", "gt") and bound == 0):
                     self.decided[id(result)] = (bound >= 1) == below

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from ...errors import ShapeError
-from ...runtime.program.calls import Checkpointed, InRegion, ModeSwitch
+from ...runtime.program.calls import Checkpointed, InRegion, ModeSwitch, Skippable
 from .calls import Call, Region, map_values
 from .modes import SWITCH
 from .numbers import Expr, Ref
@@ -24,7 +24,7 @@ Attributes = dict[str, Any]
 class Emitter:
     """Writes calls into one graph; ``attribute`` finds what the graph refers to by path, ``type_of`` a module's class.
 
-    ``module_of`` makes a module of the graph of a checkpoint.
+    ``module_of`` makes a module of the graph of calls that were folded into one.
 
     ``attributes`` collects all that the graph refers to, ``owners`` the module whose mode each switch follows.
     """
@@ -72,8 +72,8 @@ class Emitter:
             self.attributes[name] = ModeSwitch(call.target)
             node.meta[OWNER] = call.target
             return node
-        if call.op == "checkpoint":
-            return self._checkpoint(call, args)
+        if call.op in ("checkpoint", "skippable"):
+            return self._folded(call, args)
         target = call.target
         if call.op in ("get_attr", "call_module"):
             self.attributes[target] = self._attribute(target)
@@ -88,14 +88,15 @@ class Emitter:
         region = InRegion(call.region.grad, call.region.autocast, function, call.region.cudnn)
         return self._create("call_function", self._regions.setdefault(region, region), args, kwargs, call)
 
-    def _checkpoint(self, call: Call, args: Any) -> fx.Node:
+    def _folded(self, call: Call, args: Any) -> fx.Node:
         inner = Emitter(self._attribute, self._type_of, self._module_of)
         inner.emit(call.body)
         inner.graph.output(tuple(inner.value(ref) for ref in call.results))
-        name = f"_checkpoint_{self._count}"
+        name = f"_{call.op}_{self._count}"
         self._count += 1
         body = self._module_of(inner.attributes, inner.graph)
-        self.attributes[name] = Checkpointed(body, **dict(call.target))
+        made = Skippable(body, call.target) if call.op == "skippable" else Checkpointed(body, **dict(call.target))
+        self.attributes[name] = made
         return self._create("call_module", name, args, {}, call)
 
     def _create(self, op: str, target: Any, args: Any, kwargs: Any, call: Call) -> fx.Node:

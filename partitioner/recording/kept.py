@@ -37,20 +37,21 @@ class KeptFunctions:
 
     ``functions`` maps the code of a function to it and to the refusal that led to it. ``needs_data`` says that one was
     rejected only because it does not run on made-up numbers. What is done at ``lines`` cannot be kept, for the reasons
-    given.
+    given; of branches at the lines in ``unforked`` not both sides can.
     """
 
     def __init__(self) -> None:
         self.functions: dict[types.CodeType, tuple[types.FunctionType, TraceRefused]] = {}
         self.rejected: set[types.CodeType] = set()
         self.needs_data = False
+        self.unforked: set[str | None] = set()
         self.lines: dict[str | None, str] = {}
 
     def copy(self) -> KeptFunctions:
         """Return another that knows the same."""
         other = KeptFunctions()
         other.functions, other.rejected = dict(self.functions), set(self.rejected)
-        other.needs_data, other.lines = self.needs_data, dict(self.lines)
+        other.needs_data, other.lines, other.unforked = self.needs_data, dict(self.lines), set(self.unforked)
         return other
 
     def find(self, refusal: TraceRefused, module: nn.Module) -> types.CodeType | None:

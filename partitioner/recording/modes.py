@@ -74,7 +74,7 @@ class _Merge:
     def _both(self, i: int, a: Call, j: int, b: Call) -> None:
         left = [map_values(self.ours.value, value) for value in (a.args, a.kwargs)]
         right = [map_values(self.theirs.value, value) for value in (b.args, b.kwargs)]
-        if _nesting(left) != _nesting(right) or (a.op == "checkpoint" and a.body != b.body):
+        if _nesting(left) != _nesting(right) or a.body != b.body:
             self._apart([(i, a)], [(j, b)])
             return
         others: list[Any] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,6 +24,7 @@ from ...structure import flatten, unflatten
 from . import functions, madeup
 from .calls import Call, Recording, Region, map_values, map_values_with_path, parts_of, without_memory
 from .doubts import Doubts
+from .forks import MOST_FORKS, Fork
 from .kept import Catching, KeptFunctions, run_kept
 from .naming import SPELLED, UNSPOKEN, Values
 from .numbers import Expr, Guard, Known, KnownFloat, KnownInt, Ref, plain
@@ -57,12 +58,14 @@ class Recorder(TorchFunctionMode):
         opaque: dict[str, TraceRefused],
         without: FakeTensorMode | None,
         kept: KeptFunctions,
+        decisions: Mapping[int, bool],
         *,
         meta: bool = False,
     ) -> None:
         """``without`` is the mode in which tensors have no data; None records on real data.
 
-        ``kept`` are the functions that are kept whole; it grows before ``opaque`` does.
+        ``kept`` are the functions that are kept whole; it grows before ``opaque`` does. ``decisions`` say what to do at
+        forks, by their number; False where they do not.
 
         Of a model on the ``meta`` device nothing can be run on made-up data.
         """
@@ -79,6 +82,8 @@ class Recorder(TorchFunctionMode):
         self.calls: list[Call] = []
         self.guards: list[Guard] = []
         self.lengths: list[tuple[int, str, str | None]] = []
+        self.forks: list[Fork] = []
+        self._decisions = decisions
         self.entered: set[str] = set()
         self.written: set[str] = set()
         self.groups: dict[int, dict[str, Any]] = {}
@@ -121,6 +126,7 @@ class Recorder(TorchFunctionMode):
             self.groups,
             self.written,
             self.lengths,
+            self.forks,
         )
 
     # --- torch functions ---------------------------------------------------------------------------------------------
@@ -272,6 +278,8 @@ class Recorder(TorchFunctionMode):
             settled = self._settled(name, args)
             if settled is not None:
                 return func(settled, *args[1:])
+        if name == "__bool__" and id(args[0]) in self._doubts.coins and self._may_fork():
+            return self._fork(args[0])
         if name in ("__bool__", "item"):
             goes_on = outcome_that_goes_on(asking_frame())
             if goes_on is not None and name == "item":
@@ -281,6 +289,16 @@ class Recorder(TorchFunctionMode):
                 return goes_on
         what = {"__bool__": "branches on a tensor's data", "item": "reads a number out of a tensor"}
         raise self._refusal(f"it {what.get(name, 'reads the data of a tensor')} ({name})")
+
+    def _may_fork(self) -> bool:
+        return self._group is None and len(self.forks) < MOST_FORKS and line() not in self._catching.kept.unforked
+
+    def _fork(self, condition: torch.Tensor) -> bool:
+        """Take one side of a branch that a random number decides."""
+        outcome = self._decisions.get(len(self.forks), False)
+        self.forks.append(Fork(self._values.ref_of(condition), outcome, len(self.calls), line()))
+        self._doubts.decided[id(condition)] = outcome
+        return outcome
 
     def _settled(self, name: str, args: Any) -> torch.Tensor | None:
         """Compute a tensor that Python reads, if only sizes decide it, and check it whenever the graph runs."""
@@ -311,7 +329,7 @@ class Recorder(TorchFunctionMode):
         self.entered.add(path)
         if path in self.opaque or (path and functions.is_layer(module)):
             return self._keep(module, path, args, kwargs)
-        mark = (len(self.calls), len(self.guards), self._values.mark(), list(self._autocast), self._group)
+        mark = (len(self.calls), len(self.guards), len(self.forks), self._values.mark(), [*self._autocast], self._group)
         while path not in self.opaque:
             self._stack.append(path)
             try:
@@ -534,9 +552,12 @@ class Recorder(TorchFunctionMode):
         self.calls.append(call)
         return Ref(len(self.calls) - 1)
 
-    def _roll_back(self, n_calls: int, n_guards: int, n_bound: int, autocast: list[Any], group: int | None) -> None:
+    def _roll_back(
+        self, n_calls: int, n_guards: int, n_forks: int, n_bound: int, autocast: list[Any], group: int | None
+    ) -> None:
         del self.calls[n_calls:]
         del self.guards[n_guards:]
+        del self.forks[n_forks:]
         self._values.roll_back(n_bound)
         self._autocast, self._group = autocast, group
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import ShapeError
@@ -348,12 +349,33 @@ class ModeSwitch(nn.Module):
         return in_training if self.training else in_evaluation
 
 
-class Checkpointed(nn.Module):
+class Folded(nn.Module):
+    """Ops of a graph that run as one."""
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        super().__init__()
+        self.body = body
+
+
+class Skippable(Folded):
+    """Ops that run while a random number says so; else values from before stand in for theirs (LayerDrop)."""
+
+    def __init__(self, body: fx.GraphModule, outcome: bool) -> None:
+        super().__init__(body)
+        self.outcome = outcome
+
+    def forward(self, condition: torch.Tensor, instead: tuple[Any, ...], *args: Any) -> Any:
+        """Run the ops if ``condition`` is ``outcome``; without data, they run: it is the costlier side."""
+        if not isinstance(condition, FakeTensor) and not condition.is_meta and bool(condition) is not self.outcome:
+            return instead
+        return self.body(*args)
+
+
+class Checkpointed(Folded):
     """Ops that the model put under ``torch.utils.checkpoint``: computed again in the backward instead of kept."""
 
     def __init__(self, body: fx.GraphModule, preserve_rng_state: bool = True) -> None:
-        super().__init__()
-        self.body = body
+        super().__init__(body)
         self.preserve_rng_state = preserve_rng_state
 
     def forward(self, *args: Any) -> Any:
