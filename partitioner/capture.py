@@ -13,8 +13,9 @@ from torch import nn
 from ..errors import CaptureError
 from ..runtime.program import InputSpec
 from ..structure import call_leaves, leaf_paths
+from .arguments import input_spec
 from .captured import Capture, OpaqueCall
-from .ladder import Ladder, input_spec, matching_paths
+from .ladder import Ladder, matching_paths
 from .recording.state import own_random_state, put_back
 from .selfcheck import agrees, forward_flops
 

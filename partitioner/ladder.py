@@ -5,30 +5,27 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import CaptureError
-from ..runtime.program import InputLeaf, InputSpec, OutputLeaf
-from ..runtime.program.calls import Folded, Guarded, KeptFunction
-from ..structure import LEAF, Structure, tensors_in, unflatten
-from .captured import WHOLE_MODEL, Capture, ModelResult, OpaqueCall
+from ..runtime.program import InputLeaf, InputSpec
+from ..runtime.program.calls import Guarded, KeptFunction
+from ..structure import tensors_in, unflatten
+from .arguments import fake_argument, real_argument, tensors_of
+from .assembly import Findings, assembled, assembled_whole
+from .captured import WHOLE_MODEL, Capture, OpaqueCall
 from .recording.calls import Call, Recording
 from .recording.checkpoints import fold_checkpoints
-from .recording.emit import Emitter, specialise
 from .recording.forks import NotOptional, Segment, segment_of, with_segments
-from .recording.graph import CapturedGraph
 from .recording.kept import KeptFunctions
-from .recording.modes import Results, United, unite
-from .recording.naming import SPELLED
-from .recording.numbers import Ref
+from .recording.modes import unite
 from .recording.recorder import NeedsData, Recorder
 from .recording.resolve import Misfit, Resolved, resolve
 from .recording.state import (
@@ -77,36 +74,6 @@ def matching_paths(model: nn.Module, patterns: Sequence[str]) -> dict[str, Opaqu
     return found
 
 
-def input_spec(leaves: list[Any], structure: Structure, paths: list[str]) -> InputSpec:
-    """Describe the arguments of the example call."""
-    rows = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
-    if rows is None:
-        raise CaptureError(
-            "the example call has no tensor argument with a batch dimension",
-            hint="pass example inputs whose first tensor has the samples in dimension 0",
-        )
-    known: list[InputLeaf] = []
-    used: set[str] = set()
-    first: dict[int, int] = {}
-    for index, (path, leaf) in enumerate(zip(paths, leaves)):
-        if not isinstance(leaf, torch.Tensor):
-            known.append(InputLeaf(path, None, leaf))
-            continue
-        same = first.setdefault(id(leaf), index)
-        name = _unused(re.sub(r"\W", "_", path), used)
-        batched = leaf.dim() > 0 and leaf.shape[0] == rows
-        shape = (None, *leaf.shape[1:]) if batched else tuple(leaf.shape)
-        known.append(InputLeaf(path, name, None, batched, shape, None if same == index else same))
-    return InputSpec(structure, tuple(known))
-
-
-def _unused(name: str, used: set[str]) -> str:
-    while name in used:
-        name += "_"
-    used.add(name)
-    return name
-
-
 class Ladder:
     """Captures ``model`` for a call with ``leaves``; ``opaque`` are the modules to keep whole from the start.
 
@@ -134,7 +101,7 @@ class Ladder:
         self.types = {path: type(module) for path, module in model.named_modules()}
         batched = [leaf for known, leaf in zip(inputs.leaves, leaves) if known.batched]
         self.rows = max(2, batched[0].shape[0]) if batched else 1
-        self.meta = any(t.is_meta for t in (*_tensors(leaves), *model.parameters(), *model.buffers()))
+        self.meta = any(t.is_meta for t in (*tensors_of(leaves), *model.parameters(), *model.buffers()))
         self.caches = all_caches()
         self.may_warm_up = may_warm_up and not self.meta
         self.warmed: set[bool] = set()
@@ -165,12 +132,13 @@ class Ladder:
                     self.free = self._find_free_sizes()
                 trained = fold_checkpoints(self._resolved(training=True))
                 evaluated = fold_checkpoints(self._resolved(training=False))
-                return self._finish(unite(trained, evaluated), trained.objects | evaluated.objects)
+                united, objects = unite(trained, evaluated), trained.objects | evaluated.objects
+                return assembled(self._inputs(), united, objects, self._made())
             except _Again:
                 continue
             except NeedsData as need:
                 self._need_data(need)
-        return self._whole()
+        return assembled_whole(self._inputs(), self._made())
 
     # --- recording ---------------------------------------------------------------------------------------------------
 
@@ -254,7 +222,7 @@ class Ladder:
         A size that several arguments or dimensions share is taken to be one thing, such as the length of a text.
         """
         found: Sizes = {}
-        sizes = {size for leaf in _tensors(self.leaves) for size in leaf.shape[1:] if size > 2}
+        sizes = {size for leaf in tensors_of(self.leaves) for size in leaf.shape[1:] if size > 2}
         if not 0 < len(sizes) <= _MAX_SIZES or self.meta:
             return found
         first = self._recorded(self.rows, {}, True, False)
@@ -433,7 +401,7 @@ class Ladder:
 
     def _argument(self, leaf: Any, rows: int | None, others: Sizes) -> Any:
         """Give an argument for ``rows`` samples: without data where that is enough, else the example's own rows."""
-        return _real(leaf, rows) if self.real else _fake(leaf, rows, others, self.meta)
+        return real_argument(leaf, rows) if self.real else fake_argument(leaf, rows, others, self.meta)
 
     @contextmanager
     def _without_traces(self, opaque: dict[str, Any]) -> Iterator[None]:
@@ -473,90 +441,12 @@ class Ladder:
 
     # --- the graph ---------------------------------------------------------------------------------------------------
 
-    def _whole(self) -> Capture:
-        calls = [Call("placeholder", leaf.graph_input) for leaf in self.inputs.leaves if leaf.graph_input is not None]
-        position = iter(range(len(calls)))
-        objects: dict[str, Any] = {}
-        leaves: list[Any] = []
-        for known in self.inputs.leaves:
-            if known.graph_input is not None:
-                leaves.append(Ref(next(position)))
-            elif isinstance(known.constant, SPELLED):
-                leaves.append(known.constant)
-            else:
-                objects[f"_constant_{len(objects)}"] = known.constant
-                calls.append(Call("get_attr", f"_constant_{len(objects) - 1}"))
-                leaves.append(Ref(len(calls) - 1))
-        args, kwargs = unflatten(self.inputs.structure, leaves)
-        calls.append(Call("call_module", "model", args, kwargs))
-        return self._finish(United(calls, Results([Ref(len(calls) - 1)], LEAF), None), objects)
+    def _made(self) -> Findings:
+        return Findings(self.model, self.types, self.opaque, self.kept.functions.values(), self.written)
 
-    def _finish(self, united: United, objects: dict[str, Any]) -> Capture:
-        whole = WHOLE_MODEL in self.opaque
-        root: Any = nn.ModuleDict({"model": self.model}) if whole else self.model
-        emitter = Emitter(
-            lambda path: objects[path] if path in objects else _attribute(root, path),
-            self._type_of,
-            lambda attributes, graph: CapturedGraph(attributes, graph, "FoldedOps", nn.Module()),
-        )
-        emitter.emit(united.calls)
-        trained = [emitter.value(leaf) for leaf in united.trained.leaves]
-        evaluated = [emitter.value(leaf) for leaf in united.evaluated.leaves] if united.evaluated else None
-        nodes = [None if leaves is None else [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
-                 for leaves in (trained, evaluated)]  # fmt: skip
-        emitter.graph.output(tuple(nodes))
-        name = f"Captured{type(self.model).__name__}"
-        union = CapturedGraph(emitter.attributes, emitter.graph, name, root)
-        for path, owner in emitter.owners.items():
-            union.get_submodule(path).training = self.model.get_submodule(owner).training
-        training = specialise(emitter.graph, lambda path: True)
-        graph_module = CapturedGraph(union, training, name, root)
-        functions = [] if whole else self._functions(united.calls)
-        in_training = _result(trained, united.trained.structure)
-        in_evaluation = _result(evaluated or [], united.evaluated.structure) if united.evaluated else in_training
-        return Capture(
-            model=self.model,
-            graph_module=graph_module,
-            union=union,
-            inputs=self._named_inputs(emitter.graph),
-            trained=in_training,
-            evaluated=in_evaluation,
-            opaque=(*(call for path, call in self.opaque.items() if not self._inside_opaque(path)), *functions),
-            mode_owners=self._owners(emitter, whole),
-            written=frozenset(self.written),
-        )
-
-    def _functions(self, calls: Sequence[Call]) -> list[OpaqueCall]:
-        """List the functions that the graph calls whole, with the first module that each is called in."""
-        why: dict[Any, TraceRefused] = dict(self.kept.functions.values())
-        found: dict[Any, OpaqueCall] = {}
-        for call in (inner for outer in calls for inner in (outer, *outer.body)):
-            if isinstance(call.target, KeptFunction):
-                function: Any = call.target.function
-                known = OpaqueCall(call.path, "function", why[function].reason, why[function].source, function)
-                found.setdefault(function, known)
-        return list(found.values())
-
-    def _type_of(self, path: str) -> Any:
-        return self.types.get(path)
-
-    def _owners(self, emitter: Emitter, whole: bool) -> dict[str, str]:
-        owners: dict[str, str] = {}
-        for target, value in emitter.attributes.items():
-            if isinstance(value, nn.Module):
-                inside = whole or isinstance(value, Folded)
-                owners[target] = emitter.owners.get(target, "" if inside else target)
-        return owners
-
-    def _inside_opaque(self, path: str) -> bool:
-        parts = path.split(".") if path else []
-        return any(".".join(parts[:count]) in self.opaque for count in range(len(parts)))
-
-    def _named_inputs(self, graph: fx.Graph) -> InputSpec:
-        """Take over the names that fx gave to the placeholders; it avoids Python's own, such as ``input``."""
-        names = iter([node.name for node in graph.nodes if node.op == "placeholder"])
-        leaves = [replace(leaf, graph_input=next(names)) if leaf.graph_input else leaf for leaf in self.inputs.leaves]
-        return InputSpec(self.inputs.structure, tuple(map(self._freed, leaves)), self.rows if self.fixed_rows else None)
+    def _inputs(self) -> InputSpec:
+        leaves = tuple(map(self._freed, self.inputs.leaves))
+        return InputSpec(self.inputs.structure, leaves, self.rows if self.fixed_rows else None)
 
     def _freed(self, leaf: InputLeaf) -> InputLeaf:
         """Let the sizes be free that were found to be."""
@@ -567,42 +457,6 @@ class Ladder:
         first, *others = leaf.shape or (None,)
         shape = (first, *(None if whole or size in free else size for size in others)) if leaf.shape else ()
         return replace(leaf, shape=None if whole else shape)
-
-
-def _result(leaves: list[Any], structure: Structure) -> ModelResult:
-    found = (OutputLeaf(leaf.name) if isinstance(leaf, fx.Node) else OutputLeaf(None, leaf) for leaf in leaves)
-    return ModelResult(tuple(found), structure)
-
-
-def _attribute(root: Any, path: str) -> Any:
-    value = root
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _tensors(leaves: list[Any]) -> list[torch.Tensor]:
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def _fake(leaf: Any, rows: int | None, others: Sizes, meta: bool) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    sizes = [others.get(size, size) for size in leaf.shape]
-    shape = torch.Size([leaf.shape[0] if rows is None else rows, *sizes[1:]] if sizes else [])
-    device = "meta" if meta else leaf.device
-    made = torch.empty(shape, dtype=leaf.dtype, device=device)
-    if leaf.dim() == 4 and leaf.is_contiguous(memory_format=torch.channels_last) and not leaf.is_contiguous():
-        made = made.to(memory_format=torch.channels_last)
-    return made.requires_grad_(leaf.requires_grad)
-
-
-def _real(leaf: Any, rows: int | None) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    if rows is not None:
-        leaf = leaf.detach().repeat(-(-rows // leaf.shape[0]), *[1] * (leaf.dim() - 1))[:rows]
-    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
 
 @contextmanager
