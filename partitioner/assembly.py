@@ -65,7 +65,7 @@ def assembled(inputs: InputSpec, united: United, objects: Mapping[str, Any], fin
     emitter.emit(united.calls)
     trained = [emitter.value(leaf) for leaf in united.trained.leaves]
     evaluated = [emitter.value(leaf) for leaf in united.evaluated.leaves] if united.evaluated else None
-    emitter.graph.output((_nodes(trained), None if evaluated is None else _nodes(evaluated)))
+    emitter.output(_nodes(trained), None if evaluated is None else _nodes(evaluated))
     name = f"Captured{type(model).__name__}"
     union = CapturedGraph(emitter.attributes, emitter.graph, name, root)
     for path, owner in emitter.owners.items():

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from zoo_entries import Entry, load_group
 
-from .balance import MIN_BLOCKS, best_parts, captured_flops, repeated_blocks
+from .balance import MIN_BLOCKS, N_PARTS, best_parts, captured_flops, repeated_blocks
 from .judge import Subject, call_of, doubtful, judge
 from .peers import export_subject, fx_subject, peer_flops, pipelining_subject
 
@@ -119,9 +119,8 @@ class _Maker:
 
         self.captured = stagecut.capture(model, args, kwargs)
         opaque = self.captured.opaque
-        whole_opaque = any(call.path == "" for call in opaque)
         return Subject(self.captured.module, model), {
-            "kind": "opaque" if whole_opaque else "parts" if opaque else "whole",
+            "kind": "opaque" if self.captured.is_whole else "parts" if opaque else "whole",
             "opaque": [str(call) for call in opaque],
             "n_ops": sum(node.op.startswith("call_") for node in self.captured.graph.nodes),
         }
@@ -158,9 +157,11 @@ def _balance(entry: Entry, method: str, subject: Subject, maker: _Maker) -> floa
         return None
     args, kwargs = call_of(entry, entry.batch, seed=1)
     try:
-        if method == "stagecut":
-            return best_parts(captured_flops(maker.captured, args, kwargs))
-        return best_parts(peer_flops(subject, args, kwargs))
+        stagecut = method == "stagecut"
+        costs = captured_flops(maker.captured, args, kwargs) if stagecut else peer_flops(subject, args, kwargs)
+        if sum(costs) > 0:
+            maker.record["heaviest"] = max(costs) * N_PARTS / sum(costs)
+        return best_parts(costs)
     except Exception as error:
         maker.record["balance_error"] = f"{type(error).__name__}: {str(error)[:200]}"
         return None

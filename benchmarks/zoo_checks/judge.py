@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from zoo_entries import Entry
 
 from .compare import TOLERANCE, Run, Verdict, compare, objective, tensors_of
@@ -79,7 +80,7 @@ def judge(entry: Entry, make: Maker, *, double: bool = False) -> tuple[dict[str,
     eager = Subject(twin, twin)
     verdicts: dict[str, Any] = {}
     for check in CHECKS:
-        if (check.other_batch and entry.other_batch is None) or not (check.training or entry.modes):
+        if (check.other_batch and not _has_other_batch(entry)) or not (check.training or entry.modes):
             continue
         if entry.unjudged:
             verdicts[check.name] = {"ok": None, "detail": entry.unjudged}
@@ -97,6 +98,14 @@ def judge(entry: Entry, make: Maker, *, double: bool = False) -> tuple[dict[str,
         del reference, given
         _align(twin, subject.owner)
     return verdicts, subject
+
+
+def _has_other_batch(entry: Entry) -> bool:
+    """Say whether a call with another number of rows has the same arguments: a list of targets has one for each row."""
+    if entry.other_batch is None:
+        return False
+    calls = [call_of(entry, rows, seed=1) for rows in (entry.batch, entry.other_batch)]
+    return tree_flatten(calls[0])[1] == tree_flatten(calls[1])[1]
 
 
 def doubtful(verdicts: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import fx
@@ -46,6 +46,7 @@ class Emitter:
         self._parts: dict[Ref, fx.Node] = {}
         self._numbers: dict[Expr, fx.Node] = {}
         self._regions: dict[InRegion, InRegion] = {}
+        self._looks: list[fx.Node] = []
         self._count = 0
 
     def emit(self, calls: Sequence[Call]) -> None:
@@ -53,6 +54,14 @@ class Emitter:
         self._calls = calls
         for call in calls:
             self._nodes.append(self._call(call))
+
+    def output(self, trained: list[fx.Node], evaluated: list[fx.Node] | None) -> None:
+        """Write the results of both modes; what only one mode looks at is looked at in that mode only."""
+        self.graph.output((trained, evaluated))
+        for node in reversed(self._looks):
+            modes = {mode for user in node.users for mode in _modes_of_use(node, user)}
+            if ONLY not in node.meta and len(modes) == 1 and None not in modes:
+                node.meta[ONLY] = modes.pop()
 
     def value(self, leaf: Any) -> Any:
         """Return the node that stands for a reference or a computed number; other leaves as they are."""
@@ -110,7 +119,9 @@ class Emitter:
 
     def _derived(self, function: Any, args: Any, origin: Call, op: str = "call_function") -> fx.Node:
         """Write an op that only looks at a value; it runs where that value is made."""
-        return self._create(op, function, args, {}, origin)
+        node = self._create(op, function, args, {}, origin)
+        self._looks.append(node)
+        return node
 
     def _part(self, ref: Ref) -> fx.Node:
         if not ref.path:
@@ -134,6 +145,25 @@ class Emitter:
         if expr.name in ("size", "numel"):
             return self._derived(expr.name, args, origin, "call_method")
         return self._derived(getattr(operator, expr.name), args, origin)
+
+
+def _modes_of_use(node: fx.Node, user: fx.Node) -> Iterator[tuple[str, bool] | None]:
+    """List the modes, of modules by path, in which ``user`` needs ``node``; None stands for all."""
+    given: Any = user.args
+    if user.op == "output":
+        in_training, in_evaluation = given[0]
+        if in_evaluation is None:
+            yield None
+            return
+        sides, owner = (in_training, in_evaluation), ""
+    elif OWNER in user.meta and ONLY not in user.meta:
+        sides, owner = ([given[0]], [given[1]]), user.meta[OWNER]
+    else:
+        yield user.meta.get(ONLY)
+        return
+    for side, training in zip(sides, (True, False)):
+        if node in side:
+            yield owner, training
 
 
 def specialise(graph: fx.Graph, training: Callable[[str], bool]) -> fx.Graph:

@@ -516,6 +516,35 @@ def test_a_result_may_have_another_form_in_evaluation() -> None:
     assert set(caught.module.eval()(rows())) == {"eval", "more"}
 
 
+class LosesItsLoss(nn.Module):
+    """As the parts of torchvision's detectors: in evaluation there is no loss to look up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.lin(x) * float(x.detach().abs().max())
+        return h, ({"loss": h.sum()} if self.training else {})
+
+
+class AddsLosses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = LosesItsLoss()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h, losses = self.part(x)
+        return {"total": losses["loss"] * 2} if self.training else [h]
+
+
+def test_what_an_opaque_module_returns_in_one_mode_only_is_looked_up_in_that_mode() -> None:
+    model = AddsLosses()
+    caught = capture(model, (rows(),))
+    assert [call.path for call in caught.opaque] == ["part"]
+    assert_faithful(model, caught, rows())
+
+
 def test_modules_can_be_kept_whole_on_request() -> None:
     model = between(skips)
     caught = capture(model, (rows(),), opaque=["1"])
