@@ -27,8 +27,10 @@ if TYPE_CHECKING:
         StallError,
         WorkerLost,
     )
-    from .partitioner.capture import Capture, capture
+    from .partitioner.capture import Capture, OpaqueCall, capture
+    from .partitioner.hidden import Hidden
     from .partitioner.plan import Plan, load
+    from .partitioner.verification import CaptureCheck
     from .runtime.pipeline import Pipeline
     from .runtime.program import Timeline
     from .runtime.results import EvalResult, Profile, StepResult
@@ -38,12 +40,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Capture",
+    "CaptureCheck",
     "CaptureError",
     "CheckpointError",
     "ConstraintError",
     "DeviceError",
     "EvalResult",
+    "Hidden",
     "InfeasibleError",
+    "OpaqueCall",
     "Pipeline",
     "Plan",
     "PlanError",
@@ -66,8 +71,10 @@ __all__ = [
 # spend a second on importing the partitioner and what it stands on.
 _HOMES = {
     "api": ("compile", "plan"),
-    "partitioner.capture": ("Capture", "capture"),
+    "partitioner.capture": ("Capture", "OpaqueCall", "capture"),
+    "partitioner.hidden": ("Hidden",),
     "partitioner.plan": ("Plan", "load"),
+    "partitioner.verification": ("CaptureCheck",),
     "runtime.pipeline": ("Pipeline",),
     "runtime.program": ("Timeline",),
     "runtime.results": ("EvalResult", "Profile", "StepResult"),

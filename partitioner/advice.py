@@ -6,7 +6,7 @@ import re
 
 _INPLACE_STATE = "keep it in a buffer (self.register_buffer) that is changed in place, or change it outside of forward"
 _TORCH_RANDOM = "draw from torch (torch.rand, torch.randint), whose random numbers a graph keeps"
-_SMALL_MODULE = "give these lines a small submodule of their own, so that only it is kept whole"
+_SMALL_MODULE = "give these lines a function of their own, from tensors to tensors, so that only it is kept whole"
 _ANY_BATCH = "write it over the whole batch at once, without a Python loop or list whose length is the batch size"
 _GRADIENTS = "use a torch.autograd.Function, whose own backward is kept, or do it outside of the model"
 

@@ -115,7 +115,7 @@ def test_an_opaque_module_is_told_with_reason_place_shares_and_advice(monkeypatc
         f"    where: {__file__[1:]}:{line_of(Gate.forward, 'if y.sum()')}",
         "    hides from the cut: 33% of the parameters and 20% of the forward FLOPs",
         "    to open it: choose with torch.where instead of if; "
-        "or give these lines a small submodule of their own, so that only it is kept whole",
+        "or give these lines a function of their own, from tensors to tensors, so that only it is kept whole",
     ]
 
 
@@ -236,7 +236,7 @@ def test_a_branch_on_the_batch_size_has_its_own_advice() -> None:
     assert advice("it branches on the batch size").startswith("do the same for every batch size")
     assert advice("it changes an argument that is not a tensor").startswith("copy the argument")
     assert advice("asked for") == ""
-    assert "small submodule" in advice("something that nobody thought of")
+    assert "function of their own" in advice("something that nobody thought of")
 
 
 def reasons_in(tree: ast.AST) -> list[str]:
