@@ -23,13 +23,17 @@ from .recording.state import TraceRefused
 
 @dataclass(frozen=True)
 class Findings:
-    """What recordings found out: classes of modules by path, modules and functions kept whole, tensors written to."""
+    """What recordings found out.
+
+    Classes of modules by path, modules and functions kept whole, tensors that are written to, the one device of all.
+    """
 
     model: nn.Module
     types: Mapping[str, type]
     opaque: Mapping[str, OpaqueCall]
     functions: Iterable[tuple[Any, TraceRefused]]
     written: set[str]
+    device: str | None
 
 
 def assembled_whole(inputs: InputSpec, findings: Findings) -> Capture:
@@ -83,6 +87,7 @@ def assembled(inputs: InputSpec, united: United, objects: Mapping[str, Any], fin
         opaque=(*modules, *([] if whole else _functions(united.calls, dict(findings.functions)))),
         mode_owners=_owners(emitter, whole),
         written=frozenset(findings.written),
+        device=findings.device,
     )
 
 

@@ -106,6 +106,8 @@ class Ladder:
         self.may_warm_up = may_warm_up and not self.meta
         self.warmed: set[bool] = set()
         self.written: set[str] = set()
+        devices = {str(t.device) for t in (*tensors_of(leaves), *model.parameters(), *model.buffers())}
+        self.device = devices.pop() if len(devices) == 1 else None
         self.without_data = FakeTensorMode(allow_non_fake_inputs=True)
         self._start_over(real=real)
 
@@ -442,7 +444,7 @@ class Ladder:
     # --- the graph ---------------------------------------------------------------------------------------------------
 
     def _made(self) -> Findings:
-        return Findings(self.model, self.types, self.opaque, self.kept.functions.values(), self.written)
+        return Findings(self.model, self.types, self.opaque, self.kept.functions.values(), self.written, self.device)
 
     def _inputs(self) -> InputSpec:
         leaves = tuple(map(self._freed, self.inputs.leaves))

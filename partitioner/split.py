@@ -166,6 +166,7 @@ def _stage(
         output_structure=capture.trained.structure if last else None,
         evaluated=other if last else None,
         mode_owners=owners,
+        captured_on=capture.device,
     )
 
 

@@ -55,14 +55,21 @@ class _Caller:
         return getattr(owner, self.method)(*args, **kwargs)
 
 
-def build_module(spec: StageSpec, seed: Seed, training: Callable[[str], bool] = lambda path: True) -> fx.GraphModule:
+def build_module(
+    spec: StageSpec,
+    seed: Seed,
+    training: Callable[[str], bool] = lambda path: True,
+    device: torch.device | None = None,
+) -> fx.GraphModule:
     """Compile the stage's records into a module that takes (graph inputs…, wire values…) and returns its results.
 
     The results are a dict from node name to value, for every value that leaves the stage or is reported; None for one
     that is not computed in this mode. ``training`` tells the mode of a module of the user's model by path.
     """
     graph = fx.Graph()
-    root: dict[str, Any] = {**spec.modules, **spec.attributes}
+    moves = None if device is None or spec.captured_on is None else (torch.device(spec.captured_on), device)
+    modules = spec.modules if moves is None else {path: _moved(module, *moves) for path, module in spec.modules.items()}
+    root: dict[str, Any] = {**modules, **spec.attributes}
     known: dict[str, Any] = {name: graph.placeholder(_safe(name)) for name in input_names(spec)}
 
     def resolve(value: Any) -> Any:
@@ -77,6 +84,8 @@ def build_module(spec: StageSpec, seed: Seed, training: Callable[[str], bool] = 
             return type(value)([resolve(item) for item in value])
         if isinstance(value, dict):
             return {key: resolve(item) for key, item in value.items()}
+        if isinstance(value, torch.device) and moves is not None:
+            return _device_for(value, *moves)
         if isinstance(value, slice):
             return slice(resolve(value.start), resolve(value.stop), resolve(value.step))
         return value
@@ -93,6 +102,29 @@ def build_module(spec: StageSpec, seed: Seed, training: Callable[[str], bool] = 
         known[record.name] = graph.create_node(op, target, args, resolve(record.kwargs), name=_safe(record.name))
     graph.output({name: known.get(name) for name in result_names(spec)})
     return fx.GraphModule(root, graph, class_name=f"Stage{spec.index}")
+
+
+def _device_for(named: torch.device, captured_on: torch.device, device: torch.device) -> torch.device:
+    """Return the device that an op means by the one that the model was captured on."""
+    same = named.type == captured_on.type and named.index in (None, captured_on.index)
+    return device if same else named
+
+
+def _moved(module: nn.Module, captured_on: torch.device, device: torch.device) -> nn.Module:
+    """Let the ops inside a folded module mean ``device`` too; everything else is as it was."""
+    if not isinstance(module, Folded) or captured_on == device:
+        return module
+
+    def move(leaf: Any) -> Any:
+        return _device_for(leaf, captured_on, device) if isinstance(leaf, torch.device) else leaf
+
+    graph = fx.Graph()
+    known: dict[fx.Node, fx.Node] = {}
+    for node in module.body.graph.nodes:
+        made: Any = graph.node_copy(node, known.__getitem__)
+        made.args, made.kwargs = (fx.node.map_aggregate(value, move) for value in (made.args, made.kwargs))
+        known[node] = made
+    return module.with_body(fx.GraphModule(module.body, graph))
 
 
 def _safe(name: str) -> str:
@@ -147,7 +179,7 @@ class StageRuntime:
         self.device = device
         self.loss_fn = loss_fn
         self.seed = Seed()
-        self.module = build_module(spec, self.seed)
+        self.module = build_module(spec, self.seed, device=device)
         self._deciding = spec.deciding
         self._modes = (True,) * len(self._deciding)
         self._variants: dict[tuple[bool, ...], fx.GraphModule] = {self._modes: self.module}
@@ -173,7 +205,7 @@ class StageRuntime:
         """Choose the ops that run in the present modes; all variants share the stage's modules."""
         if self._modes not in self._variants:
             training = dict(zip(self._deciding, self._modes)).__getitem__
-            self._variants[self._modes] = build_module(self.spec, self.seed, training)
+            self._variants[self._modes] = build_module(self.spec, self.seed, training, self.device)
         return self._variants[self._modes]
 
     def _to_device(self, leaf: Any) -> Any:

@@ -66,6 +66,7 @@ class KeptFunctions:
             if function is not None:
                 self.functions[code] = (function, TraceRefused(refusal.reason, refusal.source))
                 return code
+            self.rejected.add(code)
         return None
 
     def reject(self, code: types.CodeType) -> TraceRefused:

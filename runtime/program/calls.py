@@ -6,6 +6,7 @@ They are plain picklable objects with a name, so that a graph prints as code and
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import operator
 from collections.abc import Callable
@@ -355,6 +356,12 @@ class Folded(nn.Module):
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__()
         self.body = body
+
+    def with_body(self, body: fx.GraphModule) -> Folded:
+        """Return one like this that runs other ops."""
+        other = copy.copy(self)
+        other.__dict__["_modules"] = {"body": body}
+        return other
 
 
 class Skippable(Folded):

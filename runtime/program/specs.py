@@ -73,6 +73,7 @@ class StageSpec:
         output_structure: nesting of the model's result, only on the last stage.
         evaluated: the same two for evaluation, where they are others.
         mode_owners: for each leaf module, the module of the user's model whose train() and eval() it follows.
+        captured_on: the device that the model was captured on; where ops name it, they mean the stage's own.
     """
 
     index: int
@@ -86,6 +87,7 @@ class StageSpec:
     output_structure: Structure | None = None
     evaluated: tuple[tuple[OutputLeaf, ...], Structure] | None = None
     mode_owners: dict[str, str] = field(default_factory=dict)
+    captured_on: str | None = None
 
     @property
     def is_last(self) -> bool:

@@ -17,7 +17,16 @@ TIMEOUT_S = 300
 def written(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> tuple[dict[str, Any], str]:
     folder = tmp_path_factory.mktemp("zoo")
     command = [sys.executable, str(repository / "benchmarks" / "zoo.py"), "--group", "torchvision", "--group", "nasty"]
-    command += ["--only", "resnet18", "--only", "squeezenet1_1", "--only", "state.counter_as_a_factor", "--workers", "2"]
+    command += [
+        "--only",
+        "resnet18",
+        "--only",
+        "squeezenet1_1",
+        "--only",
+        "state.counter_as_a_factor",
+        "--workers",
+        "2",
+    ]
     command += [
         "--methods",
         "eager,stagecut,fx",
