@@ -12,8 +12,8 @@ import inspect
 import os
 import threading
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from .surroundings import is_of_the_model
 Caught = Callable[[types.CodeType, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _COPY = "copied_by_stagecut"
 _STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
+_MOST_FUNCTIONS = 500
 _NOT_PLAIN = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
@@ -220,6 +221,27 @@ class MethodReads:
         away = self.method.away | (self.attributes.keys() - self.names.keys())
         made = KeptMethod(self.method.function, self.method.cls, constants, frozenset(away), given)
         return made, tuple(self.attributes[name] for name in given)
+
+
+def reaches(function: Callable[..., Any], tensors: Collection[int]) -> bool:
+    """Say whether a function, or one that it can call by name, closes over a module or one of ``tensors``, by id."""
+    waiting: list[Any] = [function]
+    seen: set[int] = set()
+    while waiting and len(seen) < _MOST_FUNCTIONS:
+        value = waiting.pop()
+        if isinstance(value, nn.Module) or (isinstance(value, torch.Tensor) and id(value) in tensors):
+            return True
+        if not isinstance(value, types.FunctionType) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if not is_of_the_model(value.__code__.co_filename) or _is_standard(value.__code__.co_filename):
+            continue
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # an empty cell
+                waiting.append(cell.cell_contents)
+        waiting += [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
+        waiting += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    return False
 
 
 def run_kept(

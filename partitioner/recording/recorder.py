@@ -25,7 +25,7 @@ from . import functions, madeup
 from .calls import Call, Recording, Region, map_values, map_values_with_path, parts_of, without_memory
 from .doubts import Doubts
 from .forks import MOST_FORKS, Fork
-from .kept import Catching, KeptFunctions, run_kept
+from .kept import Catching, KeptFunctions, reaches, run_kept
 from .naming import SPELLED, UNSPOKEN, Values
 from .numbers import Expr, Guard, Known, KnownFloat, KnownInt, Ref, plain
 from .refusals import outcome_that_goes_on
@@ -93,6 +93,7 @@ class Recorder(TorchFunctionMode):
         self._stack: list[str] = []
         self._group: int | None = None
         self._paused = False
+        self._keeping = False
         self._autocast: list[tuple[str, bool, str]] = []
         self._made = Made()
         self._values = Values(state, self._made, self._add)
@@ -343,7 +344,7 @@ class Recorder(TorchFunctionMode):
                     raise
                 else:
                     refusal.source = refusal.source or line_of(refusal)
-                    self.opaque[path] = refusal
+                    self.opaque[path] = refusal.with_traceback(None)  # which holds all that the model computed
             finally:
                 self._stack.pop()
         return self._keep(module, path, args, kwargs)
@@ -396,6 +397,8 @@ class Recorder(TorchFunctionMode):
         if self.paused:
             return original(*args, **kwargs)
         try:
+            if reaches(original, self.state.tensors):
+                raise OutOfReach("it uses the model's tensors or modules without being given them")
             with self._pause():
                 return self._call_kept(self._catching.kept.functions[code][0], args, kwargs)
         except (TraceRefused, NeedsData, OutOfReach) as error:
@@ -408,13 +411,22 @@ class Recorder(TorchFunctionMode):
     def _call_kept(self, function: types.FunctionType, args: Any, kwargs: Any) -> Any:
         owner = args[0] if args and id(args[0]) in self.state.paths else None
         versions = versions_of(args, kwargs)
-        with own_random_state():
-            target, args, result = run_kept(function, owner, args, kwargs, self._run_without_data)
+        self._keeping = True
+        try:
+            with own_random_state():
+                target, args, result = run_kept(function, owner, args, kwargs, self._run_without_data)
+        finally:
+            self._keeping = False
         call = Call("call_function", target, self._values.encoded(args), self._values.encoded(kwargs))
         return self._append(call, result, versions, opaque=True)
 
     def _run_without_data(self, function: Any, args: Any, kwargs: Any) -> Any:
         return self._run(function, self._without_data(args), self._without_data(kwargs))
+
+    def called_inside(self, module: nn.Module) -> None:
+        """Refuse that a function which is to be kept calls a module of the model."""
+        if self._keeping and id(module) in self.state.paths:
+            raise OutOfReach("it calls a module of the model")
 
     def attribute_set(self, module: nn.Module) -> None:
         """Refuse to change what a module remembers that is kept whole: a graph would not."""

@@ -32,6 +32,9 @@ class Watcher(Protocol):
     def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Call a module."""
 
+    def called_inside(self, module: nn.Module) -> None:
+        """A module is called while calls are left alone."""
+
     def attribute_set(self, module: nn.Module) -> None:
         """An attribute of a module is about to be set."""
 
@@ -89,6 +92,8 @@ def replaced(recorder: Watcher) -> Iterator[None]:
     enter, leave = autocast.__enter__, autocast.__exit__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if recorder.paused:
+            recorder.called_inside(module)
         return call_module(module, *args, **kwargs) if recorder.paused else recorder.call_module(module, args, kwargs)
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:

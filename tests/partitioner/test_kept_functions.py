@@ -276,6 +276,59 @@ class MayReturnNothing(Base):
         return mask if mask.any().item() else None
 
 
+class ClosesOverALayer(Base):
+    def __init__(self) -> None:
+        super().__init__()
+
+        def scaled(h: torch.Tensor) -> torch.Tensor:
+            return self.last(h) * h.sum().item()
+
+        self.scaled = scaled
+
+    def between(self, h: torch.Tensor) -> torch.Tensor:
+        return self.last(self.scaled(h))
+
+
+class ClosesOverAParameter(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        filler = self.filler
+
+        def filled(h: torch.Tensor) -> torch.Tensor:
+            return filler * h.sum().item()
+
+        def scaled(h: torch.Tensor) -> torch.Tensor:
+            return h + filled(h)
+
+        self.scaled = scaled
+
+    def between(self, h: torch.Tensor) -> torch.Tensor:
+        return self.last(self.scaled(h))
+
+
+class Holder:
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def scaled(self, h: torch.Tensor) -> torch.Tensor:
+        return self.layer(h) * h.sum().item()
+
+
+class HoldsALayerElsewhere(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["holder"] = Holder(self.last)
+
+    def between(self, h: torch.Tensor) -> torch.Tensor:
+        return self.last(self.holder.scaled(h))
+
+
+@pytest.mark.parametrize("kind", [ClosesOverALayer, ClosesOverAParameter, HoldsALayerElsewhere])
+def test_a_function_that_comes_by_parameters_unseen_is_no_call_of_its_own(kind: type[Base]) -> None:
+    found = capture(nn.Sequential(nn.Linear(3, 3), kind()), (rows(),))
+    assert names(found) == ["1"]
+
+
 @pytest.mark.parametrize("kind", [SetsAnAttribute, UsesALayer, AsksForALayer, ListsParameters, Appends])
 def test_a_function_that_does_more_is_no_call_of_its_own(kind: type[Base]) -> None:
     found = caught(nn.Sequential(nn.Linear(3, 3), kind()))
