@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as torch_checkpoint
 
-from ...runtime.program.calls import ApplyFunction, DataCheck, OutOfReach, Settled
+from ...runtime.program.calls import ApplyFunction, DataCheck, OutOfReach, SameForm, Settled, form_of
 from ...structure import flatten, unflatten
 from . import functions, madeup
 from .calls import Call, Recording, Region, map_values, map_values_with_path, parts_of, without_memory
@@ -94,6 +94,7 @@ class Recorder(TorchFunctionMode):
         self._group: int | None = None
         self._paused = False
         self._keeping = False
+        self._n_on_data = 0
         self._autocast: list[tuple[str, bool, str]] = []
         self._made = Made()
         self._values = Values(state, self._made, self._add)
@@ -188,6 +189,7 @@ class Recorder(TorchFunctionMode):
                     raise
                 raise NeedsData(f"{line() or ''}: {type(error).__name__}: {error}") from error
             first = error
+        self._n_on_data += 1
         try:
             on_data = functools.partial(call_module, module) if module is not None else function
             result, unsure = madeup.run(on_data, args, kwargs, module, self._without)
@@ -371,10 +373,18 @@ class Recorder(TorchFunctionMode):
             call = Call("call_module", path, self._values.encoded(args), self._values.encoded(kwargs))
             args, kwargs = self._without_data(args), self._without_data(kwargs)
             versions = versions_of(args, kwargs)
+            before = self._n_on_data
             with own_random_state() if path in self.opaque else nullcontext():
                 owner = module if path in self.opaque else None
                 result = self._run(functools.partial(self._isolated(path), module), args, kwargs, owner)
-            return self._append(call, result, versions, opaque=path in self.opaque)
+            looks = path in self.opaque and (self.real or self._n_on_data > before)
+            result = self._append(call, result, versions, opaque=path in self.opaque)
+            if (
+                looks
+            ):  # at data, which may decide what it returns; what follows here was decided by what it returned now
+                check = Call("call_function", SameForm(form_of(result), path), (Ref(len(self.calls) - 1),))
+                self._append(check, None)
+            return result
 
     def _isolated(self, path: str) -> Callable[..., Any]:
         """Call modules with stand-ins for their parameters and buffers, which they might change."""

@@ -86,6 +86,33 @@ def form_of(result: Any) -> tuple[Structure, tuple[str, ...]]:
     return structure, tuple(next((kind.__name__ for kind in kinds if isinstance(leaf, kind)), "") for leaf in leaves)
 
 
+class SameForm(_Named):
+    """Refuse a result of an opaque module that has another form than when the model was captured: None, say."""
+
+    def __init__(self, form: Any, path: str) -> None:
+        self.form, self.path = form, path
+        self._name("check_form")
+
+    def __call__(self, result: Any) -> None:
+        """Check.
+
+        Raises:
+            ShapeError: the graph goes on from another form.
+        """
+        if form_of(result) != self.form:
+            raise ShapeError(
+                f"the opaque module {self.path!r} returned {', '.join(form_of(result)[1])} where it returned "
+                f"{', '.join(self.form[1])} when the model was captured, and the graph goes on from that",
+                hint="keep the module around it whole: opaque=[...] takes its path",
+            )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SameForm) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash((self.form[1], self.path))
+
+
 class KeptFunction(_Named):
     """Call a function of the model's code as it is: the graph does not see what it does.
 

@@ -349,6 +349,34 @@ def test_a_result_of_another_form_is_refused() -> None:
         kept(False)
 
 
+class MaskOrNone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = nn.Parameter(torch.tensor(100.0))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor | None:
+        mask = h > self.level
+        return mask if mask.any() else None
+
+
+class UsesTheMask(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = MaskOrNone()
+        self.lin = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = self.mask(x)
+        return self.lin(x) if mask is None else self.lin(x).masked_fill(mask, 0.0) * 2
+
+
+def test_an_opaque_module_that_returns_something_else_for_other_data_is_noticed() -> None:
+    found = capture(UsesTheMask(), (rows(),))
+    assert torch.equal(found.module(rows()), found.model(rows()))
+    with pytest.raises(ShapeError, match="'mask' returned Tensor where it returned NoneType"):
+        found.module(rows() + 1000)
+
+
 def test_a_method_that_reads_more_than_when_captured_is_refused() -> None:
     kept = KeptMethod(AsksForALayer.asking, AsksForALayer, {}, frozenset({"last"}))
     with pytest.raises(OutOfReach, match="'last'"):

@@ -86,7 +86,7 @@ def test_one_op_is_one_op() -> None:
 
 def test_the_headline_counts_opaque_modules() -> None:
     assert (
-        report_of(net())[0] == "Sequential: 3 ops; not captured whole, with 1 opaque module that cannot be cut inside"
+        report_of(net())[0] == "Sequential: 4 ops; not captured whole, with 1 opaque module that cannot be cut inside"
     )
 
 
