@@ -20,6 +20,7 @@ _ADVICE: tuple[tuple[str, str], ...] = (
     (r"reads a number out of a tensor", "keep the number in the tensor: no .item(), int() or float() on the way"),
     (r"reads (a shape that depends on data|a tensor's|the data)", f"work on the tensor itself; or {_SMALL_MODULE}"),
     (r"changes its own attribute", _INPLACE_STATE),
+    (r"converts or moves a module", "convert the model once, before it is captured"),
     (r"an attribute of a module", "hand the value to the module as an argument"),
     (r"hook changes something", "let the hook return what it found, or remove it before the model is captured"),
     (r"has backward hooks", "remove the module's backward hooks before the model is captured"),

@@ -172,20 +172,23 @@ class Ladder:
     def _with_forks(self, resolved: Resolved, base: Recording, training: bool) -> Resolved:
         """Fold the calls that random numbers decide, by recordings that go the other way at one fork each."""
         segments: list[Segment] = []
+        doubted = {fork.source for fork in base.forks}
         try:
             for number, fork in enumerate(base.forks):
+                doubted = {fork.source}
                 segment = segment_of(base, self._turned(training, {number}), number)
                 if segment is None:  # it is the other side that makes calls
                     self._go_the_other_way(base, training, fork.source)
                 elif segment.start < segment.end:
                     segments.append(segment)
+            doubted = {fork.source for fork in base.forks}
             if segments:
                 together = self._turned(training, set(range(len(base.forks))))
                 if len(base.calls) - len(together.calls) != sum(segment.end - segment.start for segment in segments):
                     raise NotOptional
             return with_segments(resolved, segments)
         except (_Fails, NotOptional):
-            self.kept.unforked |= {fork.source for fork in base.forks}
+            self.kept.unforked |= doubted
             raise _Again from None
 
     def _turned(self, training: bool, forks: set[int]) -> Recording:

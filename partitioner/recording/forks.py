@@ -65,7 +65,7 @@ def segment_of(base: Recording, turned: Recording, number: int) -> Segment | Non
         raise NotOptional
     compare = _Comparison(start, start + missing)
     for ours, theirs in zip(base.calls[start + missing :], turned.calls[start:], strict=True):
-        if _key(ours) != _key(theirs):
+        if _key(ours) != _key(theirs) or ours.shapes != theirs.shapes:
             raise NotOptional
         compare.values([ours.args, ours.kwargs], [theirs.args, theirs.kwargs])
     if base.result[1] != turned.result[1]:
@@ -110,6 +110,8 @@ class _Comparison:
         if isinstance(a, Ref) and isinstance(b, Ref):
             self._refs(a, b)
         elif isinstance(a, Known) and isinstance(b, Known):
+            if plain(a) != plain(b):
+                raise NotOptional
             self._pair(a.expr, b.expr)
         elif isinstance(a, Expr) and isinstance(b, Expr) and a.name == b.name and len(a.args) == len(b.args):
             for x, y in zip(a.args, b.args):

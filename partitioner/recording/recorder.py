@@ -162,7 +162,8 @@ class Recorder(TorchFunctionMode):
             return self._read(func, name, args)
         op, target = ("call_function", getattr) if getter else functions.target_of(func, name)
         given = (args[0], name) if getter else args
-        encoded, encoded_kwargs = self._values.encoded(given, True), self._values.encoded(kwargs, True)
+        encoded = tuple(self._values.encoded(item, True) for item in given)
+        encoded_kwargs = self._values.encoded(kwargs, True)
         args, kwargs = self._without_data(args), self._without_data(kwargs)
         versions = versions_of(args, kwargs)
         result = self._run(func, args, kwargs)
@@ -437,6 +438,11 @@ class Recorder(TorchFunctionMode):
         """Refuse that a function which is to be kept calls a module of the model."""
         if self._keeping and id(module) in self.state.paths:
             raise OutOfReach("it calls a module of the model")
+
+    def converted(self, module: nn.Module) -> None:
+        """Refuse to convert the model's parameters, even to what they are."""
+        if id(module) in self.state.paths:
+            raise self._refusal("it converts or moves a module of the model (to, float, half)")
 
     def attribute_set(self, module: nn.Module) -> None:
         """Refuse to change what a module remembers that is kept whole: a graph would not."""

@@ -18,6 +18,7 @@ from .state import TraceRefused
 from .surroundings import line
 
 call_module = nn.Module.__call__
+convert_plainly = nn.Module._apply
 set_plainly = nn.Module.__setattr__
 apply_function = torch.autograd.Function.__dict__["apply"]
 
@@ -34,6 +35,9 @@ class Watcher(Protocol):
 
     def called_inside(self, module: nn.Module) -> None:
         """A module is called while calls are left alone."""
+
+    def converted(self, module: nn.Module) -> None:
+        """The parameters of a module are about to be converted or moved."""
 
     def attribute_set(self, module: nn.Module) -> None:
         """An attribute of a module is about to be set."""
@@ -104,6 +108,11 @@ def replaced(recorder: Watcher) -> Iterator[None]:
             recorder.attribute_set(module)
         set_plainly(module, name, value)
 
+    def convert(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not recorder.paused:
+            recorder.converted(module)
+        return convert_plainly(module, *args, **kwargs)  # type: ignore[no-untyped-call]
+
     def scripted(function: Any, *args: Any, **kwargs: Any) -> Any:
         original = functools.partial(call_script, function)
         return (
@@ -140,6 +149,7 @@ def replaced(recorder: Watcher) -> Iterator[None]:
         setattr(place, name, _refusing(recorder, draw, reason))
     library._check_tensor_all_with = check
     nn.Module.__call__ = call  # type: ignore[method-assign]
+    nn.Module._apply = convert  # type: ignore[method-assign,assignment]
     nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign,assignment]
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
     checkpoints._checkpoint_without_reentrant_generator = without_reentry
@@ -152,6 +162,7 @@ def replaced(recorder: Watcher) -> Iterator[None]:
         script.__call__ = call_script
         library._check_tensor_all_with = check_all
         nn.Module.__call__ = call_module  # type: ignore[method-assign]
+        nn.Module._apply = convert_plainly  # type: ignore[method-assign]
         nn.Module.__setattr__ = set_plainly  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply_function  # type: ignore[method-assign]
         checkpoints._checkpoint_without_reentrant_generator = generator

@@ -165,12 +165,22 @@ def under_a_checkpoint(self: Layers, h: torch.Tensor) -> torch.Tensor:
     return checkpoint(lambda x: as_wav2vec2(self, x), h, use_reentrant=False)
 
 
+def shortens(self: Layers, h: torch.Tensor) -> torch.Tensor:
+    """As Informer distils: a layer that is made halves the length, and what follows has other sizes."""
+    h = h[:, None, :].expand(h.shape[0], 8, 3)
+    for inner in self.layers[:2]:
+        if not torch.rand([]) < 0.5:
+            h = F.max_pool1d(inner(h).transpose(1, 2), 2).transpose(1, 2)
+    return h.reshape(h.shape[0], -1).view(h.shape[0], h.shape[1], 3).mean(1)
+
+
 def looks_at_data(self: Layers, h: torch.Tensor) -> torch.Tensor:
     return self.layers[0](h) if h.sum() > 0 else h
 
 
 @pytest.mark.parametrize(
-    "function", [both_sides_compute, counts_in_python, two_values, forks_within, under_a_checkpoint, looks_at_data]
+    "function",
+    [both_sides_compute, counts_in_python, two_values, forks_within, under_a_checkpoint, shortens, looks_at_data],
 )
 def test_other_branches_on_random_numbers_and_data_are_kept_whole(function: Callable[..., torch.Tensor]) -> None:
     found = capture(nn.Sequential(nn.Linear(3, 3), Layers(function)), (rows(),))

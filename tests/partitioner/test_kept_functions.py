@@ -605,6 +605,35 @@ def test_who_sets_back_what_a_module_remembers_is_kept_with_it() -> None:
         found.module(rows()).sum().backward()
 
 
+class Converts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.lin = self.lin.to(torch.float32)
+        return self.lin(x)
+
+
+def test_a_module_that_converts_its_layers_is_kept_and_their_parameters_stay_what_they_are() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), Converts())
+    weight = model[1].lin.weight
+    found = caught(model)
+    assert names(found) == ["1"]
+    assert model[1].lin.weight is weight
+    assert type(weight) is nn.Parameter
+
+
+class StacksParts(Base):
+    def between(self, h: torch.Tensor) -> torch.Tensor:
+        return torch.maximum(*h.chunk(2, dim=0)).repeat(2, 1)
+
+
+def test_parts_of_a_value_may_be_the_arguments_of_a_call() -> None:
+    found = capture(StacksParts(), (rows(),))
+    assert found.verify((rows(),)).ok
+
+
 class ListOfRows(Base):
     """As llava's models do: a list of the rows of a batch, put together again."""
 
