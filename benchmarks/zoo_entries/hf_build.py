@@ -14,6 +14,7 @@ HIDDEN, HEADS, LAYERS, VOCAB, POSITIONS = 32, 4, 8, 100, 64
 SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "projection_dim", "hidden_dim"), HIDDEN),
     **dict.fromkeys(("decoder_hidden_size", "encoder_hidden_size", "embedding_size", "width"), HIDDEN),
+    **dict.fromkeys(("input_embedding_size", "output_embedding_size"), HIDDEN),
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"), LAYERS),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers", "num_encoder_layers"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
