@@ -184,6 +184,8 @@ class Recorder(TorchFunctionMode):
         args, kwargs = without_memory(tuple(args)), without_memory(dict(kwargs))
         try:
             return function(*args, **kwargs)
+        except OutOfReach:
+            raise
         except Exception as error:
             if self._without is None or self._is_meta:
                 if self.real:
@@ -194,6 +196,8 @@ class Recorder(TorchFunctionMode):
         try:
             on_data = functools.partial(call_module, module) if module is not None else function
             result, unsure = madeup.run(on_data, args, kwargs, module, self._without)
+        except OutOfReach:
+            raise
         except Exception:
             raise NeedsData(f"{line() or ''}: {type(first).__name__}: {first}") from first
         self._kept_alive.append(unsure)
@@ -380,9 +384,7 @@ class Recorder(TorchFunctionMode):
                 result = self._run(functools.partial(self._isolated(path), module), args, kwargs, owner)
             looks = path in self.opaque and (self.real or self._n_on_data > before)
             result = self._append(call, result, versions, opaque=path in self.opaque)
-            if (
-                looks
-            ):  # at data, which may decide what it returns; what follows here was decided by what it returned now
+            if looks:  # at data, which may decide whether it returns None; what follows goes on from what it did now
                 check = Call("call_function", SameForm(form_of(result), path), (Ref(len(self.calls) - 1),))
                 self._append(check, None)
             return result
