@@ -75,7 +75,7 @@ SPECS = [
     shrinking("focalnet", embed_dim=16, depths=[2, 2, 4, 2], hidden_sizes=[16, 32, 64, 128]),
     shrinking("resnet", **_RESNET),
     shrinking("regnet", embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[2, 2, 2, 2], groups_width=8),
-    shrinking("bit", embedding_size=32, hidden_sizes=[32, 32, 64, 64], depths=[3, 4, 6, 3], num_groups=8),
+    shrinking("bit", embedding_size=16, hidden_sizes=[64, 128, 256, 512], depths=[3, 4, 6, 3], num_groups=8),
     shrinking("efficientnet", width_coefficient=0.25, depth_coefficient=0.5, hidden_dim=320, image_size=64),
     shrinking("mobilenet_v1", depth_multiplier=0.25),
     shrinking("mobilenet_v2", depth_multiplier=0.35),
