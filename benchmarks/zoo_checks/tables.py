@@ -67,8 +67,8 @@ def summary(report: dict[str, Any]) -> str:
         for method in METHODS:
             records = _records(report, group, method)
             if records:
-                lines.append(_row(method, records))
-        lines.append("")
+                lines.append(_row(_NAMES[method], records))
+        lines += [*_on_the_same_entries(report, group), ""]
     return "\n".join(lines)
 
 
@@ -91,14 +91,24 @@ def _rule() -> str:
     return f"|{'|'.join(['---', *['---:'] * (len(_COLUMNS) - 1)])}|"
 
 
-def _row(method: str, records: list[dict[str, Any]]) -> str:
+def _on_the_same_entries(report: dict[str, Any], group: str) -> list[str]:
+    """Tabulate stagecut on the entries that other methods were tried on, where these are fewer."""
+    methods = [entry["methods"] for entry in report["entries"].values() if entry["group"] == group]
+    ours = [own for own in methods if "stagecut" in own]
+    both = [own for own in ours if own.keys() & {"fx", "export", "pipelining"}]
+    if not both or len(both) == len(ours):
+        return []
+    return [_row(f"{_NAMES['stagecut']}, of the entries that others were tried on", [own["stagecut"] for own in both])]
+
+
+def _row(name: str, records: list[dict[str, Any]]) -> str:
     kinds = [record["kind"] for record in records]
     opened = [record for record in records if record["kind"] in ("whole", "parts")]
     judged = [judgement(record) for record in records]
     balances = [record["balance"] for record in opened if record.get("balance") is not None]
     seconds = [record["capture_cpu_s"] for record in records if "capture_cpu_s" in record]
     cells = [
-        _NAMES[method],
+        name,
         len(records),
         kinds.count("whole"),
         kinds.count("parts"),

@@ -33,7 +33,7 @@ if sys.argv[1] == "wait":
         model[0].weight.fill_(1e5)
     pm.step(x, target=y)
 """
-GONE_S = 30.0
+GONE_S = 120.0
 
 
 def start(mode: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
