@@ -14,6 +14,8 @@ import pytest
 SCRIPT = """
 import sys, warnings
 warnings.simplefilter("ignore")
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell has it ignored
 import torch, stagecut
 from torch import nn
 class Slow(nn.Module):
@@ -33,7 +35,7 @@ if sys.argv[1] == "wait":
         model[0].weight.fill_(1e5)
     pm.step(x, target=y)
 """
-GONE_S = 120.0
+GONE_S = 60.0
 
 
 def start(mode: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
