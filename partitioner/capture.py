@@ -59,15 +59,15 @@ def _attempts(
     ladder = Ladder(model, inputs, leaves, asked, order)
     with put_back(model):
         result = ladder.climb()
-    yield result
+    yield replace(result, sets_itself_up=bool(ladder.warmed))
     if ladder.warmed:
         with put_back(model):
             result = Ladder(model, inputs, leaves, asked, order, may_warm_up=False).climb()
-        yield result
+        yield replace(result, sets_itself_up=bool(ladder.warmed))
     if not ladder.real and not ladder.meta:
         with put_back(model):
             result = Ladder(model, inputs, leaves, asked, order, may_warm_up=False, real=True).climb()
-        yield result
+        yield replace(result, sets_itself_up=bool(ladder.warmed))
 
 
 __all__ = ["Capture", "CaptureError", "OpaqueCall", "capture"]

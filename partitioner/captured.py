@@ -71,6 +71,7 @@ class Capture:
         written: parameters and buffers that the forward changes in place.
         flops: forward FLOPs of the whole model (by the name ``""``) and of what is opaque, by its name, for a few rows;
             empty if nothing is opaque, or if they could not be counted.
+        sets_itself_up: the forward changes attributes at a first call only; the graph is of the calls after it.
         device: where the model and the example are, if that is one device; ops of the graph name it.
     """
 
@@ -84,6 +85,7 @@ class Capture:
     mode_owners: dict[str, str]
     written: frozenset[str] = frozenset()
     flops: Mapping[str, int] = field(default_factory=dict)
+    sets_itself_up: bool = False
     device: str | None = None
 
     @property

@@ -78,15 +78,21 @@ def forward_flops(result: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]
     return {}
 
 
+def _alike(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Copy an argument, or its first rows; gradients stop there, and are wanted there, as the caller's."""
+    return value.detach().clone().requires_grad_(like.requires_grad)
+
+
 def _run(result: Capture, module: nn.Module, args: Any, kwargs: Any, rows: int | None) -> Any:
     leaves, structure = call_leaves(result.model.forward, args, kwargs)
     leaves = [
-        leaf[:rows].detach().clone() if known.batched else leaf.detach().clone() if known.graph_input else leaf
+        _alike(leaf[:rows] if known.batched else leaf, leaf) if known.graph_input else leaf
         for known, leaf in zip(result.inputs.leaves, leaves)
     ]
     few_args, few_kwargs = unflatten(structure, leaves)
     state = ModelState(result.model).tensors.values()
-    mutable = [t for name, t in state if not isinstance(t, nn.Parameter) or name in result.written]
+    parameters = result.sets_itself_up  # a first call may write to any of them
+    mutable = [t for name, t in state if parameters or not isinstance(t, nn.Parameter) or name in result.written]
     kept = [(tensor, tensor.detach().clone()) for tensor in mutable]
     torch.manual_seed(0)
     random.seed(0)
