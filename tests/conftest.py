@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,3 +51,12 @@ def no_workers_left() -> Iterator[None]:
 def repository() -> Path:
     """Return the root of the checkout."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture
+def warnings_are_errors() -> Iterator[None]:
+    """Fail on any warning, and begin from the same random numbers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.manual_seed(0)
+        yield

@@ -18,8 +18,7 @@ from .state import TraceRefused
 from .surroundings import line
 
 call_module = nn.Module.__call__
-convert_plainly = nn.Module._apply
-set_plainly = nn.Module.__setattr__
+Replacement = tuple[Any, str, Any]  # where, by what name, with what
 apply_function = torch.autograd.Function.__dict__["apply"]
 
 
@@ -61,39 +60,25 @@ class Watcher(Protocol):
         """An autocast region ends."""
 
 
-def _drawing() -> Iterator[tuple[Any, str, Callable[..., Any], str]]:
-    """List the functions of ``random`` and ``numpy.random`` that draw, with what is to be said of them."""
-    own = {"getstate", "setstate", "get_state", "set_state"}
-    for place, made, reason in (
-        (random, vars(random)["_inst"], "it draws random numbers from Python's random module"),
-        (np.random, vars(np.random.mtrand)["_rand"], "it draws random numbers from numpy"),
-    ):
-        for name, value in vars(place).items():
-            if getattr(value, "__self__", None) is made and name not in own:
-                yield place, name, value, reason
-
-
-def _refusing(recorder: Watcher, draw: Callable[..., Any], reason: str) -> Callable[..., Any]:
-    @functools.wraps(draw)
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        if recorder.paused:
-            return draw(*args, **kwargs)
-        raise TraceRefused(reason, line())
-
-    return refuse
-
-
 @contextmanager
 def replaced(recorder: Watcher) -> Iterator[None]:
     """Send calls of modules, custom autograd functions, checkpoints and autocast regions through ``recorder``."""
-    autocast: Any = torch.amp.autocast_mode.autocast
-    generator: Any = torch_checkpoint._checkpoint_without_reentrant_generator
-    library: Any = torch
+    replacements = [*_of_calls(recorder), *_of_regions(recorder), *_of_modules(recorder), *_of_draws(recorder)]
+    before = [(place, name, vars(place).get(name, getattr(place, name))) for place, name, _ in replacements]
+    try:
+        for place, name, value in replacements:
+            setattr(place, name, value)
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
+
+
+def _of_calls(recorder: Watcher) -> Iterator[Replacement]:
+    """Replace what is called: modules, custom autograd functions, scripted functions, checks of data."""
     script: Any = torch.jit.ScriptFunction
-    checkpoints: Any = torch_checkpoint
-    check_all: Any = torch._check_tensor_all_with
     call_script: Any = script.__call__
-    enter, leave = autocast.__enter__, autocast.__exit__
+    check_all: Any = torch._check_tensor_all_with
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if recorder.paused:
@@ -103,21 +88,29 @@ def replaced(recorder: Watcher) -> Iterator[None]:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return apply_function.__func__(cls, *args, **kwargs) if recorder.paused else recorder.apply(cls, args, kwargs)
 
-    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
-        if not recorder.paused:
-            recorder.attribute_set(module)
-        set_plainly(module, name, value)
-
-    def convert(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not recorder.paused:
-            recorder.converted(module)
-        return convert_plainly(module, *args, **kwargs)  # type: ignore[no-untyped-call]
-
     def scripted(function: Any, *args: Any, **kwargs: Any) -> Any:
         original = functools.partial(call_script, function)
         return (
             original(*args, **kwargs) if recorder.paused else recorder.call(Scripted(function), original, args, kwargs)
         )
+
+    def check(error: Any, condition: Any, message: Any) -> None:
+        if recorder.paused or not isinstance(condition, torch.Tensor):
+            check_all(error, condition, message)
+        else:
+            recorder.check(condition)
+
+    yield nn.Module, "__call__", call
+    yield torch.autograd.Function, "apply", classmethod(apply)
+    yield script, "__call__", scripted
+    yield torch, "_check_tensor_all_with", check
+
+
+def _of_regions(recorder: Watcher) -> Iterator[Replacement]:
+    """Replace what surrounds calls: checkpoints and autocast."""
+    autocast: Any = torch.amp.autocast_mode.autocast
+    enter, leave = autocast.__enter__, autocast.__exit__
+    generator: Any = torch_checkpoint._checkpoint_without_reentrant_generator
 
     def without_reentry(fn: Any, preserve: bool = True, context_fn: Any = None, *args: Any, **kwargs: Any) -> Any:
         if recorder.paused:
@@ -136,34 +129,47 @@ def replaced(recorder: Watcher) -> Iterator[None]:
             recorder.autocast_left()
         return leave(self, *error)
 
-    script.__call__ = scripted
+    yield torch_checkpoint, "_checkpoint_without_reentrant_generator", without_reentry
+    yield autocast, "__enter__", entered
+    yield autocast, "__exit__", left
 
-    def check(error: Any, condition: Any, message: Any) -> None:
-        if recorder.paused or not isinstance(condition, torch.Tensor):
-            check_all(error, condition, message)
-        else:
-            recorder.check(condition)
 
-    drawing = list(_drawing())
-    for place, name, draw, reason in drawing:
-        setattr(place, name, _refusing(recorder, draw, reason))
-    library._check_tensor_all_with = check
-    nn.Module.__call__ = call  # type: ignore[method-assign]
-    nn.Module._apply = convert  # type: ignore[method-assign,assignment]
-    nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign,assignment]
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
-    checkpoints._checkpoint_without_reentrant_generator = without_reentry
-    autocast.__enter__, autocast.__exit__ = entered, left
-    try:
-        yield
-    finally:
-        for place, name, draw, _ in drawing:
-            setattr(place, name, draw)
-        script.__call__ = call_script
-        library._check_tensor_all_with = check_all
-        nn.Module.__call__ = call_module  # type: ignore[method-assign]
-        nn.Module._apply = convert_plainly  # type: ignore[method-assign]
-        nn.Module.__setattr__ = set_plainly  # type: ignore[method-assign]
-        torch.autograd.Function.apply = apply_function  # type: ignore[method-assign]
-        checkpoints._checkpoint_without_reentrant_generator = generator
-        autocast.__enter__, autocast.__exit__ = enter, leave
+def _of_modules(recorder: Watcher) -> Iterator[Replacement]:
+    """Replace what changes modules: setting attributes, converting parameters."""
+    convert_plainly: Any = nn.Module._apply
+    set_plainly = nn.Module.__setattr__
+
+    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+        if not recorder.paused:
+            recorder.attribute_set(module)
+        set_plainly(module, name, value)
+
+    def convert(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not recorder.paused:
+            recorder.converted(module)
+        return convert_plainly(module, *args, **kwargs)
+
+    yield nn.Module, "__setattr__", set_attribute
+    yield nn.Module, "_apply", convert
+
+
+def _of_draws(recorder: Watcher) -> Iterator[Replacement]:
+    """Replace the functions of ``random`` and ``numpy.random`` that draw, by ones that refuse."""
+    own = {"getstate", "setstate", "get_state", "set_state"}
+    for place, made, reason in (
+        (random, vars(random)["_inst"], "it draws random numbers from Python's random module"),
+        (np.random, vars(np.random.mtrand)["_rand"], "it draws random numbers from numpy"),
+    ):
+        for name, value in vars(place).items():
+            if getattr(value, "__self__", None) is made and name not in own:
+                yield place, name, _refusing(recorder, value, reason)
+
+
+def _refusing(recorder: Watcher, draw: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    @functools.wraps(draw)
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if recorder.paused:
+            return draw(*args, **kwargs)
+        raise TraceRefused(reason, line())
+
+    return refuse

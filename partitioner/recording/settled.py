@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...runtime.program.calls import ApplyFunction, KeptFunction, Scripted
 from . import functions
 from .calls import Call, map_values, without_memory
 from .numbers import Expr, Ref
@@ -57,6 +58,10 @@ def _needed(calls: Sequence[Call], ref: Ref) -> set[int]:
             raise _Depends
         call = calls[index]
         if call.op not in ("call_function", "call_method") or call.region.autocast or call.region.cudnn is not None:
+            raise _Depends
+        if isinstance(
+            call.target, (KeptFunction, ApplyFunction, Scripted)
+        ):  # it may draw numbers that torch does not see
             raise _Depends
         waiting += _used(call)
     if any(_writes(call) and needed.intersection(_used(call)) for call in calls):

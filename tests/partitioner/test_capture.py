@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from few_rows import rows
 from torch import nn
 
 from stagecut.errors import CaptureError
@@ -45,10 +46,6 @@ def between(function: Callable[..., Any], **attributes: Any) -> nn.Sequential:
     """The layer between two others, so that there is something to cut if it is kept whole."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 3), Body(function, **attributes), nn.Linear(3, 3))
-
-
-def rows(n: int = 4) -> torch.Tensor:
-    return torch.randn(n, 3, generator=torch.Generator().manual_seed(n))
 
 
 def assert_same(a: Any, b: Any) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from few_rows import rows
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +17,7 @@ import stagecut
 from stagecut.partitioner.capture import Capture, capture
 from stagecut.runtime.program.calls import Skippable
 
+pytestmark = pytest.mark.usefixtures("warnings_are_errors")
 SEEDS = tuple(range(6))
 
 
@@ -90,18 +92,6 @@ def last_layer_twice(self: Layers, h: torch.Tensor) -> torch.Tensor:
 
 
 OPENED = [as_wav2vec2, as_m2m_100, kept_above, with_results_of_none, with_sizes, last_layer_twice]
-
-
-def rows(n: int = 4) -> torch.Tensor:
-    return torch.randn(n, 3, generator=torch.Generator().manual_seed(n))
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        torch.manual_seed(0)
-        yield
 
 
 def caught(function: Callable[..., torch.Tensor]) -> Capture:

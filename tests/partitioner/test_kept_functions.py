@@ -6,12 +6,13 @@ import contextvars
 import functools
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from few_rows import rows
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,6 +20,8 @@ import stagecut
 from stagecut.errors import ShapeError
 from stagecut.partitioner.capture import Capture, capture
 from stagecut.runtime.program.calls import KeptFunction, KeptMethod, OutOfReach, form_of
+
+pytestmark = pytest.mark.usefixtures("warnings_are_errors")
 
 
 class Base(nn.Module):
@@ -36,18 +39,6 @@ class Base(nn.Module):
 
     def between(self, h: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
-
-
-def rows(n: int = 4) -> torch.Tensor:
-    return torch.randn(n, 3, generator=torch.Generator().manual_seed(n))
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        torch.manual_seed(0)
-        yield
 
 
 def caught(model: nn.Module, x: torch.Tensor | None = None) -> Capture:
@@ -452,6 +443,27 @@ def test_random_numbers_parameters_and_data_are_not_settled_by_sizes(made: Calla
             return h * number
 
     assert names(capture(nn.Sequential(nn.Linear(3, 3), Reads()), (rows(),))) == ["1.between()"]
+
+
+def spans(n: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.rand(n) < 0.5)
+
+
+class ReadsWhatAFunctionDrew(Base):
+    def between(self, h: torch.Tensor) -> torch.Tensor:
+        mask = spans(h.shape[1])
+        return self.last(h) * (2 if mask.all() else 1)
+
+
+def test_what_a_kept_function_draws_for_a_size_is_not_settled_by_it() -> None:
+    found = capture(nn.Sequential(nn.Linear(3, 3), ReadsWhatAFunctionDrew()), (rows(),))
+    assert names(found) == ["1"]
+    for seed in range(20):  # a mask that was read at capture would be refused for most of these
+        outcomes = []
+        for module in (found.model, found.module):
+            np.random.seed(seed)
+            outcomes.append(module(rows()))
+        assert torch.equal(*outcomes)
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
