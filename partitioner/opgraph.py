@@ -14,7 +14,7 @@ from ..structure import tensors_in
 from .analysis import OpFacts, storage_of
 from .captured import Capture, has_modes
 from .cluster import Cluster
-from .cost import FREE, OpCost
+from .costs.op_cost import FREE, OpCost
 
 # Weights, gradients and AdamW's two moments (Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980).
 STATE_COPIES = 4

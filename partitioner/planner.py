@@ -17,7 +17,9 @@ from ..structure import is_encodable
 from .analysis import OpFacts, analyse
 from .captured import Capture
 from .cluster import Cluster
-from .cost import OpCost, analytic_costs, measured_costs
+from .costs.analytic import analytic_costs
+from .costs.measured import measured_costs
+from .costs.op_cost import OpCost
 from .cut import Cut, CutDevice, solve
 from .opgraph import STATE_COPIES, OpNode, carries_gradient, op_graph, state_bytes
 from .plan import FORMAT, Alternative, OpRecord, Plan, Prediction, StageRecord, WireRecord

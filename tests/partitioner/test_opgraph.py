@@ -13,7 +13,7 @@ from torch import nn
 from stagecut.partitioner.analysis import analyse
 from stagecut.partitioner.capture import capture
 from stagecut.partitioner.cluster import Cluster, DeviceKind, Link
-from stagecut.partitioner.cost import analytic_costs
+from stagecut.partitioner.costs.analytic import analytic_costs
 from stagecut.partitioner.cut import CutDevice, solve
 from stagecut.partitioner.opgraph import STATE_COPIES, op_graph
 from stagecut.structure import is_encodable

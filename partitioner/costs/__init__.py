@@ -1,0 +1,1 @@
+"""What ops cost: seconds and bytes, measured or from a roofline; each number names its source."""

@@ -1,0 +1,32 @@
+"""Measured costs on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+_CACHE_VERSION = 5
+
+
+class Cache:
+    """Measured seconds on disk, one JSON file; a file that cannot be read is measured again and replaced."""
+
+    def __init__(self) -> None:
+        folder = Path(os.environ.get("STAGECUT_CACHE") or Path.home() / ".cache" / "stagecut")
+        self.path = folder / f"costs-{_CACHE_VERSION}.json"
+        self.known: dict[str, tuple[float, float]] = {}
+        with suppress(OSError, ValueError, TypeError):
+            self.known = {key: (float(f), float(b)) for key, (f, b) in json.loads(self.path.read_text()).items()}
+
+    def save(self) -> None:
+        """Replace the file in one step; costs that cannot be kept are only measured again."""
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self.known))
+            os.replace(temporary, self.path)
+        except OSError as error:
+            print(f"stagecut: measured costs are not kept ({error})", file=sys.stderr)
