@@ -5,18 +5,27 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import PlanError
 from ..records import from_json, to_json
 from ..runtime.instructions import Layout
-from ..runtime.schedules import TRAINING_SCHEDULES
+from .plan_check import validate
 
-FORMAT = 1
+if TYPE_CHECKING:
+    from ..runtime.program import Timeline
+
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class OpRecord:
-    """One op: what it is, where it comes from, which stage runs it, what it costs for one microbatch."""
+    """One op: what it is, where it comes from, which stage runs it, what it costs for one microbatch.
+
+    ``copies`` are later stages that compute it again, because that is cheaper than sending its value.
+    ``backward_weight_s`` is the part of ``backward_s`` that makes gradients of parameters. ``workspace_bytes`` is what
+    it needs while it runs, beside its inputs, its result and what it saves.
+    """
 
     name: str
     target: str
@@ -29,14 +38,18 @@ class OpRecord:
     output_bytes: int
     saved_bytes: int
     cost_source: str
+    backward_weight_s: float = 0.0
+    workspace_bytes: int = 0
+    copies: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class StageRecord:
     """One stage: the devices of its replicas, and what one microbatch costs there.
 
-    ``memory_bytes`` is the predicted peak of one replica: parameters with gradients and optimizer state, plus what is
-    saved for the microbatches in flight.
+    ``memory_bytes`` is the predicted peak of one replica: parameters with gradients and optimizer state, what is
+    saved for the microbatches in flight, and the workspace of one op. With ``recompute`` only ``input_bytes`` are held
+    for each microbatch in flight, ``backward_s`` contains a second forward, and one microbatch at a time is saved whole.
     """
 
     index: int
@@ -48,6 +61,9 @@ class StageRecord:
     in_flight: int
     memory_bytes: int
     memory_limit_bytes: float
+    input_bytes: int = 0
+    workspace_bytes: int = 0
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,42 @@ class WireRecord:
     targets: tuple[int, ...]
     n_bytes: int
     gradient: bool
+
+
+@dataclass(frozen=True)
+class LinkRecord:
+    """What a packet from one stage to another (and its gradient back) costs: latency, and bytes per second."""
+
+    source: int
+    target: int
+    latency_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the simulator needs to know beside stages and wires.
+
+    Attributes:
+        links: per pair of stages that exchange packets.
+        action_s: the runtime's own work per compute instruction.
+        send_s, pack_bytes_per_s: what sending keeps the sender busy for; None packs at once.
+        reduce_s: per stage, the part of the gradient reduction over its replicas that no backward hides.
+        start_s: before the workers begin; finish_s: per worker, after its last instruction (() for nothing).
+        hosts: per worker, its machine (() for one each); n_cores: workers that a machine runs at full speed at once.
+        source: where these numbers come from.
+    """
+
+    links: tuple[LinkRecord, ...] = ()
+    action_s: float = 0.0
+    send_s: float = 0.0
+    pack_bytes_per_s: float | None = None
+    reduce_s: tuple[float, ...] = ()
+    start_s: float = 0.0
+    finish_s: tuple[float, ...] = ()
+    hosts: tuple[int, ...] = ()
+    n_cores: int | None = None
+    source: str = "none"
 
 
 @dataclass(frozen=True)
@@ -87,11 +139,17 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another configuration that was considered."""
+    """Another configuration that was considered.
+
+    ``replicas`` has the replica count of each of its stages; ``recomputed`` the stages that compute activations again.
+    """
 
     schedule: str
     n_microbatches: int
     step_s: float
+    replicas: tuple[int, ...] = ()
+    recomputed: tuple[int, ...] = ()
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,6 +165,9 @@ class Plan:
         graph_inputs: names of the model's tensor inputs.
         ops, stages, wires: the decision.
         prediction, alternatives: what it is expected to cost, and what else was considered.
+        n_threads: CPU threads that each worker is planned to compute with.
+        timing: what the simulator needs beside this.
+        reasons: why this plan: its cuts, its limit, its rivals, and what would help.
     """
 
     format: int
@@ -121,6 +182,16 @@ class Plan:
     wires: tuple[WireRecord, ...]
     prediction: Prediction
     alternatives: tuple[Alternative, ...]
+    n_threads: int = 1
+    timing: Timing = Timing()
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def predicted(self) -> Timeline:
+        """Return the timeline of one step that the plan was chosen for, simulated again: equal plans, equal lines."""
+        from .predict import predict  # it imports torch, which reading a plan does without
+
+        return predict(self)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -150,7 +221,7 @@ class Plan:
         p = self.prediction
         proof = "proven optimal" if p.optimal else f"proven bound {_ms(p.lower_bound_s)}"
         lines = [
-            f"{self.model}: {len(self.stages)} stages, {self.schedule}, {self.n_microbatches} microbatches of "
+            f"{self.model}: {_stages(len(self.stages))}, {self.schedule}, {self.n_microbatches} microbatches of "
             f"{self.batch_rows} rows, predicted step {_ms(p.step_s)} ({p.cost_source}), bubble {p.bubble:.0%}, "
             f"bottleneck {_ms(p.bottleneck_s)} ({proof}); one device {_ms(p.one_device_s)}",
             f"{'stage':>5}  {'devices':<16} {'ops':>5} {'forward':>10} {'backward':>10} {'params':>9} {'memory':>9}",
@@ -165,6 +236,10 @@ class Plan:
             targets = ", ".join(map(str, wire.targets))
             lines.append(f"  {wire.value}: stage {wire.source} -> {targets}, {_size(wire.n_bytes)} a microbatch")
         return "\n".join(lines)
+
+
+def _stages(count: int) -> str:
+    return "1 stage" if count == 1 else f"{count} stages"
 
 
 def _ms(seconds: float) -> str:
@@ -203,75 +278,5 @@ def parse(value: object) -> Plan:
     if isinstance(value, dict) and value.get("format") != FORMAT:
         raise PlanError(f"$.format: this version reads format {FORMAT}, got {value.get('format')!r}")
     plan = from_json(Plan, value)
-    _validate(plan)
+    validate(plan)
     return plan
-
-
-def _validate(plan: Plan) -> None:
-    if not plan.stages:
-        raise PlanError("$.stages: a plan has at least one stage")
-    for index, stage in enumerate(plan.stages):
-        if stage.index != index:
-            raise PlanError(f"$.stages[{index}].index: expected {index}, got {stage.index}")
-        if not stage.devices:
-            raise PlanError(f"$.stages[{index}].devices: a stage has at least one device")
-    for name in ("batch_rows", "n_microbatches"):
-        if getattr(plan, name) < 1:
-            raise PlanError(f"$.{name}: expected at least 1, got {getattr(plan, name)}")
-    if plan.schedule not in TRAINING_SCHEDULES:
-        raise PlanError(f"$.schedule: unknown schedule {plan.schedule!r}; known: {', '.join(TRAINING_SCHEDULES)}")
-    _validate_ops(plan)
-    _validate_wires(plan)
-
-
-def _validate_ops(plan: Plan) -> None:
-    seen: dict[str, int] = dict.fromkeys(plan.graph_inputs, 0)
-    names = {op.name for op in plan.ops}
-    for index, op in enumerate(plan.ops):
-        path = f"$.ops[{index}]"
-        if not 0 <= op.stage < len(plan.stages):
-            raise PlanError(f"{path}.stage: {op.name!r} is on stage {op.stage}; there are {len(plan.stages)} stages")
-        if op.name in seen:
-            raise PlanError(f"{path}.name: {op.name!r} stands twice")
-        for position, name in enumerate(op.inputs):
-            if name not in seen:
-                why = (
-                    "is listed after it: the ops form a cycle or are out of order"
-                    if name in names
-                    else "does not exist"
-                )
-                raise PlanError(f"{path}.inputs[{position}]: {op.name!r} uses {name!r}, which {why}")
-            if seen[name] > op.stage:
-                raise PlanError(
-                    f"{path}.stage: {op.name!r} on stage {op.stage} uses {name!r} of the later stage {seen[name]}; "
-                    "stages must be convex: every value flows to the same or a later stage"
-                )
-        seen[op.name] = op.stage
-    used = {op.stage for op in plan.ops}
-    for index in range(len(plan.stages)):
-        if index not in used:
-            raise PlanError(f"$.stages[{index}]: no op runs on this stage")
-
-
-def _validate_wires(plan: Plan) -> None:
-    stage_of = plan.stage_of
-    wired: set[tuple[str, int]] = set()
-    for index, wire in enumerate(plan.wires):
-        path = f"$.wires[{index}]"
-        if wire.value not in stage_of:
-            raise PlanError(f"{path}.value: no op is called {wire.value!r}")
-        if stage_of[wire.value] != wire.source:
-            raise PlanError(f"{path}.source: {wire.value!r} is made on stage {stage_of[wire.value]}, not {wire.source}")
-        for position, target in enumerate(wire.targets):
-            if not wire.source < target < len(plan.stages):
-                raise PlanError(
-                    f"{path}.targets[{position}]: a value of stage {wire.source} cannot cross to stage {target}; "
-                    "stages form a cycle or do not exist"
-                )
-            wired.add((wire.value, target))
-    for index, op in enumerate(plan.ops):
-        for name in op.inputs:
-            if name in stage_of and stage_of[name] != op.stage and (name, op.stage) not in wired:
-                raise PlanError(
-                    f"$.wires: {name!r} is used by $.ops[{index}] on stage {op.stage}, and no wire takes it there"
-                )

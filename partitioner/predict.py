@@ -2,49 +2,66 @@
 
 from __future__ import annotations
 
-from ..runtime.program import Timeline, check, lower
+from ..runtime.instructions import Layout
+from ..runtime.program import Span, Timeline, lower
 from ..runtime.schedules import schedule
-from .cluster import Cluster
-from .plan import Plan, StageRecord
+from .cluster import Link
+from .plan import Plan
 from .simulate import StepCosts, simulate
 
-# The runtime's own work on CPU workers: per packet (header, message) and how fast packets are packed, as
-# benchmarks/overhead.py measures them on two cores; per compute instruction (waiting, bookkeeping, autograd's start)
-# what that benchmark leaves once sends and the tiny compute are taken off.
-ACTION_OVERHEAD_S = 150e-6
-SEND_OVERHEAD_S = 220e-6
-PACK_BYTES_PER_S = 1.2e9
 
+def predict(plan: Plan) -> Timeline:
+    """Simulate one step of ``plan``, from the plan alone.
 
-def predict(plan: Plan, cluster: Cluster) -> Timeline:
-    """Simulate one step of ``plan``."""
+    Where all stages have as many replicas that share nothing, one replica of each is simulated and stands for the others.
+    """
     layout = plan.layout()
     n_pieces = min(plan.batch_rows, plan.n_microbatches * layout.n_replicas)
-    program = lower(plan.schedule, layout, schedule(plan.schedule, layout, n_pieces), n_pieces)
-    check(program)
+    n_alike = _n_alike(plan, layout, n_pieces)
+    if n_alike == 1:
+        return _simulated(plan, layout, n_pieces)
+    column = Layout(tuple((s,) for s in range(layout.n_stages)), layout.wires, layout.gradient_wires)
+    timeline = _simulated(plan, column, n_pieces // n_alike)
+    spans = [
+        Span(layout.workers[span.worker][r], span.op, span.stage, _microbatch(span, r, n_alike), span.start_s, span.end_s)
+        for r in range(n_alike)
+        for span in timeline.spans
+    ]
+    return Timeline(timeline.source, layout.n_workers, tuple(sorted(spans, key=lambda s: (s.worker, s.start_s, s.end_s))))
+
+
+def _n_alike(plan: Plan, layout: Layout, n_pieces: int) -> int:
+    """Count the replicas that do the same at the same time; 1 where they may differ."""
+    counts = {len(owners) for owners in layout.workers}
+    uneven = len(counts) > 1 or n_pieces % layout.n_replicas or len(set(plan.timing.finish_s)) > 1
+    return 1 if uneven or plan.timing.n_cores is not None else counts.pop()
+
+
+def _microbatch(span: Span, replica: int, n_alike: int) -> int:
+    return span.microbatch if span.microbatch < 0 else span.microbatch * n_alike + replica
+
+
+def _simulated(plan: Plan, layout: Layout, n_pieces: int) -> Timeline:
+    timing = plan.timing
     packets: dict[tuple[int, int], float] = {}
     for wire in plan.wires:
         for target in wire.targets:
             packets[wire.source, target] = packets.get((wire.source, target), 0.0) + wire.n_bytes
-    on_cpu = cluster.kind.name == "cpu"
+    program = lower(plan.schedule, layout, schedule(plan.schedule, layout, n_pieces), n_pieces)
     return simulate(
         program,
         StepCosts(
             forward_s=tuple(stage.forward_s for stage in plan.stages),
             backward_s=tuple(stage.backward_s for stage in plan.stages),
             packet_bytes=packets,
-            link=cluster.link,
-            action_overhead_s=ACTION_OVERHEAD_S if on_cpu else 0.0,
-            send_overhead_s=SEND_OVERHEAD_S if on_cpu else 0.0,
-            pack_bytes_per_s=PACK_BYTES_PER_S if on_cpu else float("inf"),
-            reduce_s=tuple(_reduce_s(stage, cluster) for stage in plan.stages),
+            link=Link(0.0, float("inf"), timing.source),
+            links={(r.source, r.target): Link(r.latency_s, r.bytes_per_s, timing.source) for r in timing.links},
+            action_overhead_s=timing.action_s,
+            send_overhead_s=timing.send_s,
+            pack_bytes_per_s=float("inf") if timing.pack_bytes_per_s is None else timing.pack_bytes_per_s,
+            reduce_s=timing.reduce_s,
+            finish_s=timing.finish_s[: layout.n_workers],
+            hosts=timing.hosts[: layout.n_workers],
+            n_cores=timing.n_cores,
         ),
-    )
-
-
-def _reduce_s(stage: StageRecord, cluster: Cluster) -> float:
-    """Price a ring all-reduce of the stage's gradients, as if no backward hid it (Patarasuk and Yuan, 2009)."""
-    n = len(stage.devices)
-    return (
-        0.0 if n == 1 else 2 * (n - 1) / n * stage.parameter_bytes / cluster.link.bytes_per_s + cluster.link.latency_s
     )

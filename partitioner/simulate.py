@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import heapq
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from ..errors import PlanError
 from ..runtime.instructions import COMPUTE, RECEIVES, SENDS, Instruction, Op
 from ..runtime.program import Program, Span, Timeline
 from .cluster import Link
+
+Packet = tuple[bool, int, int, int]  # is a gradient, from stage, to stage, microbatch
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,13 @@ class StepCosts:
     Attributes:
         forward_s, backward_s: per stage, for one microbatch.
         packet_bytes: per pair of stages, bytes of one activation packet; a gradient packet has as many.
-        link: what a packet costs on its way.
+        link: what a packet costs on its way; ``links`` has the pairs of stages for which that differs.
         action_overhead_s: per compute instruction, the runtime's own work.
         send_overhead_s, pack_bytes_per_s: what sending keeps the sender busy for, and how fast it packs.
         reduce_s: per stage, the part of the gradient reduction that no backward hides.
+        finish_s: per worker, its own work after its last instruction.
+        hosts: per worker, the machine that it runs on; () for one each.
+        n_cores: workers that a machine can run at once; None for all. Where more are busy they share in equal parts.
     """
 
     forward_s: tuple[float, ...]
@@ -32,6 +38,10 @@ class StepCosts:
     send_overhead_s: float = 0.0
     pack_bytes_per_s: float = float("inf")
     reduce_s: tuple[float, ...] = ()
+    finish_s: tuple[float, ...] = ()
+    links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
+    hosts: tuple[int, ...] = ()
+    n_cores: int | None = None
 
 
 def simulate(program: Program, costs: StepCosts) -> Timeline:
@@ -39,7 +49,7 @@ def simulate(program: Program, costs: StepCosts) -> Timeline:
 
     Workers run their instructions in order. A compute waits for the packets that it needs; sending occupies the
     sender for packing and travels beside later compute; a reduction starts when the last replica has reached it.
-    Linear in the number of instructions.
+    Time O(instructions x log workers).
 
     Raises:
         PlanError: the program waits for something that never comes.
@@ -47,80 +57,151 @@ def simulate(program: Program, costs: StepCosts) -> Timeline:
     return _Simulation(program, costs).run()
 
 
+class _Host:
+    """A machine whose busy workers share its cores in equal parts.
+
+    ``progress`` counts the seconds of work that each busy worker has been given; a task of so many seconds ends when
+    ``progress`` has grown by them, whoever came and went meanwhile.
+    """
+
+    def __init__(self, n_cores: int | None) -> None:
+        self.n_cores = n_cores
+        self.progress = 0.0
+        self.now = 0.0
+        self.ends: list[tuple[float, int]] = []  # progress at which a worker's task ends
+
+    def advance(self, now: float) -> None:
+        self.progress += (now - self.now) * self._rate()
+        self.now = now
+
+    def _rate(self) -> float:
+        busy = len(self.ends)
+        return 1.0 if self.n_cores is None or busy <= self.n_cores else self.n_cores / busy
+
+    def next_end_s(self) -> float:
+        """Say when the first task ends if nobody comes or goes before."""
+        if not self.ends:
+            return float("inf")
+        return self.now + max(0.0, self.ends[0][0] - self.progress) / self._rate()
+
+
 class _Simulation:
     def __init__(self, program: Program, costs: StepCosts) -> None:
-        self.program = program
-        self.costs = costs
-        self.clock = [0.0] * len(program.workers)
-        self.at = [0] * len(program.workers)
-        self.arrival: dict[tuple[bool, int, int, int], float] = {}
-        self.done: dict[tuple[Op, int, int], float] = {}
-        self.reached: dict[int, dict[int, float]] = {}
+        self.program, self.costs, self.layout = program, costs, program.layout
+        n_workers = len(program.workers)
+        self.at = [0] * n_workers
+        self.started_s: list[float | None] = [None] * n_workers  # of a task that runs
+        # With all the cores that they want, workers do not meet: one clock serves them all.
+        names = (costs.hosts or tuple(range(n_workers))) if costs.n_cores is not None else (0,) * n_workers
+        self.hosts = {name: _Host(costs.n_cores) for name in names}
+        self.host_of = [self.hosts[name] for name in names]
+        self.arrival: dict[Packet, float] = {}
+        self.done: set[tuple[Op, int, int]] = set()
+        self.reached: dict[int, set[int]] = {}
+        self.wakes: list[tuple[float, int]] = []
         self.spans: list[Span] = []
+        self.finished = [False] * n_workers
 
     def run(self) -> Timeline:
-        moved = True
-        while moved:
-            moved = False
-            for worker, instructions in enumerate(self.program.workers):
-                while self.at[worker] < len(instructions) and self._step(worker, instructions[self.at[worker]]):
-                    self.at[worker] += 1
-                    moved = True
+        for worker in range(len(self.at)):
+            self._proceed(worker, 0.0)
+        while True:
+            host = min(self.hosts.values(), key=_Host.next_end_s)
+            end = host.next_end_s()
+            if self.wakes and self.wakes[0][0] <= end:
+                now, worker = heapq.heappop(self.wakes)
+                self._proceed(worker, now)
+            elif end < float("inf"):
+                host.advance(end)
+                _, worker = heapq.heappop(host.ends)
+                self._complete(worker, end)
+            else:
+                break
         for worker, instructions in enumerate(self.program.workers):
             if self.at[worker] < len(instructions):
                 raise PlanError(f"worker {worker} waits for ever at {instructions[self.at[worker]]}")
         spans = sorted(self.spans, key=lambda span: (span.worker, span.start_s, span.end_s))
         return Timeline("simulated", len(self.program.workers), tuple(spans))
 
-    def _step(self, worker: int, i: Instruction) -> bool:
-        """Run ``i`` if what it needs has a known time; say whether it ran."""
-        if i.op in COMPUTE:
-            ready = self._inputs_at(worker, i)
-            if ready is None:
-                return False
-            seconds = self.costs.forward_s if i.op is Op.FORWARD else self.costs.backward_s
-            self._span(worker, i, max(self.clock[worker], ready), seconds[i.stage] + self.costs.action_overhead_s)
-            self.done[i.op, i.stage, i.microbatch] = self.clock[worker]
-        elif i.op in SENDS:
-            gradient = i.op is Op.SEND_GRAD
-            pair = (i.peer_stage, i.stage) if gradient else (i.stage, i.peer_stage)
-            n_bytes = self.costs.packet_bytes.get(pair, 0.0)
-            busy = self.costs.send_overhead_s + n_bytes / self.costs.pack_bytes_per_s
-            self._span(worker, i, self.clock[worker], busy)
-            arrival = self.clock[worker] + self.costs.link.seconds(n_bytes)
-            self.arrival[gradient, i.stage, i.peer_stage, i.microbatch] = arrival
-        elif i.op is Op.REDUCE:
-            return self._reduce(worker, i)
-        else:
-            assert i.op in RECEIVES or i.op is Op.FREE
-        return True
-
-    def _span(self, worker: int, i: Instruction, start: float, seconds: float) -> None:
-        self.clock[worker] = start + seconds
-        if seconds > 0:
-            self.spans.append(Span(worker, i.op.value, i.stage, i.microbatch, start, start + seconds))
-
-    def _inputs_at(self, worker: int, i: Instruction) -> float | None:
-        layout, s, m = self.program.layout, i.stage, i.microbatch
-        backward = i.op is Op.BACKWARD
-        peers = layout.consumers(s, gradients=True) if backward else layout.producers(s)
-        latest = 0.0
-        for peer in peers:
-            if layout.worker_of(peer, m) == worker:
-                known = self.done.get((i.op, peer, m))
+    def _proceed(self, worker: int, now: float) -> None:
+        """Start what the worker can start; instructions that take no time are passed over."""
+        instructions = self.program.workers[worker]
+        while self.started_s[worker] is None and self.at[worker] < len(instructions):
+            i = instructions[self.at[worker]]
+            if i.op is Op.REDUCE:
+                self._reach(worker, i, now)
+                return
+            if i.op in COMPUTE and not self._has_inputs(worker, i, now):
+                return
+            if i.op in COMPUTE or i.op in SENDS:
+                self._start(worker, self._seconds(i), now)
             else:
-                known = self.arrival.get((backward, peer, s, m))
-            if known is None:
-                return None
-            latest = max(latest, known)
-        return latest
+                assert i.op in RECEIVES or i.op is Op.FREE
+                self.at[worker] += 1
+        self._finish(worker, now)
 
-    def _reduce(self, worker: int, i: Instruction) -> bool:
-        reached = self.reached.setdefault(i.stage, {})
-        reached.setdefault(worker, self.clock[worker])
-        owners = self.program.layout.workers[i.stage]
+    def _finish(self, worker: int, now: float) -> None:
+        if self.started_s[worker] is None and not self.finished[worker] and self.costs.finish_s:
+            self.finished[worker] = True
+            self._start(worker, self.costs.finish_s[worker], now)
+
+    def _seconds(self, i: Instruction) -> float:
+        if i.op in SENDS:
+            return self.costs.send_overhead_s + self._bytes(i) / self.costs.pack_bytes_per_s
+        seconds = self.costs.forward_s if i.op is Op.FORWARD else self.costs.backward_s
+        return seconds[i.stage] + self.costs.action_overhead_s
+
+    def _bytes(self, i: Instruction) -> float:
+        return self.costs.packet_bytes.get(self._pair(i), 0.0)
+
+    @staticmethod
+    def _pair(i: Instruction) -> tuple[int, int]:
+        return (i.peer_stage, i.stage) if i.op is Op.SEND_GRAD else (i.stage, i.peer_stage)
+
+    def _start(self, worker: int, seconds: float, now: float) -> None:
+        host = self.host_of[worker]
+        host.advance(now)
+        self.started_s[worker] = now
+        heapq.heappush(host.ends, (host.progress + seconds, worker))
+
+    def _complete(self, worker: int, now: float) -> None:
+        start, self.started_s[worker] = self.started_s[worker], None
+        assert start is not None
+        if self.finished[worker]:
+            if now > start:
+                self.spans.append(Span(worker, "finish", -1, -1, start, now))
+            return
+        i = self.program.workers[worker][self.at[worker]]
+        self.at[worker] += 1
+        if now > start:
+            self.spans.append(Span(worker, i.op.value, i.stage, i.microbatch, start, now))
+        if i.op in COMPUTE:
+            self.done.add((i.op, i.stage, i.microbatch))
+        elif i.op in SENDS:
+            link = self.costs.links.get(self._pair(i), self.costs.link)
+            packet = (i.op is Op.SEND_GRAD, i.stage, i.peer_stage, i.microbatch)
+            self.arrival[packet] = now + link.seconds(self._bytes(i))
+            heapq.heappush(self.wakes, (self.arrival[packet], i.peer_worker))
+        self._proceed(worker, now)
+
+    def _has_inputs(self, worker: int, i: Instruction, now: float) -> bool:
+        return all(known is not None and known <= now for known in self._inputs_at(worker, i))
+
+    def _inputs_at(self, worker: int, i: Instruction) -> Iterator[float | None]:
+        s, m, backward = i.stage, i.microbatch, i.op is Op.BACKWARD
+        for peer in self.layout.consumers(s, gradients=True) if backward else self.layout.producers(s):
+            if self.layout.worker_of(peer, m) == worker:
+                yield 0.0 if (i.op, peer, m) in self.done else None
+            else:
+                yield self.arrival.get((backward, peer, s, m))
+
+    def _reach(self, worker: int, i: Instruction, now: float) -> None:
+        """Join a reduction; the last replica to come starts it for all."""
+        reached = self.reached.setdefault(i.stage, set())
+        reached.add(worker)
+        owners = self.layout.workers[i.stage]
         if len(reached) < len(owners):
-            return False
+            return
         seconds = self.costs.reduce_s[i.stage] if self.costs.reduce_s else 0.0
-        self._span(worker, i, max(reached.values()) if len(owners) > 1 else self.clock[worker], seconds)
-        return True
+        for owner in owners:
+            self._start(owner, seconds, now)

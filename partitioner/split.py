@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -51,8 +52,10 @@ def split(capture: Capture, plan: Plan, random_ops: Mapping[str, bool]) -> Pipel
             hint="make a plan for this model: stagecut.plan(model, devices, example_inputs=...)",
         )
     stage_of = _with_evaluation(capture, plan.stage_of, len(plan.stages))
-    stages = _cut(capture, stage_of, len(plan.stages), random_ops)
-    (whole,) = _cut(capture, dict.fromkeys(stage_of, 0), 1, random_ops)
+    copies = {op.name: op.copies for op in plan.ops if op.copies}
+    stages = _cut(capture, stage_of, len(plan.stages), random_ops, copies)
+    stages = tuple(replace(spec, recompute=stage.recompute) for spec, stage in zip(stages, plan.stages))
+    (whole,) = _cut(capture, dict.fromkeys(stage_of, 0), 1, random_ops, {})
     return PipelineSpec(
         stages=stages,
         layout=plan.layout(),
@@ -62,7 +65,8 @@ def split(capture: Capture, plan: Plan, random_ops: Mapping[str, bool]) -> Pipel
         whole=whole,
         inputs=capture.inputs,
         random=any(random_ops.values()),
-        fingerprint=f"{own}/{plan.stage_of}/{plan.devices}/{plan.schedule}/{plan.n_microbatches}",
+        fingerprint=f"{own}/{plan.stage_of}/{copies}/{[stage.recompute for stage in plan.stages]}/{plan.devices}/"
+        f"{plan.schedule}/{plan.n_microbatches}",
     )
 
 
@@ -85,11 +89,19 @@ def _with_evaluation(capture: Capture, stage_of: Mapping[str, int], n_stages: in
 
 
 def _cut(
-    capture: Capture, stage_of: Mapping[str, int], n_stages: int, random_ops: Mapping[str, bool]
+    capture: Capture,
+    stage_of: Mapping[str, int],
+    n_stages: int,
+    random_ops: Mapping[str, bool],
+    copies: Mapping[str, Sequence[int]],
 ) -> tuple[StageSpec, ...]:
     reported = [leaf.node for result in (capture.trained, capture.evaluated) for leaf in result.leaves]
-    crossing = wires_of(capture.union, stage_of, n_stages, [name for name in reported if name is not None])
-    return tuple(_stage(capture, stage_of, s, n_stages, crossing, random_ops) for s in range(n_stages))
+    crossing = wires_of(capture.union, stage_of, n_stages, [name for name in reported if name is not None], copies)
+    own: list[set[str]] = [set() for _ in range(n_stages)]
+    for name, stage in stage_of.items():
+        for s in (stage, *copies.get(name, ())):
+            own[s].add(name)
+    return tuple(_stage(capture, own[s], s, n_stages, crossing, random_ops) for s in range(n_stages))
 
 
 def sources(node: fx.Node, module: fx.GraphModule) -> list[str]:
@@ -101,24 +113,29 @@ def sources(node: fx.Node, module: fx.GraphModule) -> list[str]:
 
 
 def wires_of(
-    module: fx.GraphModule, stage_of: Mapping[str, int], n_stages: int, reported: Sequence[str]
+    module: fx.GraphModule,
+    stage_of: Mapping[str, int],
+    n_stages: int,
+    reported: Sequence[str],
+    copies: Mapping[str, Sequence[int]],
 ) -> dict[tuple[int, int], tuple[str, ...]]:
     """Return, per pair of stages, the values that go from the first to the second, in graph order.
 
-    ``reported`` names the values of the model's result.
+    ``reported`` names the values of the model's result; ``copies`` the stages that compute an op again.
     """
     wanted: dict[tuple[int, int], dict[str, None]] = {}
 
     def need(name: str, stage: int) -> None:
         origin = stage_of.get(name)
-        if origin is not None and origin != stage:
+        if origin is not None and origin != stage and stage not in copies.get(name, ()):
             wanted.setdefault((origin, stage), {})[name] = None
 
     nodes = {node.name: node for node in module.graph.nodes}
     for node in nodes.values():
         if node.name in stage_of:
             for name in sources(node, module):
-                need(name, stage_of[node.name])
+                for stage in (stage_of[node.name], *copies.get(node.name, ())):
+                    need(name, stage)
     for name in reported:
         for source in sources(nodes[name], module) if is_switch(nodes[name], module) else [name]:
             need(source, n_stages - 1)
@@ -128,7 +145,7 @@ def wires_of(
 
 def _stage(
     capture: Capture,
-    stage_of: Mapping[str, int],
+    own: set[str],
     s: int,
     n_stages: int,
     crossing: Mapping[tuple[int, int], tuple[str, ...]],
@@ -136,7 +153,6 @@ def _stage(
 ) -> StageSpec:
     module = capture.union
     last = s == n_stages - 1
-    own = {name for name, stage in stage_of.items() if stage == s}
     used = _used(capture, own, last)
     records, modules, attributes, owners = [], {}, {}, {}
     for node in module.graph.nodes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,34 +14,8 @@ from ..errors import ShapeError
 from ..structure import flatten, map_leaves, unflatten
 from .program.calls import Folded
 from .program.specs import NodeRecord, NodeRef, StageSpec
-
-
-class Seed:
-    """The seed that random ops of the current microbatch mix with their own name."""
-
-    def __init__(self) -> None:
-        self.base = 0
-        self.microbatch = 0
-
-    def apply(self, name: str) -> None:
-        """Seed this process's generators for the op ``name``."""
-        mixed = zlib.crc32(f"{self.base}/{self.microbatch}/{name}".encode())
-        torch.manual_seed((self.base << 32 | mixed) & 0x7FFF_FFFF_FFFF_FFFF)
-
-
-class Seeded(nn.Module):
-    """Run a random op under its own seed, so that its numbers do not depend on where or when it runs."""
-
-    def __init__(self, seed: Seed, name: str, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self._seed = seed
-        self._name = name
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Seed and call."""
-        self._seed.apply(self._name)
-        return self.function(*args, **kwargs)
+from .recompute import recomputed
+from .seeding import Seed, Seeded
 
 
 class _Caller:
@@ -195,11 +168,19 @@ class StageRuntime:
                 held.leaves[name] = _as_leaf(value) if wanted and torch.is_grad_enabled() else value
                 values.append(held.leaves[name])
         self.seed.microbatch = m
-        held.results = self._variant().forward(*values)
+        held.results = self._compute(m, values)
         self.held[m] = held
         if self.spec.is_last:
             held.output = self._output(held, dict(zip(input_names(self.spec), values)))
         return held
+
+    def _compute(self, m: int, values: list[Any]) -> dict[str, Any]:
+        results: dict[str, Any]
+        if self.spec.recompute and torch.is_grad_enabled():
+            results = recomputed(self._variant(), self.seed, m, values)
+        else:
+            results = self._variant().forward(*values)
+        return results
 
     def _variant(self) -> fx.GraphModule:
         """Choose the ops that run in the present modes; all variants share the stage's modules."""

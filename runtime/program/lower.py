@@ -8,6 +8,7 @@ deadlock.
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 from ...errors import ConstraintError
@@ -64,24 +65,34 @@ class _Lowering:
     def run(self) -> tuple[tuple[Instruction, ...], ...]:
         position = [0] * len(self.orders)
         free_at = [0] * len(self.orders)
-        for _ in range(sum(len(order) for order in self.orders)):
-            ready = [
-                (max(free_at[worker], self._inputs_at(order[position[worker]])), worker)
-                for worker, order in enumerate(self.orders)
-                if position[worker] < len(order) and self._is_ready(order[position[worker]])
-            ]
-            if not ready:
-                stuck = [
-                    f"worker {w} at {order[position[w]]}"
-                    for w, order in enumerate(self.orders)
-                    if position[w] < len(order)
-                ]
-                raise ConstraintError(f"the schedule waits for itself: {', '.join(stuck)}")
-            start, worker = min(ready)
+        ready: list[tuple[int, int]] = []  # when the next action of a worker starts, and the worker
+        waiting: dict[Action, set[int]] = {}  # workers whose next action needs an action that has no end yet
+
+        def look_at(worker: int) -> None:
+            if position[worker] == len(self.orders[worker]):
+                return
+            needed = self._dependencies(self.orders[worker][position[worker]])
+            missing = next((action for action in needed if action not in self.end_of), None)
+            if missing is not None:
+                waiting.setdefault(missing, set()).add(worker)
+                return
+            start = max((self.end_of[action] for action in needed), default=0)
+            heapq.heappush(ready, (max(free_at[worker], start), worker))
+
+        for worker in range(len(self.orders)):
+            look_at(worker)
+        while ready:
+            start, worker = heapq.heappop(ready)
             action = self.orders[worker][position[worker]]
             free_at[worker] = self.end_of[action] = start + _UNIT_TIME[action.kind]
             position[worker] += 1
             self._emit(worker, action)
+            for other in sorted({worker, *waiting.pop(action, ())}):
+                look_at(other)
+        stuck = [f"worker {w} at {order[at]}" for w, (order, at) in enumerate(zip(self.orders, position))
+                 if at < len(order)]  # fmt: skip
+        if stuck:
+            raise ConstraintError(f"the schedule waits for itself: {', '.join(stuck)}")
         return tuple(tuple(program) for program in self.programs)
 
     def _dependencies(self, action: Action) -> list[Action]:
@@ -90,12 +101,6 @@ class _Lowering:
             return [Action("F", producer, m) for producer in self.layout.producers(s)]
         own = [Action("F", s, m)] if self.has_forwards else []
         return own + [Action("B", consumer, m) for consumer in self.layout.consumers(s, gradients=True)]
-
-    def _is_ready(self, action: Action) -> bool:
-        return all(dependency in self.end_of for dependency in self._dependencies(action))
-
-    def _inputs_at(self, action: Action) -> int:
-        return max((self.end_of[dependency] for dependency in self._dependencies(action)), default=0)
 
     def _emit(self, worker: int, action: Action) -> None:
         s, m = action.stage, action.microbatch

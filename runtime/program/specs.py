@@ -74,6 +74,7 @@ class StageSpec:
         evaluated: the same two for evaluation, where they are others.
         mode_owners: for each leaf module, the module of the user's model whose train() and eval() it follows.
         captured_on: the device that the model was captured on; where ops name it, they mean the stage's own.
+        recompute: keep only the inputs of a microbatch, and compute its activations again in its backward.
     """
 
     index: int
@@ -88,6 +89,7 @@ class StageSpec:
     evaluated: tuple[tuple[OutputLeaf, ...], Structure] | None = None
     mode_owners: dict[str, str] = field(default_factory=dict)
     captured_on: str | None = None
+    recompute: bool = False
 
     @property
     def is_last(self) -> bool:
