@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..runtime.program import Timeline, check, lower
 from ..runtime.schedules import schedule
 from .cluster import Cluster
@@ -26,25 +28,26 @@ def predict(plan: Plan, cluster: Cluster) -> Timeline:
     for wire in plan.wires:
         for target in wire.targets:
             packets[wire.source, target] = packets.get((wire.source, target), 0.0) + wire.n_bytes
-    on_cpu = cluster.kind.name == "cpu"
+    on_cpu = any(device.kind.name == "cpu" for device in cluster.devices)
     return simulate(
         program,
         StepCosts(
             forward_s=tuple(stage.forward_s for stage in plan.stages),
             backward_s=tuple(stage.backward_s for stage in plan.stages),
             packet_bytes=packets,
-            link=cluster.link,
+            link=cluster.slowest_link(range(cluster.n_devices)),
             action_overhead_s=ACTION_OVERHEAD_S if on_cpu else 0.0,
             send_overhead_s=SEND_OVERHEAD_S if on_cpu else 0.0,
             pack_bytes_per_s=PACK_BYTES_PER_S if on_cpu else float("inf"),
-            reduce_s=tuple(_reduce_s(stage, cluster) for stage in plan.stages),
+            reduce_s=tuple(_reduce_s(stage, cluster, workers) for stage, workers in zip(plan.stages, layout.workers)),
         ),
     )
 
 
-def _reduce_s(stage: StageRecord, cluster: Cluster) -> float:
+def _reduce_s(stage: StageRecord, cluster: Cluster, workers: Sequence[int]) -> float:
     """Price a ring all-reduce of the stage's gradients, as if no backward hid it (Patarasuk and Yuan, 2009)."""
-    n = len(stage.devices)
-    return (
-        0.0 if n == 1 else 2 * (n - 1) / n * stage.parameter_bytes / cluster.link.bytes_per_s + cluster.link.latency_s
-    )
+    n = len(workers)
+    if n == 1:
+        return 0.0
+    link = cluster.slowest_link(workers)
+    return 2 * (n - 1) / n * stage.parameter_bytes / link.bytes_per_s + link.latency_s
