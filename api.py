@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,9 @@ from torch import nn
 from .errors import ConstraintError, DeviceError
 from .partitioner.analysis import analyse
 from .partitioner.capture import Capture, capture
-from .partitioner.cluster import Cluster, describe
+from .partitioner.cluster import Cluster
+from .partitioner.cpu import usable_cores
+from .partitioner.describe import Devices, Replicas, describe
 from .partitioner.plan import Plan, load, parse
 from .partitioner.planner import Wishes, make_plan, random_ops
 from .partitioner.split import split
@@ -30,7 +31,6 @@ from .runtime.program import PipelineSpec
 from .runtime.spmd import SpmdEngine, ensure_process_group, share_text, under_torchrun
 from .structure import call_leaves
 
-Devices = str | int | Sequence[int | str | Sequence[int | str]]
 LAUNCHES = ("auto", "local", "torchrun", "inline")
 
 
@@ -39,7 +39,7 @@ def compile(
     devices: Devices,
     *,
     loss_fn: Callable[..., Any] | None = None,
-    replicas: int = 1,
+    replicas: Replicas = None,
     microbatches: int | None = None,
     schedule: str | None = None,
     plan: Plan | str | Path | None = None,
@@ -64,7 +64,8 @@ def compile(
             Integers are accelerator indices, or CPU workers where there is no accelerator.
         loss_fn: called as ``loss_fn(output, target)`` on each microbatch; a mean over its rows. Without one, the loss
             is the model's own result (0-dim, or ``.loss``).
-        replicas: data-parallel copies of every stage, for a flat list of devices.
+        replicas: data-parallel copies of every stage, for a flat list of devices; one number, or one a stage:
+            ``[3, 1]``.
         microbatches: pieces of the batch that each replica was given; chosen by the planner if None.
         schedule: ``"1f1b"`` or ``"fill-drain"``; chosen by the planner if None.
         plan: a plan, or the path of a saved one, to run instead of planning.
@@ -95,9 +96,9 @@ def compile(
     cluster = describe(devices, replicas, memory_bytes)
     _check_cluster(cluster, known, launch)
     _announce(devices, cluster)
-    n_threads = threads_per_worker or max(1, _cores() // len(cluster.names))
+    n_threads = threads_per_worker or max(1, usable_cores() // cluster.n_devices)
     builder = _Builder(model, cluster, Wishes(microbatches, schedule, costs), known, opaque, n_threads, launch)
-    launcher = _Launcher(model, loss_fn, launch, n_threads, timeout_s, len(cluster.names))
+    launcher = _Launcher(model, loss_fn, launch, n_threads, timeout_s, cluster.n_devices)
     pipeline = Pipeline(
         model,
         builder,
@@ -122,7 +123,7 @@ def plan(
     *,
     example_inputs: tuple[Any, ...],
     example_kwargs: dict[str, Any] | None = None,
-    replicas: int = 1,
+    replicas: Replicas = None,
     microbatches: int | None = None,
     schedule: str | None = None,
     costs: str = "measured",
@@ -148,10 +149,6 @@ def _gradients_on() -> Iterator[None]:
     """Plan for training also where the first call happens to be an evaluation under ``torch.no_grad()``."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tensors(captured: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

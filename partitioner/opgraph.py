@@ -129,14 +129,16 @@ def op_graph(
     costs: Mapping[str, OpCost],
     cluster: Cluster,
     travels: Mapping[str, bool],
+    other_costs: Mapping[str, Mapping[str, OpCost]] | None = None,
 ) -> nx.DiGraph:
     """Build the graph that the cut is searched on.
 
     Nodes carry ``op`` (:class:`OpNode`), ``compute_s`` per device kind (forward and backward of one microbatch),
     ``memory_bytes`` (parameters with gradients and optimizer state) and ``stash_bytes`` (saved for one microbatch). The
     graph carries ``transfers`` (seconds of a value, activation and gradient, for everyone it joins), ``together`` and
-    ``ties``.
+    ``ties``. ``costs`` are those of the first device's kind, ``other_costs`` those of the other kinds by their names.
     """
+    by_kind = {cluster.devices[0].kind.name: costs, **(other_costs or {})}
     ops = op_nodes(capture, facts, costs)
     sizes = state_bytes(capture)
     trainable = {
@@ -148,10 +150,8 @@ def op_graph(
         own = [name for name in op.parameters if name not in charged]
         charged.update(own)
         memory = sum(sizes[name] * (STATE_COPIES if name in trainable else 1) for name in own)
-        seconds = op.cost.forward_s + op.cost.backward_s
-        graph.add_node(
-            op.name, op=op, compute_s={cluster.kind.name: seconds}, memory_bytes=memory, stash_bytes=op.saved_bytes
-        )
+        compute_s = {kind: _seconds(priced.get(op.name, FREE)) for kind, priced in by_kind.items()}
+        graph.add_node(op.name, op=op, compute_s=compute_s, memory_bytes=memory, stash_bytes=op.saved_bytes)
     for op in ops.values():
         graph.add_edges_from((name, op.name) for name in op.inputs if name in ops)
     graph.add_edges_from(_in_evaluation(capture, ops))
@@ -159,6 +159,10 @@ def op_graph(
     graph.graph["together"] = forced_together(capture, facts, ops, travels)
     graph.graph["ties"] = ties(capture, ops)
     return graph
+
+
+def _seconds(cost: OpCost) -> float:
+    return cost.forward_s + cost.backward_s
 
 
 def _in_evaluation(capture: Capture, ops: Mapping[str, OpNode]) -> list[tuple[str, str]]:
@@ -180,6 +184,7 @@ def _transfers(
     graph: nx.DiGraph, ops: Mapping[str, OpNode], facts: Mapping[str, OpFacts], cluster: Cluster
 ) -> list[dict[str, object]]:
     """Price every value by its bytes alone; the latency belongs to packets, which the simulator counts."""
+    bytes_per_s = cluster.slowest_link(range(cluster.n_devices)).bytes_per_s
     transfers: list[dict[str, object]] = []
     users_of: dict[str, list[str]] = {}
     for op in ops.values():
@@ -189,7 +194,7 @@ def _transfers(
         users = users_of.get(name, [])
         if users:
             n_bytes = op.output_bytes * (2 if carries_gradient(facts[name]) else 1)
-            transfers.append({"nodes": [name, *users], "seconds": n_bytes / cluster.link.bytes_per_s})
+            transfers.append({"nodes": [name, *users], "seconds": n_bytes / bytes_per_s})
     return transfers
 
 

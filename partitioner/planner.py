@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 import torch
@@ -44,12 +44,16 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Priced:
-    """A captured graph with facts and costs at one microbatch size."""
+    """A captured graph with facts and costs at one microbatch size.
+
+    ``costs`` are those of the first device's kind, ``other_costs`` those of the cluster's other kinds by their names.
+    """
 
     rows: int
     facts: dict[str, OpFacts]
     costs: dict[str, OpCost]
     graph: nx.DiGraph
+    other_costs: dict[str, dict[str, OpCost]] = field(default_factory=dict)
 
     @property
     def ops(self) -> dict[str, OpNode]:
@@ -155,19 +159,22 @@ def price(
         raise ConstraintError(f"costs must be 'measured' or 'analytic', got {source!r}")
     facts = analyse(capture, tensors, rows)
     on_meta = any(parameter.is_meta for parameter in capture.model.parameters())
-    if source == "measured" and not cluster.simulated and cluster.kind.name == "cpu" and not on_meta:
 
-        def tell(done: int, total: int) -> None:
-            progress(f"measuring ops at {rows} rows", done, total)
+    def tell(done: int, total: int) -> None:
+        progress(f"measuring ops at {rows} rows", done, total)
 
-        costs = measured_costs(capture.graph_module, facts, cluster.kind, n_threads, progress=tell)
-    else:
+    costs: dict[str, dict[str, OpCost]] = {}
+    for kind in cluster.kinds:
+        if source == "measured" and not cluster.simulated and kind.name == "cpu" and not on_meta:
+            costs[kind.name] = measured_costs(capture.graph_module, facts, kind, n_threads, progress=tell)
+            continue
         if source == "measured" and not cluster.simulated:
             why = "parameters are on the meta device" if on_meta else "ops are measured on CPU only in this version"
-            warnings.warn(f"stagecut: {why}; costs are the roofline of {cluster.kind.name}", stacklevel=2)
-        costs = analytic_costs(capture.graph_module, facts, cluster.kind)
+            warnings.warn(f"stagecut: {why}; costs are the roofline of {kind.name}", stacklevel=2)
+        costs[kind.name] = analytic_costs(capture.graph_module, facts, kind)
     travels = {name: is_encodable(own.value) for name, own in facts.items()}
-    return Priced(rows, facts, costs, op_graph(capture, facts, costs, cluster, travels))
+    first = costs.pop(cluster.devices[0].kind.name)
+    return Priced(rows, facts, first, op_graph(capture, facts, first, cluster, travels, costs), costs)
 
 
 def _candidate(
@@ -180,9 +187,8 @@ def _candidate(
         stage_of = dict(wishes.assignment)
         cut = None
     else:
-        devices = [
-            CutDevice(f"stage {s}", cluster.kind.name, cluster.kind.memory_bytes) for s in range(cluster.n_stages)
-        ]
+        kind = cluster.devices[0].kind
+        devices = [CutDevice(f"stage {s}", kind.name, kind.memory_bytes) for s in range(cluster.n_stages)]
         cut = solve(priced.graph, devices, ordered=True, in_flight=in_flight)
         stage_of = {str(op): stage for op, stage in cut.stage_of.items()}
     return assemble(capture, priced, cluster, stage_of, cut, name, count, batch_rows, in_flight)
@@ -306,7 +312,7 @@ def _stage(
         saved_bytes=saved,
         in_flight=in_flight,
         memory_bytes=state + in_flight * saved,
-        memory_limit_bytes=float(min(cluster.kind.memory_bytes, 2.0**62)),
+        memory_limit_bytes=float(min(cluster.devices[0].kind.memory_bytes, 2.0**62)),
     )
 
 

@@ -17,6 +17,7 @@ from stagecut.tools.partition_viz import main
 WITH_DOCTESTS = (
     "stagecut",
     "stagecut.records",
+    "stagecut.partitioner.cluster",
     "stagecut.partitioner.folding",
     "stagecut.structure",
     "stagecut.runtime.batch",

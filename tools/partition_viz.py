@@ -120,7 +120,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         options.cluster or _workers(options.devices or _WORKERS),
         example_inputs=model.example_inputs,
         example_kwargs=model.example_kwargs,
-        replicas=options.replicas or 1,
+        replicas=options.replicas,
         microbatches=options.microbatches,
         schedule=options.schedule,
         costs=options.costs or "analytic",

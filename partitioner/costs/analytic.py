@@ -45,7 +45,7 @@ def _analytic_costs(graph_module: fx.GraphModule, facts: dict[str, OpFacts], kin
 
 def roofline_s(kind: DeviceKind, flops: int, moved_bytes: int, n_kernels: int) -> float:
     """Return the seconds that the roofline of ``kind`` allows."""
-    return max(flops / kind.flops_per_s, moved_bytes / kind.bytes_per_s) + n_kernels * kind.kernel_overhead_s
+    return max(flops / kind.rate("float32"), moved_bytes / kind.bytes_per_s) + n_kernels * kind.kernel_overhead_s
 
 
 def _fake_backward_s(isolated: Isolated, kind: DeviceKind, forward_s: float) -> float:

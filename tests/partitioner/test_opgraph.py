@@ -12,14 +12,15 @@ from torch import nn
 
 from stagecut.partitioner.analysis import analyse
 from stagecut.partitioner.capture import capture
-from stagecut.partitioner.cluster import Cluster, DeviceKind, Link
+from stagecut.partitioner.cluster import Cluster, Device, DeviceKind, Link
 from stagecut.partitioner.costs.analytic import analytic_costs
 from stagecut.partitioner.cut import CutDevice, solve
 from stagecut.partitioner.opgraph import STATE_COPIES, op_graph
 from stagecut.structure import is_encodable
 
-KIND = DeviceKind("cpu", 1e9, 1e9, 1e-6, 1e12, "made up")
-CLUSTER = Cluster((("cpu",), ("cpu",)), KIND, Link(1e-5, 1e8, "made up"))
+KIND = DeviceKind("cpu", {"float32": 1e9}, 1e9, 1e-6, 1e12, "made up")
+LINK = Link(1e-5, 1e8, "made up")
+CLUSTER = Cluster((Device("cpu", KIND), Device("cpu", KIND)), None, LINK, LINK)
 
 
 def graph_of(model: nn.Module, *args: torch.Tensor) -> nx.DiGraph:

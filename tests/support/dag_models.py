@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import stagecut
 from stagecut.partitioner.capture import capture
-from stagecut.partitioner.cluster import describe
+from stagecut.partitioner.describe import describe
 from stagecut.partitioner.planner import Wishes, make_plan, price
 
 WIDTH = 4
