@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .building import Builder, Launcher, check_stages, constant, gradients_on, tensors_of
 from .errors import ConstraintError, DeviceError
-from .partitioner.analysis import analyse
-from .partitioner.capture import Capture, capture
+from .partitioner.capture import capture
 from .partitioner.cluster import Cluster
-from .partitioner.cpu import usable_cores
+from .partitioner.configurations import Wishes
 from .partitioner.describe import Devices, Replicas, describe
-from .partitioner.plan import Plan, load, parse
-from .partitioner.planner import Wishes, make_plan, random_ops
-from .partitioner.split import split
+from .partitioner.plan import Plan, load
+from .partitioner.planner import make_plan
 from .progress import Progress, shown_progress
-from .records import to_json
-from .runtime.engine import Engine, InlineEngine
-from .runtime.launch import WorkerPool
-from .runtime.local import LocalEngine
 from .runtime.pipeline import Pipeline
-from .runtime.program import PipelineSpec
-from .runtime.spmd import SpmdEngine, ensure_process_group, share_text, under_torchrun
-from .structure import call_leaves
+from .runtime.spmd import under_torchrun
 
 LAUNCHES = ("auto", "local", "torchrun", "inline")
 
@@ -39,9 +31,11 @@ def compile(
     devices: Devices,
     *,
     loss_fn: Callable[..., Any] | None = None,
+    stages: int | None = None,
     replicas: Replicas = None,
     microbatches: int | None = None,
     schedule: str | None = None,
+    recompute: bool | None = None,
     plan: Plan | str | Path | None = None,
     costs: str = "measured",
     memory_bytes: float | None = None,
@@ -60,14 +54,18 @@ def compile(
 
     Args:
         model: any module; its parameters become the pipeline's, and stay the same objects.
-        devices: one entry a stage: ``[0, 1]``, ``["cpu", "cpu"]``; nested for replicas: ``[[0, 1], [2, 3]]``.
+        devices: what may be used: ``[0, 1]``, ``["cpu", "cpu"]``, ``["cuda:0", "cpu"]``; the planner makes stages and
+            replicas of them, or uses one alone if that is fastest. Nested they are the stages: ``[[0, 1], [2, 3]]``.
             Integers are accelerator indices, or CPU workers where there is no accelerator.
         loss_fn: called as ``loss_fn(output, target)`` on each microbatch; a mean over its rows. Without one, the loss
             is the model's own result (0-dim, or ``.loss``).
+        stages: how many stages to make; chosen by the planner if None.
         replicas: data-parallel copies of every stage, for a flat list of devices; one number, or one a stage:
-            ``[3, 1]``.
+            ``[3, 1]``. Chosen by the planner if None.
         microbatches: pieces of the batch that each replica was given; chosen by the planner if None.
         schedule: ``"1f1b"`` or ``"fill-drain"``; chosen by the planner if None.
+        recompute: whether stages keep only their inputs and compute activations again in the backward; by stage, where
+            memory asks for it, if None.
         plan: a plan, or the path of a saved one, to run instead of planning.
         costs: ``"measured"`` times each distinct op once (CPU), ``"analytic"`` uses a roofline.
         memory_bytes: limit per worker.
@@ -77,7 +75,7 @@ def compile(
             not ignored, say); the microbatch's rows if None.
         launch: ``"local"`` worker processes, ``"torchrun"`` ranks, ``"inline"`` in this process; ``"auto"`` notices
             torchrun.
-        threads_per_worker: CPU threads of each worker; an equal share of the cores if None.
+        threads_per_worker: CPU threads of each worker; an equal share of the cores among those used if None.
         timeout_s: seconds without any progress after which a step fails with :class:`StallError`.
 
     Raises:
@@ -94,11 +92,12 @@ def compile(
         launch = "torchrun" if under_torchrun() else "local"
     known = load(plan) if isinstance(plan, (str, Path)) else plan
     cluster = describe(devices, replicas, memory_bytes)
+    check_stages(cluster, stages)
     _check_cluster(cluster, known, launch)
     _announce(devices, cluster)
-    n_threads = threads_per_worker or max(1, usable_cores() // cluster.n_devices)
-    builder = _Builder(model, cluster, Wishes(microbatches, schedule, costs), known, opaque, n_threads, launch)
-    launcher = _Launcher(model, loss_fn, launch, n_threads, timeout_s, cluster.n_devices)
+    wishes = Wishes(microbatches, schedule, costs, None, stages, recompute, all_devices=launch == "torchrun")
+    builder = Builder(model, cluster, wishes, known, opaque, threads_per_worker, launch)
+    launcher = Launcher(model, loss_fn, launch, threads_per_worker, timeout_s, cluster.n_devices)
     pipeline = Pipeline(
         model,
         builder,
@@ -123,13 +122,15 @@ def plan(
     *,
     example_inputs: tuple[Any, ...],
     example_kwargs: dict[str, Any] | None = None,
+    stages: int | None = None,
     replicas: Replicas = None,
     microbatches: int | None = None,
     schedule: str | None = None,
+    recompute: bool | None = None,
     costs: str = "measured",
     memory_bytes: float | None = None,
     opaque: Sequence[str] = (),
-    threads_per_worker: int = 1,
+    threads_per_worker: int | None = None,
 ) -> Plan:
     """Plan without running anything; the devices need not exist: ``devices="sim:8xH100-80GB"``.
 
@@ -137,31 +138,23 @@ def plan(
     """
     kwargs = example_kwargs or {}
     cluster = describe(devices, replicas, memory_bytes)
-    with _gradients_on(), shown_progress() as progress:
+    check_stages(cluster, stages)
+    wishes = Wishes(microbatches, schedule, costs, None, stages, recompute)
+    with gradients_on(), shown_progress() as progress:
         captured = capture(model, example_inputs, kwargs, opaque=opaque)
-        tensors = _tensors(captured, example_inputs, kwargs)
-        wishes = Wishes(microbatches, schedule, costs)
-        return make_plan(captured, tensors, cluster, wishes, n_threads=threads_per_worker, progress=progress)
-
-
-@contextmanager
-def _gradients_on() -> Iterator[None]:
-    """Plan for training also where the first call happens to be an evaluation under ``torch.no_grad()``."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-def _tensors(captured: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    leaves, _ = call_leaves(captured.model.forward, args, kwargs)
-    return [leaf for known, leaf in zip(captured.inputs.leaves, leaves) if known.graph_input is not None]
+        tensors = tensors_of(captured, example_inputs, kwargs)
+        threads_of = None if threads_per_worker is None else constant(threads_per_worker)
+        return make_plan(captured, tensors, cluster, wishes, threads_of=threads_of, progress=progress)
 
 
 def _check_cluster(cluster: Cluster, known: Plan | None, launch: str) -> None:
     if cluster.simulated:
         raise DeviceError("simulated devices can be planned for, not run on", hint="stagecut.plan(model, 'sim:…', …)")
-    if known is not None and tuple(stage.devices for stage in known.stages) != cluster.stages:
-        given, planned = cluster.stages, tuple(stage.devices for stage in known.stages)
-        raise ConstraintError(f"the plan is for devices {planned}, and devices={given} was given")
+    if known is not None:
+        planned = tuple(stage.devices for stage in known.stages)
+        missing = Counter(known.devices) - Counter(cluster.names)
+        if missing or (cluster.groups is not None and planned != cluster.stages):
+            raise ConstraintError(f"the plan is for devices {planned}, and devices={cluster.stages} was given")
     kinds = {torch.device(name).type for name in cluster.names}
     if launch == "local" and kinds != {"cpu"}:
         raise DeviceError(
@@ -178,76 +171,6 @@ def _announce(devices: Devices, cluster: Cluster) -> None:
         warnings.warn(
             f"stagecut: no accelerator here; devices={devices!r} are {len(cluster.names)} CPU workers", stacklevel=3
         )
-
-
-class _Builder:
-    """Capture, plan and split for a first call; under torchrun rank 0 plans for all."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        cluster: Cluster,
-        wishes: Wishes,
-        known: Plan | None,
-        opaque: Sequence[str],
-        n_threads: int,
-        launch: str,
-    ) -> None:
-        self.model, self.cluster, self.wishes, self.known = model, cluster, wishes, known
-        self.opaque, self.n_threads, self.launch = opaque, n_threads, launch
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Plan]:
-        with _gradients_on():
-            return self._build(args, kwargs)
-
-    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Plan]:
-        captured = capture(self.model, args, kwargs, opaque=self.opaque)
-        tensors = _tensors(captured, args, kwargs)
-        if self.launch == "torchrun":
-            ensure_process_group()
-            chosen = parse(json.loads(share_text(lambda: json.dumps(to_json(self._plan(captured, tensors))))))
-        else:
-            chosen = self._plan(captured, tensors)
-        facts = analyse(captured, tensors, tensors[0].shape[0] if tensors[0].dim() else 1)
-        return split(captured, chosen, random_ops(facts)), chosen
-
-    def _plan(self, captured: Capture, tensors: list[torch.Tensor]) -> Plan:
-        if self.known is not None:
-            return self.known
-        with shown_progress() as progress:
-            return make_plan(captured, tensors, self.cluster, self.wishes, n_threads=self.n_threads, progress=progress)
-
-
-class _Launcher:
-    """Starts the engine of a pipeline; local workers start at once, beside the planning."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[..., Any] | None,
-        launch: str,
-        n_threads: int,
-        timeout_s: float,
-        n_workers: int,
-    ) -> None:
-        self.model, self.loss_fn, self.launch = model, loss_fn, launch
-        self.n_threads, self.timeout_s, self.n_workers = n_threads, timeout_s, n_workers
-        self.pool = WorkerPool(n_workers, n_threads) if launch == "local" else None
-
-    def __call__(self, spec: PipelineSpec) -> Engine:
-        if self.launch == "inline":
-            return InlineEngine(spec, self.model, self.loss_fn)
-        if self.launch == "torchrun":
-            return SpmdEngine(spec, self.model, self.loss_fn)
-        pool = self.pool if self.pool is not None else WorkerPool(self.n_workers, self.n_threads)
-        self.pool = None
-        return LocalEngine(spec, self.model, self.loss_fn, pool, self.timeout_s)
-
-    def release(self) -> None:
-        """End workers that were started and never used."""
-        if self.pool is not None:
-            self.pool.kill()
-            self.pool = None
 
 
 __all__ = ["Progress", "compile", "plan"]

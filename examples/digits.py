@@ -15,7 +15,6 @@ import stagecut
 from stagecut.models.digits import load_digits
 from stagecut.models.resnet import DigitsResNet
 from stagecut.tools.html import report_html
-from stagecut.tools.replay import timeline_of
 from stagecut.tools.svg import plan_svg
 
 GOAL = 0.97
@@ -59,7 +58,7 @@ def main() -> None:
         print(f"\ntest accuracy {accuracy:.2%}")
 
         pm.plan.save(options.out / "plan.json")
-        simulated = timeline_of(pm.plan)
+        simulated = pm.plan.predicted
         (options.out / "plan.svg").write_text(plan_svg(pm.plan, simulated, profile.timeline))
         (options.out / "plan.html").write_text(report_html(pm.plan, simulated, profile.timeline))
     print(f"wrote {', '.join(str(options.out / name) for name in ('plan.json', 'plan.svg', 'plan.html'))}")

@@ -35,6 +35,8 @@ class OpFacts:
         flops, moved_bytes: arithmetic and memory traffic of the forward.
         output_bytes: bytes of the result's tensors, as a packet would carry them.
         saved_bytes: bytes that autograd keeps for the backward and that no earlier op keeps; parameters excluded.
+        saves: every storage that autograd keeps for the op's backward, with its bytes; parameters excluded.
+        holds: the storages of the result, with their bytes.
         parameters: names of parameters and buffers that it reads.
         random: draws random numbers.
         differentiable: the result carries gradients.
@@ -59,6 +61,8 @@ class OpFacts:
     value: Any = None
     touched: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
+    saves: dict[int, int] = field(default_factory=dict)
+    holds: dict[int, int] = field(default_factory=dict)
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -222,15 +226,18 @@ class _Interpreter(fx.Interpreter):
         self.meter = Meter()
         self.owned = {storage_of(tensor) for tensor in state.values()}
         self._alive = set(self.owned)
-        self._saved: dict[int, int] = {}
+        self._saved: set[int] = set()
         self._names_in_model = _names_by_identity(capture)
         self._current: OpFacts | None = None
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = storage_of(tensor)
-        if self._current is not None and storage not in self.owned and storage not in self._saved:
-            self._saved[storage] = tensor.untyped_storage().nbytes()
-            self._current.saved_bytes += tensor.untyped_storage().nbytes()
+        if self._current is not None and storage not in self.owned:
+            n_bytes = tensor.untyped_storage().nbytes()
+            self._current.saves[storage] = n_bytes
+            if storage not in self._saved:
+                self._saved.add(storage)
+                self._current.saved_bytes += n_bytes
         return tensor
 
     def run_node(self, n: fx.Node) -> Any:
@@ -254,6 +261,7 @@ class _Interpreter(fx.Interpreter):
         tensors = tensors_in(value)
         storages = {storage_of(tensor) for tensor in tensors}
         facts.output_bytes = sum(_bytes(tensor) for tensor in tensors)
+        facts.holds = {storage_of(t): t.untyped_storage().nbytes() for t in tensors if storage_of(t) not in self.owned}
         facts.differentiable = any(tensor.requires_grad for tensor in tensors)
         self._alive.update(storages)
         facts.written = meter.written & self._alive  # not what was made and dropped inside the op

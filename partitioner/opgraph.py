@@ -34,7 +34,6 @@ class OpNode:
     source: str | None
     inputs: tuple[str, ...]
     parameters: tuple[str, ...]
-    cost: OpCost
     output_bytes: int
     saved_bytes: int
     differentiable: bool
@@ -52,7 +51,7 @@ def is_switch(node: fx.Node, module: fx.GraphModule) -> bool:
     return is_replicable(node, module) and node.op == "call_module" and bool(node.all_input_nodes)
 
 
-def op_nodes(capture: Capture, facts: Mapping[str, OpFacts], costs: Mapping[str, OpCost]) -> dict[str, OpNode]:
+def op_nodes(capture: Capture, facts: Mapping[str, OpFacts]) -> dict[str, OpNode]:
     """List the ops that a cut assigns to stages, in graph order."""
     module = capture.graph_module
     replicable = {node.name for node in capture.graph.nodes if is_replicable(node, module)}
@@ -69,7 +68,6 @@ def op_nodes(capture: Capture, facts: Mapping[str, OpFacts], costs: Mapping[str,
             source=own.source,
             inputs=tuple(i for i in own.inputs if i not in replicable),
             parameters=tuple(dict.fromkeys([*own.parameters, *borrowed])),
-            cost=costs.get(node.name, FREE),
             output_bytes=own.output_bytes,
             saved_bytes=own.saved_bytes,
             differentiable=own.differentiable,
@@ -126,20 +124,18 @@ def ties(capture: Capture, ops: Mapping[str, OpNode]) -> dict[str, tuple[str, ..
 def op_graph(
     capture: Capture,
     facts: Mapping[str, OpFacts],
-    costs: Mapping[str, OpCost],
+    costs: Mapping[str, Mapping[str, OpCost]],
     cluster: Cluster,
     travels: Mapping[str, bool],
-    other_costs: Mapping[str, Mapping[str, OpCost]] | None = None,
 ) -> nx.DiGraph:
     """Build the graph that the cut is searched on.
 
     Nodes carry ``op`` (:class:`OpNode`), ``compute_s`` per device kind (forward and backward of one microbatch),
     ``memory_bytes`` (parameters with gradients and optimizer state) and ``stash_bytes`` (saved for one microbatch). The
     graph carries ``transfers`` (seconds of a value, activation and gradient, for everyone it joins), ``together`` and
-    ``ties``. ``costs`` are those of the first device's kind, ``other_costs`` those of the other kinds by their names.
+    ``ties``. ``costs`` has the ops' costs by the name of the device kind.
     """
-    by_kind = {cluster.devices[0].kind.name: costs, **(other_costs or {})}
-    ops = op_nodes(capture, facts, costs)
+    ops = op_nodes(capture, facts)
     sizes = state_bytes(capture)
     trainable = {
         name for name, p in capture.model.named_parameters() if isinstance(p, nn.Parameter) and p.requires_grad
@@ -150,7 +146,7 @@ def op_graph(
         own = [name for name in op.parameters if name not in charged]
         charged.update(own)
         memory = sum(sizes[name] * (STATE_COPIES if name in trainable else 1) for name in own)
-        compute_s = {kind: _seconds(priced.get(op.name, FREE)) for kind, priced in by_kind.items()}
+        compute_s = {kind: _seconds(priced.get(op.name, FREE)) for kind, priced in costs.items()}
         graph.add_node(op.name, op=op, compute_s=compute_s, memory_bytes=memory, stash_bytes=op.saved_bytes)
     for op in ops.values():
         graph.add_edges_from((name, op.name) for name in op.inputs if name in ops)

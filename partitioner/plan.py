@@ -49,7 +49,8 @@ class StageRecord:
 
     ``memory_bytes`` is the predicted peak of one replica: parameters with gradients and optimizer state, what is
     saved for the microbatches in flight, and the workspace of one op. With ``recompute`` only ``input_bytes`` are held
-    for each microbatch in flight, ``backward_s`` contains a second forward, and one microbatch at a time is saved whole.
+    for each microbatch in flight, ``backward_s`` contains a second forward, and one microbatch at a time is saved
+    whole.
     """
 
     index: int

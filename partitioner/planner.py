@@ -1,67 +1,35 @@
-"""The planner: tries microbatch counts and schedules, cuts for each, and ranks by the simulator."""
+"""The planner: tries configurations, cuts for each, ranks by the simulator, and says why."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import networkx as nx
 import torch
 
 from ..errors import ConstraintError, InfeasibleError
-from ..runtime.instructions import Layout
 from ..runtime.schedules import TRAINING_SCHEDULES
-from ..runtime.schedules.one_f_one_b import warm_up
-from ..structure import is_encodable
-from .analysis import OpFacts, analyse
+from .analysis import OpFacts
+from .assemble import Decision, assemble, n_pieces_of
 from .captured import Capture
 from .cluster import Cluster
-from .costs.analytic import analytic_costs
-from .costs.measured import measured_costs
-from .costs.op_cost import OpCost
-from .cut import Cut, CutDevice, solve
-from .opgraph import STATE_COPIES, OpNode, carries_gradient, op_graph, state_bytes
-from .plan import FORMAT, Alternative, OpRecord, Plan, Prediction, StageRecord, WireRecord
-from .predict import predict
-from .split import fingerprint, wires_of
+from .configurations import (
+    FEW_DEVICES,
+    Groups,
+    Wishes,
+    microbatch_counts,
+    rows_of,
+    stage_counts,
+    uniform_groups,
+)
+from .cutting import Cutter, Recompute, Stages
+from .explain import reasons
+from .plan import Alternative, Plan
+from .pricing import Priced, Pricer, Progress, silent
 
-_COUNTS_PER_STAGE = (1, 2, 4)
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the user fixed; None leaves the choice to the planner.
-
-    ``assignment`` maps every op to a stage and replaces the search for a cut.
-    """
-
-    n_microbatches: int | None = None
-    schedule: str | None = None
-    costs: str = "measured"
-    assignment: Mapping[str, int] | None = None
-
-
-@dataclass(frozen=True)
-class Priced:
-    """A captured graph with facts and costs at one microbatch size.
-
-    ``costs`` are those of the first device's kind, ``other_costs`` those of the cluster's other kinds by their names.
-    """
-
-    rows: int
-    facts: dict[str, OpFacts]
-    costs: dict[str, OpCost]
-    graph: nx.DiGraph
-    other_costs: dict[str, dict[str, OpCost]] = field(default_factory=dict)
-
-    @property
-    def ops(self) -> dict[str, OpNode]:
-        """Return the ops by name, in graph order."""
-        return {name: self.graph.nodes[name]["op"] for name in self.graph.nodes}
-
-
-Progress = Callable[[str, int, int], None]
+_SOLVE_S = 20.0
+_MOST_TIGHTENINGS = 6
+_KEPT = 12
 
 
 def make_plan(
@@ -70,14 +38,15 @@ def make_plan(
     cluster: Cluster,
     wishes: Wishes,
     *,
-    n_threads: int = 1,
-    progress: Progress = lambda what, done, total: None,
+    threads_of: Callable[[int], int] | None = None,
+    progress: Progress = silent,
 ) -> Plan:
-    """Choose stages, microbatches and schedule for ``cluster``.
+    """Choose stages, replicas, microbatches, schedule and recompute for ``cluster``.
 
     ``tensors`` are the tensor leaves of an example call; the rows of the batched ones are the batch that the plan is
-    for. Deterministic for equal costs. A microbatch count of the planner's own that the model refuses (BatchNorm wants
-    more than one row) is left out.
+    for. ``threads_of`` gives the CPU threads of each worker for a number of workers; by default they share the cores of
+    their host. Deterministic for equal costs. A microbatch count of the planner's own that the model refuses
+    (BatchNorm wants more than one row) is left out.
 
     Raises:
         InfeasibleError: no cut fits the devices' memory, or there are fewer ops than stages.
@@ -85,260 +54,206 @@ def make_plan(
     """
     batched = [leaf.batched for leaf in capture.inputs.leaves if leaf.graph_input is not None]
     batch_rows = next(tensor.shape[0] for tensor, cut in zip(tensors, batched) if cut)
-    candidates: list[Plan] = []
-    failures: list[Exception] = []
-    priced: dict[int, Priced] = {}
-    for count in _counts(capture, wishes, cluster, batch_rows):
-        rows = -(-batch_rows // min(batch_rows, count * max(len(stage) for stage in cluster.stages)))
-        if rows not in priced:
-            try:
-                priced[rows] = price(capture, list(tensors), rows, cluster, wishes.costs, n_threads, progress)
-            except Exception as error:
-                if wishes.n_microbatches is not None:
-                    raise
-                failures.append(error)
-                continue
-        for name in (wishes.schedule,) if wishes.schedule else TRAINING_SCHEDULES:
-            try:
-                candidates.append(_candidate(capture, priced[rows], cluster, wishes, name, count, batch_rows))
-            except InfeasibleError as error:
-                failures.append(error)
-    if not candidates:
-        raise failures[0]
-    candidates.sort(key=lambda plan: (plan.prediction.step_s, plan.n_microbatches, plan.schedule))
-    candidates = _with_one_device(candidates, capture, list(tensors), batch_rows, cluster, wishes, n_threads, progress)
-    others = tuple(Alternative(p.schedule, p.n_microbatches, p.prediction.step_s) for p in candidates[1:])
-    return replace(candidates[0], alternatives=others)
+    pricer = Pricer(capture, tensors, cluster, wishes.costs, progress)
+    return _Planner(capture, pricer, cluster, wishes, batch_rows, threads_of or _share_of_cores(cluster)).run()
 
 
-def _with_one_device(
-    candidates: list[Plan],
-    capture: Capture,
-    tensors: list[torch.Tensor],
-    batch_rows: int,
-    cluster: Cluster,
-    wishes: Wishes,
-    n_threads: int,
-    progress: Progress,
-) -> list[Plan]:
-    """Let every candidate know what one worker takes for the batch, in its microbatches or whole, if that is faster."""
-    alone = price(capture, tensors, batch_rows, cluster, wishes.costs, n_threads, progress)
-    whole_s = sum(cost.forward_s + cost.backward_s for cost in alone.costs.values())
-    return [
-        replace(plan, prediction=replace(plan.prediction, one_device_s=min(plan.prediction.one_device_s, whole_s)))
-        for plan in candidates
-    ]
+def _share_of_cores(cluster: Cluster) -> Callable[[int], int]:
+    return lambda n_workers: max(1, (cluster.n_cores or 1) // n_workers)
 
 
-def _counts(capture: Capture, wishes: Wishes, cluster: Cluster, batch_rows: int) -> list[int]:
-    if wishes.n_microbatches is not None:
-        if wishes.n_microbatches < 1:
-            raise ConstraintError(f"microbatches must be at least 1, got {wishes.n_microbatches}")
-        return [wishes.n_microbatches]
-    if capture.inputs.rows is not None:
-        return [1]
-    most = max(1, batch_rows // max(len(stage) for stage in cluster.stages))
-    return sorted({min(most, cluster.n_stages * factor) for factor in _COUNTS_PER_STAGE})
+class _Planner:
+    def __init__(
+        self,
+        capture: Capture,
+        pricer: Pricer,
+        cluster: Cluster,
+        wishes: Wishes,
+        batch_rows: int,
+        threads_of: Callable[[int], int],
+    ) -> None:
+        self.capture, self.pricer, self.cluster, self.wishes = capture, pricer, cluster, wishes
+        self.batch_rows, self.threads_of = batch_rows, threads_of
+        self.cutter = Cutter(_SOLVE_S)
+        self.failures: list[Exception] = []
+        self.best_s = float("inf")
 
-
-def price(
-    capture: Capture,
-    tensors: list[torch.Tensor],
-    rows: int,
-    cluster: Cluster,
-    source: str,
-    n_threads: int = 1,
-    progress: Progress = lambda what, done, total: None,
-) -> Priced:
-    """Analyse and price the graph at ``rows`` samples a microbatch.
-
-    Raises:
-        ConstraintError: ``source`` is not ``"measured"`` or ``"analytic"``.
-    """
-    if source not in ("measured", "analytic"):
-        raise ConstraintError(f"costs must be 'measured' or 'analytic', got {source!r}")
-    facts = analyse(capture, tensors, rows)
-    on_meta = any(parameter.is_meta for parameter in capture.model.parameters())
-
-    def tell(done: int, total: int) -> None:
-        progress(f"measuring ops at {rows} rows", done, total)
-
-    costs: dict[str, dict[str, OpCost]] = {}
-    for kind in cluster.kinds:
-        if source == "measured" and not cluster.simulated and kind.name == "cpu" and not on_meta:
-            costs[kind.name] = measured_costs(capture.graph_module, facts, kind, n_threads, progress=tell)
-            continue
-        if source == "measured" and not cluster.simulated:
-            why = "parameters are on the meta device" if on_meta else "ops are measured on CPU only in this version"
-            warnings.warn(f"stagecut: {why}; costs are the roofline of {kind.name}", stacklevel=2)
-        costs[kind.name] = analytic_costs(capture.graph_module, facts, kind)
-    travels = {name: is_encodable(own.value) for name, own in facts.items()}
-    first = costs.pop(cluster.devices[0].kind.name)
-    return Priced(rows, facts, first, op_graph(capture, facts, first, cluster, travels, costs), costs)
-
-
-def _candidate(
-    capture: Capture, priced: Priced, cluster: Cluster, wishes: Wishes, name: str, count: int, batch_rows: int
-) -> Plan:
-    n_replicas = max(len(stage) for stage in cluster.stages)
-    n_pieces = min(batch_rows, count * n_replicas)
-    in_flight = _in_flight(cluster, name, n_pieces)
-    if wishes.assignment is not None:
-        stage_of = dict(wishes.assignment)
-        cut = None
-    else:
-        kind = cluster.devices[0].kind
-        devices = [CutDevice(f"stage {s}", kind.name, kind.memory_bytes) for s in range(cluster.n_stages)]
-        cut = solve(priced.graph, devices, ordered=True, in_flight=in_flight)
-        stage_of = {str(op): stage for op, stage in cut.stage_of.items()}
-    return assemble(capture, priced, cluster, stage_of, cut, name, count, batch_rows, in_flight)
-
-
-def _in_flight(cluster: Cluster, name: str, n_pieces: int) -> list[int]:
-    layout = _chain(cluster)
-    mine = [len(layout.microbatches_of(s, 0, n_pieces)) for s in range(layout.n_stages)]
-    if name == "fill-drain":
-        return mine
-    return [min(warm_up(layout, s), mine[s]) for s in range(layout.n_stages)]
-
-
-def _chain(cluster: Cluster) -> Layout:
-    workers, first = [], 0
-    for stage in cluster.stages:
-        workers.append(tuple(range(first, first + len(stage))))
-        first += len(stage)
-    return Layout(tuple(workers), (), ())
-
-
-def assemble(
-    capture: Capture,
-    priced: Priced,
-    cluster: Cluster,
-    stage_of: Mapping[str, int],
-    cut: Cut | None,
-    name: str,
-    count: int,
-    batch_rows: int,
-    in_flight: Sequence[int],
-) -> Plan:
-    """Write down a decision as a plan, with what the simulator predicts for it."""
-    ops = priced.ops
-    wires = _wires(capture, priced, stage_of, cluster.n_stages)
-    stages = tuple(_stage(capture, ops, stage_of, s, cluster, in_flight[s]) for s in range(cluster.n_stages))
-    blank = Prediction(0.0, 0.0, 0.0, 0.0, False, 0.0, "")
-    plan = Plan(
-        format=FORMAT,
-        model=type(capture.model).__name__,
-        fingerprint=fingerprint(capture),
-        batch_rows=batch_rows,
-        n_microbatches=count,
-        schedule=name,
-        graph_inputs=tuple(leaf.graph_input for leaf in capture.inputs.leaves if leaf.graph_input is not None),
-        ops=tuple(_op(op, stage_of[op.name]) for op in ops.values()),
-        stages=stages,
-        wires=wires,
-        prediction=blank,
-        alternatives=(),
-    )
-    timeline = predict(plan, cluster)
-    n_pieces = min(batch_rows, count * plan.layout().n_replicas)
-    work = sum(op.cost.forward_s + op.cost.backward_s for op in ops.values())
-    loads = _loads(priced, stage_of, cluster.n_stages)
-    return replace(
-        plan,
-        prediction=Prediction(
-            step_s=timeline.makespan_s,
-            bubble=timeline.bubble,
-            bottleneck_s=max(loads),
-            lower_bound_s=cut.lower_bound if cut is not None else work / cluster.n_stages,
-            optimal=cut.optimal if cut is not None else False,
-            one_device_s=n_pieces * work,
-            cost_source=_source(priced.costs),
-        ),
-    )
-
-
-def _source(costs: Mapping[str, OpCost]) -> str:
-    sources = {cost.source for cost in costs.values()} - {"none"}
-    if sources <= {"measured", "cached"} and sources:
-        return "measured"
-    return "analytic" if sources <= {"analytic"} else "measured and analytic"
-
-
-def _loads(priced: Priced, stage_of: Mapping[str, int], n_stages: int) -> list[float]:
-    """Return each stage's compute and transfers for one microbatch, as the cut counts them."""
-    loads = [0.0] * n_stages
-    for name, op in priced.ops.items():
-        loads[stage_of[name]] += op.cost.forward_s + op.cost.backward_s
-    for transfer in priced.graph.graph["transfers"]:
-        touched = {stage_of[name] for name in transfer["nodes"]}
-        if len(touched) > 1:
-            for s in touched:
-                loads[s] += transfer["seconds"]
-    return loads
-
-
-def _op(op: OpNode, stage: int) -> OpRecord:
-    return OpRecord(
-        name=op.name,
-        target=op.target,
-        module_path=op.module_path,
-        source=op.source,
-        stage=stage,
-        inputs=op.inputs,
-        forward_s=op.cost.forward_s,
-        backward_s=op.cost.backward_s,
-        output_bytes=op.output_bytes,
-        saved_bytes=op.saved_bytes,
-        cost_source=op.cost.source,
-    )
-
-
-def _stage(
-    capture: Capture, ops: Mapping[str, OpNode], stage_of: Mapping[str, int], s: int, cluster: Cluster, in_flight: int
-) -> StageRecord:
-    mine = [op for op in ops.values() if stage_of[op.name] == s]
-    sizes = state_bytes(capture)
-    names = dict.fromkeys(name for op in mine for name in op.parameters)
-    trainable = {name for name, parameter in capture.model.named_parameters() if parameter.requires_grad}
-    state = sum(sizes[name] * (STATE_COPIES if name in trainable else 1) for name in names)
-    saved = sum(op.saved_bytes for op in mine)
-    return StageRecord(
-        index=s,
-        devices=cluster.stages[s],
-        forward_s=sum(op.cost.forward_s for op in mine),
-        backward_s=sum(op.cost.backward_s for op in mine),
-        parameter_bytes=sum(sizes[name] for name in names),
-        saved_bytes=saved,
-        in_flight=in_flight,
-        memory_bytes=state + in_flight * saved,
-        memory_limit_bytes=float(min(cluster.devices[0].kind.memory_bytes, 2.0**62)),
-    )
-
-
-def _wires(capture: Capture, priced: Priced, stage_of: Mapping[str, int], n_stages: int) -> tuple[WireRecord, ...]:
-    targets: dict[str, list[int]] = {}
-    for (_, target), names in sorted(_training_wires(capture, stage_of, n_stages).items()):
-        for name in names:
-            targets.setdefault(name, []).append(target)
-    order = list(priced.ops)
-    return tuple(
-        WireRecord(
-            name,
-            stage_of[name],
-            tuple(targets[name]),
-            priced.ops[name].output_bytes,
-            carries_gradient(priced.facts[name]),
+    def run(self) -> Plan:
+        candidates = self._candidates(self._ways())
+        if not candidates:
+            raise self.failures[0]
+        rivals = self._rivals()
+        ranked = sorted(candidates, key=_rank)
+        chosen = ranked[0]
+        others = sorted([*ranked[1:], *rivals], key=_rank)[:_KEPT]
+        alone = [plan.prediction.step_s for plan in (*candidates, *rivals) if len(plan.devices) == 1]
+        one_device_s = min([*alone, chosen.prediction.one_device_s])
+        chosen = replace(
+            chosen,
+            prediction=replace(chosen.prediction, one_device_s=one_device_s),
+            alternatives=tuple(map(_alternative, others)),
         )
-        for name in sorted(targets, key=order.index)
+        return replace(chosen, reasons=reasons(chosen, ranked[1:], rivals, self.failures))
+
+    def _ways(self) -> list[Groups]:
+        """List the groups of devices to try; pipelines first: one device then reuses sizes that have a price."""
+        ways = uniform_groups(self.cluster, self.wishes)
+        if self.capture.inputs.rows is not None:
+            ways = [groups for groups in ways if max(map(len, groups)) == 1] or ways
+        ways += [groups for groups in self._unequal_ways() if groups not in ways]
+        if not ways:
+            raise ConstraintError(
+                f"{self.cluster.n_devices} devices of {len(self.cluster.kinds)} kinds do not make "
+                f"{self.wishes.n_stages} stages of equal kinds",
+                hint="nest the devices to say which make a stage: devices=[[0, 1], [2]]",
+            )
+        return sorted(ways, key=lambda groups: (len(groups) == 1, len(groups), groups))
+
+    def _unequal_ways(self) -> list[Groups]:
+        """List stages of unequal replica counts: for each number of stages those with the smallest bottleneck."""
+        cluster, n = self.cluster, self.cluster.n_devices
+        if cluster.groups is not None or not 2 < n <= FEW_DEVICES or len(cluster.kinds) > 1:
+            return []
+        if self.capture.inputs.rows is not None or self.wishes.assignment is not None:
+            return []
+        ways: list[Groups] = []
+        for n_stages in stage_counts(n, self.wishes):
+            if not 1 < n_stages < n:
+                continue
+            rows = rows_of(((0,),) * n_stages, n, self.batch_rows)
+            n_pieces = -(-self.batch_rows // rows)
+            try:
+                priced = self.pricer.at(rows, self.threads_of(n))
+            except Exception as error:
+                self.failures.append(error)
+                continue
+            sizes = self.cutter.unequal_groups(priced, cluster, n_stages, n_pieces)
+            if sizes is not None:
+                ends = [sum(sizes[: s + 1]) for s in range(len(sizes))]
+                ways.append(tuple(tuple(range(end - size, end)) for size, end in zip(sizes, ends)))
+        return ways
+
+    def _candidates(self, ways: Sequence[Groups]) -> list[Plan]:
+        found: list[Plan] = []
+        for groups in ways:
+            for count in microbatch_counts(self.wishes, groups, self.batch_rows, self.capture.inputs.rows is not None):
+                cluster = self.cluster.with_groups(groups)
+                if len(groups) == 1 and any(plan.devices == cluster.names for plan in found):
+                    rows = rows_of(groups, count, self.batch_rows)
+                    if not self.pricer.is_known(rows, self.threads_of(cluster.n_devices)):
+                        continue  # it fits in larger pieces: smaller ones would have to be measured for little
+                found += self._of(cluster, count)
+        return found
+
+    def _of(self, cluster: Cluster, count: int) -> list[Plan]:
+        """Return the plans for groups of devices and a microbatch count, one for each schedule."""
+        assert cluster.groups is not None
+        rows = rows_of(cluster.groups, count, self.batch_rows)
+        try:
+            priced = self.pricer.at(rows, self.threads_of(cluster.n_devices))
+        except Exception as error:
+            if self.wishes.n_microbatches is not None:
+                raise
+            self.failures.append(error)
+            return []
+        n_pieces = n_pieces_of(cluster.groups, count, self.batch_rows)
+        work_s = sum(priced.work_s(device.kind.name) ** -1 for device in cluster.devices) ** -1 * n_pieces
+        if work_s > self.best_s:
+            return []  # even with all devices busy all the time it would take longer than what is known
+        schedules = (self.wishes.schedule,) if self.wishes.schedule else TRAINING_SCHEDULES
+        if len(cluster.groups) == 1 and self.wishes.schedule is None:
+            schedules = ("1f1b",)  # one stage: the others only hold more
+        found = []
+        for schedule in schedules:
+            try:
+                found.append(self._fitting(priced, cluster, schedule, count, n_pieces))
+            except InfeasibleError as error:
+                self.failures.append(error)
+        if found:
+            self.best_s = min(self.best_s, *(plan.prediction.step_s for plan in found))
+        return found
+
+    def _fitting(self, priced: Priced, cluster: Cluster, schedule: str, count: int, n_pieces: int) -> Plan:
+        """Cut and assemble, without recompute first; with it where nothing else fits."""
+        modes: list[Recompute] = ["never", "choose"]
+        if self.wishes.recompute is not None:
+            modes = ["always"] if self.wishes.recompute else ["never"]
+        for mode in modes:
+            try:
+                return self._within_limits(priced, cluster, schedule, count, n_pieces, mode)
+            except InfeasibleError as error:
+                failure = error
+        raise failure
+
+    def _within_limits(
+        self, priced: Priced, cluster: Cluster, schedule: str, count: int, n_pieces: int, mode: Recompute
+    ) -> Plan:
+        """Tighten the limits of the cut by what it does not count (values held for wires) until the plan fits."""
+        assert cluster.groups is not None
+        limits = [min(cluster.devices[index].kind.memory_bytes for index in group) for group in cluster.groups]
+        allowed = list(limits)
+        for _ in range(_MOST_TIGHTENINGS):
+            stages = self._stages(priced, cluster, schedule, n_pieces, mode, allowed)
+            decision = Decision(cluster, stages.stage_of, stages.recompute, schedule, count, stages.cut)
+            plan = assemble(self.capture, priced, decision, self.batch_rows)
+            over = [stage.memory_bytes - limit for stage, limit in zip(plan.stages, limits)]
+            if max(over) <= 0:
+                return plan
+            allowed = [limit - 1.05 * max(0.0, excess) for limit, excess in zip(allowed, over)]
+        worst = max(range(len(over)), key=over.__getitem__)
+        raise InfeasibleError(
+            f"{len(limits)} stages under {schedule} with {count} microbatches do not fit: stage {worst} on "
+            f"{', '.join(cluster.stages[worst])} needs {plan.stages[worst].memory_bytes:,.0f} bytes, "
+            f"{over[worst]:,.0f} more than its {limits[worst]:,.0f}",
+            hint=f"raise memory_bytes by {over[worst]:,.0f}, or use more devices or smaller microbatches",
+        )
+
+    def _stages(
+        self,
+        priced: Priced,
+        cluster: Cluster,
+        schedule: str,
+        n_pieces: int,
+        mode: Recompute,
+        limits: Sequence[float],
+    ) -> Stages:
+        n_stages = cluster.n_stages
+        if self.wishes.assignment is not None:
+            return Stages(dict(self.wishes.assignment), (mode == "always",) * n_stages)
+        return self.cutter.cut(priced, cluster, schedule, n_pieces, mode, limits)
+
+    def _rivals(self) -> list[Plan]:
+        """Plan for one device and for plain data parallelism where the user's wishes leave them out, to compare."""
+        cluster = self.cluster
+        if self.wishes.assignment is not None or len(cluster.kinds) > 1:
+            return []
+        wanted: list[Groups] = [((0,),)]
+        if cluster.n_devices > 1 and self.capture.inputs.rows is None:
+            wanted.append((tuple(range(cluster.n_devices)),))
+        tried = self._ways()
+        kept, self.best_s = self.best_s, float("inf")
+        found = []
+        for groups in wanted:
+            if groups not in tried:
+                found += self._of(cluster.with_groups(groups), 1)
+        self.best_s = kept
+        return found
+
+
+def _rank(plan: Plan) -> tuple[object, ...]:
+    """Order plans by predicted step; of equal ones the simpler comes first."""
+    return (plan.prediction.step_s, len(plan.devices), len(plan.stages), plan.n_microbatches, plan.schedule)
+
+
+def _alternative(plan: Plan) -> Alternative:
+    return Alternative(
+        plan.schedule,
+        plan.n_microbatches,
+        plan.prediction.step_s,
+        tuple(len(stage.devices) for stage in plan.stages),
+        tuple(stage.index for stage in plan.stages if stage.recompute),
+        max(stage.memory_bytes for stage in plan.stages),
     )
-
-
-def _training_wires(
-    capture: Capture, stage_of: Mapping[str, int], n_stages: int
-) -> dict[tuple[int, int], tuple[str, ...]]:
-    reported = [leaf.node for leaf in capture.outputs if leaf.node is not None]
-    return wires_of(capture.graph_module, stage_of, n_stages, reported)
 
 
 def random_ops(facts: Mapping[str, OpFacts]) -> dict[str, bool]:

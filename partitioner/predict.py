@@ -13,7 +13,7 @@ from .simulate import StepCosts, simulate
 def predict(plan: Plan) -> Timeline:
     """Simulate one step of ``plan``, from the plan alone.
 
-    Where all stages have as many replicas that share nothing, one replica of each is simulated and stands for the others.
+    Where all stages have as many replicas and none share cores, one replica of each stands for the others.
     """
     layout = plan.layout()
     n_pieces = min(plan.batch_rows, plan.n_microbatches * layout.n_replicas)
@@ -23,11 +23,15 @@ def predict(plan: Plan) -> Timeline:
     column = Layout(tuple((s,) for s in range(layout.n_stages)), layout.wires, layout.gradient_wires)
     timeline = _simulated(plan, column, n_pieces // n_alike)
     spans = [
-        Span(layout.workers[span.worker][r], span.op, span.stage, _microbatch(span, r, n_alike), span.start_s, span.end_s)
+        Span(
+            layout.workers[span.worker][r], span.op, span.stage, _microbatch(span, r, n_alike), span.start_s, span.end_s
+        )
         for r in range(n_alike)
         for span in timeline.spans
     ]
-    return Timeline(timeline.source, layout.n_workers, tuple(sorted(spans, key=lambda s: (s.worker, s.start_s, s.end_s))))
+    return Timeline(
+        timeline.source, layout.n_workers, tuple(sorted(spans, key=lambda s: (s.worker, s.start_s, s.end_s)))
+    )
 
 
 def _n_alike(plan: Plan, layout: Layout, n_pieces: int) -> int:

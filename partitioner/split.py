@@ -67,6 +67,7 @@ def split(capture: Capture, plan: Plan, random_ops: Mapping[str, bool]) -> Pipel
         random=any(random_ops.values()),
         fingerprint=f"{own}/{plan.stage_of}/{copies}/{[stage.recompute for stage in plan.stages]}/{plan.devices}/"
         f"{plan.schedule}/{plan.n_microbatches}",
+        n_threads=plan.n_threads,
     )
 
 

@@ -71,6 +71,12 @@ class WorkerPool:
         for index in range(n_workers):
             self.workers.append(_start(index, n_threads))
 
+    def keep(self, n_workers: int, n_threads: int) -> None:
+        """End the workers that are not needed; the others are told at their setup how many threads to use."""
+        _kill_all(self.workers[n_workers:], self._owner)
+        del self.workers[n_workers:]
+        self.n_threads = n_threads
+
     def wait_until_ready(self, timeout_s: float) -> None:
         """Wait for every worker's first answer.
 

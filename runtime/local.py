@@ -140,6 +140,7 @@ class LocalEngine:
             gradients={name: slot for (w, name), slot in self._gradient_slots.items() if w == worker.index},
             payload=self._pickle(stages, own_loss),
             torchvision="torchvision" in sys.modules,
+            n_threads=self.n_threads,
         )
         worker.connection.send_bytes(dumps(setup))
         worker.send_fd(self._arena.fd)

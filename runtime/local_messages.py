@@ -17,6 +17,7 @@ class Setup:
     ``payload`` is pickled (stages, loss_fn) whose tensors refer to ``parameters`` and ``buffers`` by name.
     ``gradients`` maps a parameter to the arena slot that this worker writes its gradient to; it is empty on all but the
     first replica of a stage. ``torchvision`` says that the parent uses it, so that the payload may refer to it.
+    ``n_threads`` is how many CPU threads the worker computes with.
     """
 
     worker: int
@@ -30,6 +31,7 @@ class Setup:
     gradients: dict[str, str]
     payload: bytes
     torchvision: bool
+    n_threads: int
 
 
 @dataclass(frozen=True)

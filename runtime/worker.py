@@ -100,6 +100,7 @@ class _Server:
 
     def __init__(self, setup: Setup, arena_fd: int) -> None:
         self.setup = setup
+        torch.set_num_threads(setup.n_threads)
         self.arena = Arena(arena_fd, setup.arena_bytes, setup.slots)
         self.state: dict[str, torch.Tensor] = {name: parameter_over(self.arena.view(name)) for name in setup.parameters}
         self.private_buffers = self._owns_private_buffers()

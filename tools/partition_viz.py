@@ -74,12 +74,11 @@ def _show(plan: Plan, as_json: bool) -> int:
     if as_json:
         print(json.dumps(to_json(plan), indent=1))
     else:
-        from .replay import timeline_of
         from .text import console_for, print_plan
 
         console = console_for()
         with console.capture() as text:  # rich ends the process with 1 when the reader of a pipe leaves
-            print_plan(plan, timeline_of(plan), console)
+            print_plan(plan, plan.predicted, console)
         sys.stdout.write(text.get())
     sys.stdout.flush()
     return OK
@@ -87,11 +86,10 @@ def _show(plan: Plan, as_json: bool) -> int:
 
 def _report(plan: Plan, output: Path) -> int:
     from .html import report_html
-    from .replay import timeline_of
     from .svg import plan_svg
 
     write = plan_svg if output.suffix == ".svg" else report_html
-    output.write_text(write(plan, timeline_of(plan)), encoding="utf-8")
+    output.write_text(write(plan, plan.predicted), encoding="utf-8")
     print(f"wrote {output}", file=sys.stderr)
     return OK
 

@@ -8,18 +8,22 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-_CACHE_VERSION = 5
+_CACHE_VERSION = 6
 
 
 class Cache:
-    """Measured seconds on disk, one JSON file; a file that cannot be read is measured again and replaced."""
+    """Measured seconds (forward, backward, and of that for weights) on disk, one JSON file.
+
+    A file that cannot be read is measured again and replaced.
+    """
 
     def __init__(self) -> None:
         folder = Path(os.environ.get("STAGECUT_CACHE") or Path.home() / ".cache" / "stagecut")
         self.path = folder / f"costs-{_CACHE_VERSION}.json"
-        self.known: dict[str, tuple[float, float]] = {}
+        self.known: dict[str, tuple[float, float, float]] = {}
         with suppress(OSError, ValueError, TypeError):
-            self.known = {key: (float(f), float(b)) for key, (f, b) in json.loads(self.path.read_text()).items()}
+            found = json.loads(self.path.read_text()).items()
+            self.known = {key: (float(f), float(b), float(w)) for key, (f, b, w) in found}
 
     def save(self) -> None:
         """Replace the file in one step; costs that cannot be kept are only measured again."""

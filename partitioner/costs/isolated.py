@@ -76,15 +76,15 @@ class Isolated:
             return {}
         return {name: copy(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
 
-    def standalone(self) -> tuple[Callable[..., Any], list[torch.Tensor]]:
-        """Return the op as a function, and its parameters: a module's own copy, so that nothing of the model changes.
+    def standalone(self, device: torch.device) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+        """Return the op as a function, and its parameters: a module's own copy on ``device``; the model is left alone.
 
         Swapping a module's state at every call instead would cost more than a small op takes.
         """
         module = self._module()
         if module is None:
             return (lambda *args, **kwargs: self.call(args, kwargs, None)), []
-        own = copy.deepcopy(module)
+        own = copy.deepcopy(module).to(device)
         return (lambda *args, **kwargs: self._call_module(own, args, kwargs)), list(own.parameters())
 
     def signature(self, context: str) -> str:

@@ -10,11 +10,19 @@ from ..analysis import OpFacts
 
 @dataclass(frozen=True)
 class OpCost:
-    """Seconds of one op for one microbatch. ``source`` is ``measured``, ``cached``, ``analytic`` or ``none``."""
+    """What one op costs for one microbatch.
+
+    Attributes:
+        forward_s, backward_s: seconds; ``backward_weight_s`` is the part of the backward for gradients of parameters.
+        source: ``measured``, ``cached``, ``analytic`` or ``none``.
+        workspace_bytes: what the op needs while it runs, beside its inputs, its result and what it saves.
+    """
 
     forward_s: float
     backward_s: float
     source: str
+    backward_weight_s: float = 0.0
+    workspace_bytes: int = 0
 
 
 FREE = OpCost(0.0, 0.0, "none")

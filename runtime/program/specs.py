@@ -195,6 +195,7 @@ class PipelineSpec:
         inputs: how a call's arguments become graph inputs.
         random: whether some op draws random numbers.
         fingerprint: equal for equal graphs and plans; ranks compare it before the first message.
+        n_threads: CPU threads that each local worker computes with.
     """
 
     stages: tuple[StageSpec, ...]
@@ -206,3 +207,4 @@ class PipelineSpec:
     inputs: InputSpec
     random: bool
     fingerprint: str
+    n_threads: int = 1

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 import stagecut
 from stagecut.partitioner.capture import capture
 from stagecut.partitioner.describe import describe
-from stagecut.partitioner.planner import Wishes, make_plan, price
+from stagecut.partitioner.configurations import Wishes
+from stagecut.partitioner.planner import make_plan
+from stagecut.partitioner.pricing import Pricer
 
 WIDTH = 4
 T = TypeVar("T")
@@ -230,7 +232,13 @@ def draw_case(chooser: Chooser, *, max_ops: int = 9, max_stages: int = 4, replic
     captured = capture(model, args, kwargs)
     stage_of, n_stages = _draw_cut(chooser, captured, args, kwargs, max_stages)
     devices = [["cpu"] * chooser.choose(replicas) for _ in range(n_stages)]
-    wishes = Wishes(chooser.choose([1, 2, 3, 4]), chooser.choose(["1f1b", "fill-drain"]), "analytic", stage_of)
+    wishes = Wishes(
+        n_microbatches=chooser.choose([1, 2, 3, 4]),
+        schedule=chooser.choose(["1f1b", "fill-drain"]),
+        recompute=chooser.choose([False, True]),
+        costs="analytic",
+        assignment=stage_of,
+    )
     plan = make_plan(captured, _tensors(args, kwargs), describe(devices), wishes)
     return Case(model, args, kwargs, target, loss, plan, devices)
 
@@ -251,7 +259,7 @@ def _draw_cut(
     chooser: Chooser, captured: stagecut.Capture, args: Any, kwargs: Any, max_stages: int
 ) -> tuple[dict[str, int], int]:
     """Draw stages that are convex and keep together what must be; any downset chain can come out."""
-    graph = price(captured, _tensors(args, kwargs), args[0].shape[0], describe(["cpu"]), "analytic").graph
+    graph = Pricer(captured, _tensors(args, kwargs), describe(["cpu"]), "analytic").at(args[0].shape[0]).graph
     stage_of = {name: chooser.choose(range(max_stages)) for name in graph}
     groups = graph.graph["together"]
     changed = True

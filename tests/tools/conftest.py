@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 import stagecut
-from stagecut.tools.replay import timeline_of
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -38,7 +37,7 @@ def plan():
 
 @pytest.fixture(scope="session")
 def timeline(plan):
-    return timeline_of(plan)
+    return plan.predicted
 
 
 @pytest.fixture(scope="session")

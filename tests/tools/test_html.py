@@ -8,7 +8,6 @@ import pytest
 
 from stagecut.runtime.program import Timeline
 from stagecut.tools.html import report_html
-from stagecut.tools.replay import timeline_of
 
 PAGE_TAGS = {"html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "p", "b", "div", "section"}
 TAGS = PAGE_TAGS | {"table", "tr", "th", "td", "details", "summary", "ul", "li", "svg", "g", "rect", "path", "text"}
@@ -34,7 +33,7 @@ def page(plan, timeline):
 
 
 def test_equal_plans_give_equal_bytes(plan, page):
-    assert report_html(replace(plan), timeline_of(plan)) == page
+    assert report_html(replace(plan), plan.predicted) == page
 
 
 def test_nothing_is_loaded_and_nothing_runs(page):
@@ -59,7 +58,7 @@ def test_the_page_answers_where_how_much_who_waits_and_whether_it_fits(plan, pag
 
 
 def test_names_from_the_model_are_inert(hostile_plan):
-    page = report_html(hostile_plan, timeline_of(hostile_plan))
+    page = report_html(hostile_plan, hostile_plan.predicted)
     reader = Reader(page)
     assert reader.tags <= TAGS
     assert not [name for _, name, _ in reader.attributes if name.startswith("on") or name in ("src", "href", "style")]
@@ -85,4 +84,4 @@ def test_the_page_does_not_tell_where_the_files_of_its_author_are(plan, page):
 def test_a_plan_of_one_stage_says_that_nothing_crosses(plan):
     ops = tuple(replace(op, stage=0) for op in plan.ops)
     alone = replace(plan, ops=ops, stages=plan.stages[:1], wires=())
-    assert "nothing crosses between stages" in report_html(alone, timeline_of(alone))
+    assert "nothing crosses between stages" in report_html(alone, alone.predicted)

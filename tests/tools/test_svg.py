@@ -6,7 +6,6 @@ import pytest
 
 from stagecut.runtime.program import Span, Timeline
 from stagecut.tools.draw_timeline import draw_timelines
-from stagecut.tools.replay import timeline_of
 from stagecut.tools.style import STAGE_COLOURS, drawing_rules
 from stagecut.tools.svg import graph_svg, plan_svg, timeline_svg
 from stagecut.tools.words import size
@@ -24,7 +23,7 @@ def texts(svg):
 
 
 def test_equal_plans_give_equal_bytes(plan, timeline):
-    assert plan_svg(plan, timeline) == plan_svg(replace(plan), timeline_of(plan))
+    assert plan_svg(plan, timeline) == plan_svg(replace(plan), plan.predicted)
 
 
 def test_the_picture_is_one_file_that_loads_nothing(plan, timeline):
@@ -83,14 +82,14 @@ def test_an_empty_timeline_is_drawn(plan):
 
 
 def test_names_from_the_model_are_inert(hostile_plan):
-    svg = plan_svg(hostile_plan, timeline_of(hostile_plan))
+    svg = plan_svg(hostile_plan, hostile_plan.predicted)
     tags = {e.tag.removeprefix(SVG) for e in ET.fromstring(svg).iter()}
     assert tags == {"svg", "style", "g", "rect", "path", "text", "title"}
     assert "\x1b" not in svg
 
 
 def test_replicas_are_lanes_of_one_stage(simulated_plan):
-    svg = timeline_svg(simulated_plan, timeline_of(simulated_plan))
+    svg = timeline_svg(simulated_plan, simulated_plan.predicted)
     assert {text for text in texts(svg) if text.startswith("worker ")} == {f"worker {w}" for w in range(4)}
     assert "2 x A100" in texts(graph_svg(simulated_plan))
 

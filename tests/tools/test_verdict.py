@@ -3,7 +3,6 @@ from dataclasses import replace
 import pytest
 
 from stagecut.runtime.program import Span, Timeline
-from stagecut.tools.replay import timeline_of
 from stagecut.tools.verdict import bytes_into, idle_s, judge, slowest_stage
 
 
@@ -13,8 +12,8 @@ def with_prediction(plan, **changes):
 
 def test_a_plan_file_is_simulated_as_it_was_when_it_was_made(plan, simulated_plan):
     for made in (plan, simulated_plan):
-        assert timeline_of(made).makespan_s == made.prediction.step_s
-        assert timeline_of(made).bubble == made.prediction.bubble
+        assert made.predicted.makespan_s == made.prediction.step_s
+        assert made.predicted.bubble == made.prediction.bubble
 
 
 def test_the_line_names_step_bubble_schedule_limit_and_one_device(plan, timeline):
@@ -70,6 +69,6 @@ def test_waiting_is_what_no_instruction_fills():
 
 
 def test_who_waits_longest_is_named_with_worker_and_stage(simulated_plan):
-    timeline = timeline_of(simulated_plan)
+    timeline = simulated_plan.predicted
     longest = max(range(timeline.n_workers), key=lambda worker: idle_s(timeline, worker))
     assert f"worker {longest} (stage {longest // 2}) waits longest" in judge(simulated_plan, timeline).waiting

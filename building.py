@@ -1,0 +1,135 @@
+"""What a pipeline needs for its first call: capture, plan and split, then the engine that runs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ConstraintError
+from .partitioner.analysis import analyse
+from .partitioner.capture import Capture, capture
+from .partitioner.cluster import Cluster
+from .partitioner.configurations import Wishes
+from .partitioner.cpu import usable_cores
+from .partitioner.plan import Plan, parse
+from .partitioner.planner import make_plan, random_ops
+from .partitioner.split import split
+from .progress import shown_progress
+from .records import to_json
+from .runtime.engine import Engine, InlineEngine
+from .runtime.launch import WorkerPool
+from .runtime.local import LocalEngine
+from .runtime.program import PipelineSpec
+from .runtime.spmd import SpmdEngine, ensure_process_group, share_text
+from .structure import call_leaves
+
+
+@contextmanager
+def gradients_on() -> Iterator[None]:
+    """Plan for training also where the first call happens to be an evaluation under ``torch.no_grad()``."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def tensors_of(captured: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """List the tensors among a call's arguments that are inputs of the captured graph."""
+    leaves, _ = call_leaves(captured.model.forward, args, kwargs)
+    return [leaf for known, leaf in zip(captured.inputs.leaves, leaves) if known.graph_input is not None]
+
+
+def constant(n_threads: int) -> Callable[[int], int]:
+    """Give every worker so many threads, however many workers there are."""
+    return lambda n_workers: n_threads
+
+
+def check_stages(cluster: Cluster, stages: int | None) -> None:
+    """Refuse a number of stages that contradicts the devices' grouping.
+
+    Raises:
+        ConstraintError: it does.
+    """
+    if stages is not None and cluster.groups is not None and stages != len(cluster.groups):
+        raise ConstraintError(
+            f"stages={stages} was asked for, and the devices are grouped into {len(cluster.groups)} stages",
+            hint="leave out stages=, or give a flat list of devices without replicas=",
+        )
+
+
+class Builder:
+    """Capture, plan and split for a first call; under torchrun rank 0 plans for all."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cluster: Cluster,
+        wishes: Wishes,
+        known: Plan | None,
+        opaque: Sequence[str],
+        n_threads: int | None,
+        launch: str,
+    ) -> None:
+        if known is not None and n_threads is not None:
+            known = replace(known, n_threads=n_threads)
+        self.model, self.cluster, self.wishes, self.known = model, cluster, wishes, known
+        self.opaque, self.n_threads, self.launch = opaque, n_threads, launch
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Plan]:
+        with gradients_on():
+            return self._build(args, kwargs)
+
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Plan]:
+        captured = capture(self.model, args, kwargs, opaque=self.opaque)
+        tensors = tensors_of(captured, args, kwargs)
+        if self.launch == "torchrun":
+            ensure_process_group()
+            chosen = parse(json.loads(share_text(lambda: json.dumps(to_json(self._plan(captured, tensors))))))
+        else:
+            chosen = self._plan(captured, tensors)
+        facts = analyse(captured, tensors, tensors[0].shape[0] if tensors[0].dim() else 1)
+        return split(captured, chosen, random_ops(facts)), chosen
+
+    def _plan(self, captured: Capture, tensors: list[torch.Tensor]) -> Plan:
+        if self.known is not None:
+            return self.known
+        with shown_progress() as progress:
+            threads_of = None if self.n_threads is None else constant(self.n_threads)
+            return make_plan(captured, tensors, self.cluster, self.wishes, threads_of=threads_of, progress=progress)
+
+
+class Launcher:
+    """Starts the engine of a pipeline; local workers start at once, beside the planning."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Any] | None,
+        launch: str,
+        n_threads: int | None,
+        timeout_s: float,
+        n_workers: int,
+    ) -> None:
+        self.model, self.loss_fn, self.launch, self.timeout_s = model, loss_fn, launch, timeout_s
+        share = max(1, usable_cores() // n_workers) if n_threads is None else n_threads
+        self.pool = WorkerPool(n_workers, share) if launch == "local" else None
+
+    def __call__(self, spec: PipelineSpec) -> Engine:
+        if self.launch == "inline":
+            return InlineEngine(spec, self.model, self.loss_fn)
+        if self.launch == "torchrun":
+            return SpmdEngine(spec, self.model, self.loss_fn)
+        pool = self.pool if self.pool is not None else WorkerPool(spec.layout.n_workers, spec.n_threads)
+        self.pool = None
+        pool.keep(spec.layout.n_workers, spec.n_threads)
+        return LocalEngine(spec, self.model, self.loss_fn, pool, self.timeout_s)
+
+    def release(self) -> None:
+        """End workers that were started and never used."""
+        if self.pool is not None:
+            self.pool.kill()
+            self.pool = None

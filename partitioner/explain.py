@@ -1,0 +1,139 @@
+"""Why a plan: its rivals, its limit, its cuts, and what would help, each computed and none guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..errors import InfeasibleError, StagecutError
+from .plan import LinkRecord, Plan
+from .predict import predict
+
+_WORTH = 0.01  # changes that gain less are not worth a line
+
+
+def reasons(
+    plan: Plan, others: Sequence[Plan], rivals: Sequence[Plan], failures: Sequence[Exception]
+) -> tuple[str, ...]:
+    """Explain the choice of ``plan``.
+
+    Args:
+        others: what else was in the choice, best first.
+        rivals: one device and data parallelism where the user's wishes left them out.
+        failures: why configurations were no choice.
+    """
+    lines = [*_against(plan, others, rivals), *_cut(plan), *_recompute(plan, failures), *_unfit(plan, others, failures)]
+    return tuple(lines + _what_would_help(plan))
+
+
+def describe_shape(plan: Plan) -> str:
+    """Name stages and replicas in a few words.
+
+    ``one device``, ``data parallel on 4 devices``, ``2 stages``, ``2 stages x 4 replicas``,
+    ``2 stages of 3, 1 replicas``.
+    """
+    sizes = [len(stage.devices) for stage in plan.stages]
+    if len(sizes) == 1:
+        return "one device" if sizes == [1] else f"data parallel on {sizes[0]} devices"
+    if set(sizes) == {1}:
+        return f"{len(sizes)} stages"
+    if len(set(sizes)) == 1:
+        return f"{len(sizes)} stages x {sizes[0]} replicas"
+    return f"{len(sizes)} stages of {', '.join(map(str, sizes))} replicas"
+
+
+def _order(plan: Plan) -> str:
+    count = plan.n_microbatches
+    return f"{describe_shape(plan)}, {plan.schedule}, {count} microbatch{'' if count == 1 else 'es'}"
+
+
+def _against(plan: Plan, others: Sequence[Plan], rivals: Sequence[Plan]) -> list[str]:
+    step_s = plan.prediction.step_s
+    lines = []
+    if others:
+        lines.append(f"next best: {_order(others[0])}, {_compare(others[0].prediction.step_s, step_s)}")
+    shapes = {describe_shape(plan), *(describe_shape(other) for other in others[:1])}
+    for rival in [*others[1:], *rivals]:
+        shape = describe_shape(rival)
+        if len(rival.stages) == 1 and shape not in shapes:
+            shapes.add(shape)
+            lines.append(f"{shape}: {_compare(rival.prediction.step_s, step_s)}")
+    return lines
+
+
+def _compare(other_s: float, own_s: float) -> str:
+    if own_s <= 0:
+        return f"{other_s * 1e3:.3g} ms"
+    change = other_s / own_s - 1
+    word = "longer" if change >= 0 else "SHORTER"
+    return f"{other_s * 1e3:.3g} ms a step, {abs(change):.1%} {word}"
+
+
+def _cut(plan: Plan) -> list[str]:
+    if len(plan.stages) == 1:
+        return []
+    p = plan.prediction
+    if p.optimal:
+        proof = "no cut into these stages has a smaller largest load (proven)"
+    elif p.lower_bound_s > 0:
+        proof = f"at most {p.bottleneck_s / p.lower_bound_s - 1:.1%} above the smallest possible (proven)"
+    else:
+        proof = "no bound is known"
+    slowest = max(plan.stages, key=lambda stage: (stage.forward_s + stage.backward_s) / len(stage.devices))
+    return [
+        f"cut: the largest load, {p.bottleneck_s * 1e3:.3g} ms a microbatch with transfers, {proof}; "
+        f"stage {slowest.index} computes longest"
+    ]
+
+
+def _recompute(plan: Plan, failures: Sequence[Exception]) -> list[str]:
+    again = [str(stage.index) for stage in plan.stages if stage.recompute]
+    if not again:
+        return []
+    extra_s = sum(stage.forward_s for stage in plan.stages if stage.recompute)
+    return [f"recompute on stage {', '.join(again)}: {extra_s * 1e3:.3g} ms more a microbatch, as memory asks for it"]
+
+
+def _unfit(plan: Plan, others: Sequence[Plan], failures: Sequence[Exception]) -> list[str]:
+    """Say what did not fit, if it would have been simpler than the choice."""
+    if not any(isinstance(error, InfeasibleError) for error in failures):
+        return []
+    simplest = min(len(candidate.stages) for candidate in (plan, *others))
+    if simplest == 1:
+        return []
+    error = next(error for error in failures if isinstance(error, InfeasibleError))
+    return [f"did not fit: {error.message if isinstance(error, StagecutError) else error}"]
+
+
+def _what_would_help(plan: Plan) -> list[str]:
+    step_s = plan.prediction.step_s
+    timing = plan.timing
+    free = tuple(LinkRecord(link.source, link.target, 0.0, 2.0**62) for link in timing.links)
+    mean = [
+        sum(getattr(stage, name) for stage in plan.stages) / len(plan.stages) for name in ("forward_s", "backward_s")
+    ]
+    level = tuple(replace(stage, forward_s=mean[0], backward_s=mean[1]) for stage in plan.stages)
+    no_links = replace(timing, links=free, send_s=0.0, pack_bytes_per_s=None)
+    changes = [
+        ("links that cost nothing", replace(plan, timing=no_links)),
+        (
+            "links that cost nothing",
+            replace(plan, timing=replace(timing, links=free, send_s=0.0, pack_bytes_per_s=None)),
+        ),
+        ("free gradient reductions", replace(plan, timing=replace(timing, reduce_s=(0.0,) * len(timing.reduce_s)))),
+        ("stages of equal time", replace(plan, stages=level)),
+        ("a core for every worker", replace(plan, timing=replace(timing, n_cores=None))),
+        ("twice the microbatches of the same size", _longer(plan)),
+    ]
+    gains = []
+    for what, changed in changes:
+        own_s = (changed.timing.start_s + predict(changed).makespan_s) * plan.batch_rows / changed.batch_rows
+        gain = 1 - own_s / step_s if step_s > 0 else 0.0
+        if gain >= _WORTH:
+            gains.append((gain, f"would help: {what}, {gain:.0%} less time a sample"))
+    return [line for _, line in sorted(gains, key=lambda pair: -pair[0])]
+
+
+def _longer(plan: Plan) -> Plan:
+    """Return the plan for a batch twice as large in twice the microbatches."""
+    return replace(plan, batch_rows=2 * plan.batch_rows, n_microbatches=2 * plan.n_microbatches)

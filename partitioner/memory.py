@@ -1,0 +1,65 @@
+"""What a stage holds at its fullest: state, activations of the microbatches in flight, the workspace of one op."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from .analysis import OpFacts
+from .opgraph import STATE_COPIES, OpNode
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one replica of a stage.
+
+    Attributes:
+        parameter_bytes: parameters and buffers, each once.
+        state_bytes: these with gradients and optimizer state.
+        saved_bytes: what one microbatch holds from its forward to its backward: what autograd saves, and the values
+            that came and went over wires, each storage once.
+        input_bytes: what came over wires, which is all that recompute keeps.
+        workspace_bytes: the largest of the ops' own needs while they run.
+    """
+
+    parameter_bytes: int
+    state_bytes: int
+    saved_bytes: int
+    input_bytes: int
+    workspace_bytes: int
+
+    def peak_bytes(self, in_flight: int, recompute: bool) -> int:
+        """Return the most bytes at once, with so many microbatches in flight."""
+        held = in_flight * self.saved_bytes
+        if recompute:
+            held = in_flight * self.input_bytes + self.saved_bytes
+        return self.state_bytes + held + self.workspace_bytes
+
+
+def stage_memory(
+    own: Collection[str],
+    ops: Mapping[str, OpNode],
+    facts: Mapping[str, OpFacts],
+    wires_in: Collection[str],
+    wires_out: Collection[str],
+    sizes: Mapping[str, int],
+    trainable: Collection[str],
+    workspace_bytes: Mapping[str, int],
+) -> StageMemory:
+    """Add up what a stage of the ops ``own`` holds; ``sizes`` has the bytes of each parameter and buffer."""
+    names = dict.fromkeys(name for op in own for name in ops[op].parameters)
+    incoming = _storages(facts, wires_in)
+    saved: dict[int, int] = {**incoming, **_storages(facts, wires_out)}
+    for op in own:
+        saved.update(facts[op].saves)
+    return StageMemory(
+        parameter_bytes=sum(sizes[name] for name in names),
+        state_bytes=sum(sizes[name] * (STATE_COPIES if name in trainable else 1) for name in names),
+        saved_bytes=sum(saved.values()),
+        input_bytes=sum(incoming.values()),
+        workspace_bytes=max((workspace_bytes.get(op, 0) for op in own), default=0),
+    )
+
+
+def _storages(facts: Mapping[str, OpFacts], names: Collection[str]) -> dict[int, int]:
+    return {storage: n_bytes for name in names for storage, n_bytes in facts[name].holds.items()}

@@ -1,0 +1,62 @@
+"""What the simulator needs to know about the runtime and the links, for the devices of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .cluster import Cluster, Link
+from .plan import LinkRecord, StageRecord, Timing, WireRecord
+
+# The runtime's own work on CPU workers: per packet (header, message) and how fast packets are packed, as
+# benchmarks/overhead.py measures them on two cores; per compute instruction (waiting, bookkeeping, autograd's start)
+# what that benchmark leaves once sends and the tiny compute are taken off; per step, commands to workers and answers.
+ACTION_S = 150e-6
+SEND_S = 220e-6
+PACK_BYTES_PER_S = 1.2e9
+STEP_S = 2e-3
+
+
+def timing_of(cluster: Cluster, stages: Sequence[StageRecord], wires: Sequence[WireRecord]) -> Timing:
+    """Describe the runtime on the devices of ``cluster``, whose groups are the stages."""
+    assert cluster.groups is not None
+    pairs = sorted({(wire.source, target) for wire in wires for target in wire.targets})
+    links = tuple(_record(cluster, source, target) for source, target in pairs)
+    reduce_s = tuple(_reduce_s(stage, cluster, group) for stage, group in zip(stages, cluster.groups))
+    if any(device.kind.name != "cpu" for device in cluster.devices):
+        return Timing(links, reduce_s=reduce_s, source=cluster.inside.source)
+    finish_s = [0.0] * cluster.n_devices
+    for stage, group in zip(stages, cluster.groups):
+        bandwidth = cluster.devices[group[0]].kind.bytes_per_s
+        finish_s[group[0]] += 2 * stage.parameter_bytes / bandwidth  # gradients are copied to the parent's memory
+    return Timing(
+        links,
+        action_s=ACTION_S,
+        send_s=SEND_S,
+        pack_bytes_per_s=PACK_BYTES_PER_S,
+        reduce_s=reduce_s,
+        start_s=STEP_S,
+        finish_s=tuple(finish_s),
+        hosts=tuple(device.host for device in cluster.devices),
+        n_cores=cluster.n_cores,
+        source=f"{cluster.inside.source}; the runtime's own work: benchmarks/overhead.py",
+    )
+
+
+def _record(cluster: Cluster, source: int, target: int) -> LinkRecord:
+    assert cluster.groups is not None
+    link = cluster.slowest_link([*cluster.groups[source], *cluster.groups[target]])
+    if set(cluster.groups[source]) == set(cluster.groups[target]):
+        link = Link(0.0, 2.0**62, "the same worker")
+    return LinkRecord(source, target, link.latency_s, link.bytes_per_s)
+
+
+def _reduce_s(stage: StageRecord, cluster: Cluster, group: Sequence[int]) -> float:
+    """Price a ring all-reduce of the stage's gradients, as if no backward hid it.
+
+    Patarasuk and Yuan, 2009 (https://doi.org/10.1016/j.jpdc.2008.09.002).
+    """
+    n = len(group)
+    if n == 1:
+        return 0.0
+    link = cluster.slowest_link(group)
+    return 2 * (n - 1) / n * stage.parameter_bytes / link.bytes_per_s + 2 * (n - 1) * link.latency_s
