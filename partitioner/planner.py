@@ -138,7 +138,7 @@ class _Planner:
         for groups in ways:
             for count in microbatch_counts(self.wishes, groups, self.batch_rows, self.capture.inputs.rows is not None):
                 cluster = self.cluster.with_groups(groups)
-                if len(groups) == 1 and any(plan.devices == cluster.names for plan in found):
+                if len(groups) == 1 and any(len(plan.stages) == 1 and plan.devices == cluster.names for plan in found):
                     rows = rows_of(groups, count, self.batch_rows)
                     if not self.pricer.is_known(rows, self.threads_of(cluster.n_devices)):
                         continue  # it fits in larger pieces: smaller ones would have to be measured for little

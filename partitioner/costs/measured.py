@@ -22,13 +22,13 @@ from .cache import Cache
 from .isolated import Isolated, cloned
 from .op_cost import FREE, OpCost, is_free
 
-_REPEATS = 5
-_MIN_TIMED_S = 2e-3  # per op; quick ops are repeated until they have run for so long
-_SLOW_S = 0.25  # slower ops are timed twice only, once warm
+_REPEATS = 4
+_MIN_TIMED_S = 5e-3  # per op; quick ops are repeated until they have run for so long
+_SLOW_S = 0.1  # slower ops are timed twice only, once warm
 _MIB = 1 << 20
 # In a real stage other ops have used the caches since an op last ran, but its inputs were only just made. So before
-# each timed forward a block is written and the inputs are read again. How large a block depends on what a step touches (the
-# model's state and what it saves): against whole forwards and backwards of ResNet-50, a transformer, an MLP and a small
+# each timed forward a block is written and the inputs are read again. How large a block depends on what a step touches
+# (model state and what it saves): against whole forwards and backwards of ResNet-50, a transformer, an MLP and a small
 # convolutional net this came out 1 to 5 % off, where no block was 3 to 17 % too fast and 4 MiB for all 46 % too slow.
 _EVICTED_BYTES = ((3 * _MIB, 0), (12 * _MIB, 4 * _MIB), (math.inf, 20 * _MIB))
 
@@ -147,19 +147,13 @@ class _Stopwatch:
         function, parameters = isolated.standalone(self.device)
         given = [tensor for tensor in tensors_in([args, kwargs]) if tensor.requires_grad]
         own = [parameter for parameter in parameters if parameter.requires_grad]
-        run = _Run(isolated, function, args, kwargs, self)
-        forward_s, backward_s = self._medians(run, [*given, *own])
-        if not own or not given:
-            return forward_s, backward_s, backward_s if own else 0.0
-        _, without_s = self._medians(run, given)
-        return forward_s, backward_s, max(0.0, backward_s - without_s)
-
-    def _medians(self, run: _Run, wanted: list[torch.Tensor]) -> tuple[float, float]:
-        once = sum(run.once(wanted))  # the first time is not counted: libraries set themselves up in it
-        once = min(once, sum(run.once(wanted))) if once < _SLOW_S else once
-        repeats = 1 if once >= _SLOW_S else min(50, max(_REPEATS, math.ceil(_MIN_TIMED_S / max(once, 1e-7))))
-        times = [run.once(wanted) for _ in range(repeats)]
-        return statistics.median(f for f, _ in times), statistics.median(b for _, b in times)
+        run = _Run(isolated, function, args, kwargs, given, own, self)
+        run.once()  # libraries set themselves up in a first run
+        times = [run.once()]
+        for _ in range(_repeats(sum(times[0]))):
+            times.append(run.once())
+        forward_s, backward_s, input_s = (statistics.median(column) for column in zip(*times))
+        return forward_s, backward_s, max(0.0, backward_s - input_s)
 
     def now(self) -> float:
         """Read the clock when the device has done all that it was told."""
@@ -177,28 +171,45 @@ class _Stopwatch:
                 tensor.detach().sum()
 
 
+def _repeats(seconds: float) -> int:
+    """Say how often to repeat a run that takes so long: quick ones often, as they vary most."""
+    if seconds > _SLOW_S:
+        return 1
+    return min(40, max(_REPEATS, math.ceil(_MIN_TIMED_S / max(seconds, 1e-7)))) - 1
+
+
 @dataclass
 class _Run:
-    """An op with its inputs, to be run again and again."""
+    """An op with its inputs and parameters, to be run again and again."""
 
     isolated: Isolated
     function: Callable[..., Any]
     args: Any
     kwargs: Any
+    given: list[torch.Tensor]
+    own: list[torch.Tensor]
     stopwatch: _Stopwatch
 
-    def once(self, wanted: list[torch.Tensor]) -> tuple[float, float]:
-        """Return the seconds of one forward, and of one backward to the tensors wanted."""
+    def once(self) -> tuple[float, float, float]:
+        """Return the seconds of one forward, of its backward, and of a backward to the inputs alone."""
         args, kwargs = self.args, self.kwargs
         if self.isolated.writes_inputs:
             args, kwargs = map_leaves(cloned, (args, kwargs))
         self.stopwatch.disturb((args, kwargs))
         start = self.stopwatch.now()
         outputs = self.function(*args, **kwargs)
-        middle = self.stopwatch.now()
+        forward_s = self.stopwatch.now() - start
         roots = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
+        if not roots or not (self.given or self.own):
+            return forward_s, 0.0, 0.0
+        if not self.own:
+            seconds = self._backward(roots, self.given, again=False)
+            return forward_s, seconds, seconds
+        backward_s = self._backward(roots, [*self.given, *self.own], again=bool(self.given))
+        return forward_s, backward_s, self._backward(roots, self.given, again=False) if self.given else 0.0
+
+    def _backward(self, roots: list[torch.Tensor], wanted: list[torch.Tensor], *, again: bool) -> float:
         gradients = [torch.ones_like(root) for root in roots]
-        begin = self.stopwatch.now()
-        if roots and wanted:
-            torch.autograd.grad(roots, wanted, gradients, allow_unused=True)
-        return middle - start, self.stopwatch.now() - begin
+        start = self.stopwatch.now()
+        torch.autograd.grad(roots, wanted, gradients, retain_graph=again, allow_unused=True)
+        return self.stopwatch.now() - start

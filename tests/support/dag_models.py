@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import stagecut
 from stagecut.partitioner.capture import capture
-from stagecut.partitioner.describe import describe
 from stagecut.partitioner.configurations import Wishes
+from stagecut.partitioner.describe import describe
 from stagecut.partitioner.planner import make_plan
 from stagecut.partitioner.pricing import Pricer
 
