@@ -61,7 +61,7 @@ def compile(
     Args:
         model: any module; its parameters become the pipeline's, and stay the same objects.
         devices: one entry a stage: ``[0, 1]``, ``["cpu", "cpu"]``; nested for replicas: ``[[0, 1], [2, 3]]``.
-            Integers are accelerator indices, or CPU workers where there is no accelerator.
+            Integers are accelerator indices, or CPU workers where there is no accelerator (docs/clusters.md has more).
         loss_fn: called as ``loss_fn(output, target)`` on each microbatch; a mean over its rows. Without one, the loss
             is the model's own result (0-dim, or ``.loss``).
         replicas: data-parallel copies of every stage, for a flat list of devices; one number, or one a stage:
@@ -131,7 +131,7 @@ def plan(
     opaque: Sequence[str] = (),
     threads_per_worker: int = 1,
 ) -> Plan:
-    """Plan without running anything; the devices need not exist: ``devices="sim:8xH100-80GB"``.
+    """Plan without running anything; the devices need not exist: ``devices="sim:8xH100-80GB"``, or a TOML file.
 
     Arguments and errors are those of :func:`compile`; costs of devices that are not there are analytic.
     """

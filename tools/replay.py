@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..partitioner.cluster import Cluster, Device, DeviceKind, slowest
 from ..partitioner.cluster_spec import is_known
 from ..partitioner.cpu import cpu_link, cpu_network
-from ..partitioner.devices import known_device
+from ..partitioner.devices import KnownDevice, known_device
 from ..partitioner.plan import Plan
 from ..partitioner.predict import predict
 from ..runtime.program import Timeline
@@ -19,19 +19,25 @@ def timeline_of(plan: Plan) -> Timeline:
 def _cluster_of(plan: Plan) -> Cluster:
     """Rebuild the devices without asking this machine for any; the simulator reads kinds' names and links.
 
-    Links are those of the kinds that the devices are named after; ``cuda:0`` is taken for an A100.
+    Links are those of the kinds that devices are named after; ``cuda:0``, and kinds of a file, are taken for an A100.
     """
-    types = list(dict.fromkeys(name.rpartition("/")[2].split(":")[0] for name in plan.devices))
-    known = [known_device(name if is_known(name) else "A100") for name in types if name != "cpu"]
-    inside = slowest([*(device.inside for device in known), *([cpu_link()] if "cpu" in types else [])])
-    between = slowest([*(device.between for device in known), *([cpu_network()] if "cpu" in types else [])])
-    hosts = list(dict.fromkeys(_host(name) for name in plan.devices))
-    memory_bytes = min(stage.memory_limit_bytes for stage in plan.stages)
-    kind = DeviceKind("cpu" if "cpu" in types else "accelerator", {}, 0.0, 0.0, memory_bytes, "the plan")
-    devices = tuple(Device(name, kind, hosts.index(_host(name))) for name in plan.devices)
-    return Cluster(devices, None, inside, between, simulated=True)
+    split = [name.rpartition("/") for name in plan.devices]  # "host1/A100:0", or "A100:0" where there is one host
+    known = [_known(device.split(":")[0]) for _, _, device in split]
+    hosts = list(dict.fromkeys(host for host, _, _ in split))
+    inside = tuple(slowest(k.inside for k, (host, _, _) in zip(known, split) if host == own) for own in hosts)
+    return Cluster(
+        devices=tuple(
+            Device(name, k.kind, hosts.index(host)) for name, k, (host, _, _) in zip(plan.devices, known, split)
+        ),
+        groups=None,
+        inside=slowest(inside),
+        between=slowest(k.between for k in known),
+        simulated=True,
+        host_links=inside,
+    )
 
 
-def _host(name: str) -> str:
-    """Return the host of a device of a cluster that is only planned for: ``host1`` of ``host1/A100:0``."""
-    return name.rpartition("/")[0]
+def _known(kind: str) -> KnownDevice:
+    if kind == "cpu":
+        return KnownDevice(DeviceKind("cpu", {}, 0.0, 0.0, 0.0, "the plan"), cpu_link(), cpu_network())
+    return known_device(kind if is_known(kind) else "A100")

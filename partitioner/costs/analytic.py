@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -59,21 +59,23 @@ def _analytic_costs(graph_module: fx.GraphModule, facts: dict[str, OpFacts], kin
 
 
 def _from_parameters(graph: fx.Graph) -> set[str]:
-    """Name the nodes whose values come from parameters and buffers alone, such as a weight that is transposed."""
+    """Name the nodes whose values come from no input of the graph: parameters, and a weight that is transposed, say."""
     names: set[str] = set()
     for node in graph.nodes:
-        inputs = node.all_input_nodes
-        if node.op == "get_attr" or (inputs and all(i.name in names for i in inputs)):
+        if node.op != "placeholder" and all(i.name in names for i in node.all_input_nodes):
             names.add(node.name)
     return names
 
 
-def roofline_s(kind: DeviceKind, kernels: Iterable[Kernel]) -> float:
+def roofline_s(kind: DeviceKind, kernels: Sequence[Kernel]) -> float:
     """Return the seconds that the roofline of ``kind`` allows, one kernel after the other."""
+    arithmetic = (kernel.flops / kind.rate(kernel.dtype) if kernel.flops else 0.0 for kernel in kernels)
     return sum(
-        max(kernel.flops / kind.rate(kernel.dtype) if kernel.flops else 0.0, kernel.moved_bytes / kind.bytes_per_s)
-        + kind.kernel_overhead_s
-        for kernel in kernels
+        (
+            max(compute_s, kernel.moved_bytes / kind.bytes_per_s) + kind.kernel_overhead_s
+            for kernel, compute_s in zip(kernels, arithmetic)
+        ),
+        0.0,
     )
 
 
