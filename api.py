@@ -56,7 +56,7 @@ def compile(
         model: any module; its parameters become the pipeline's, and stay the same objects.
         devices: what may be used: ``[0, 1]``, ``["cpu", "cpu"]``, ``["cuda:0", "cpu"]``; the planner makes stages and
             replicas of them, or uses one alone if that is fastest. Nested they are the stages: ``[[0, 1], [2, 3]]``.
-            Integers are accelerator indices, or CPU workers where there is no accelerator.
+            Integers are accelerator indices, or CPU workers where there is no accelerator (docs/clusters.md has more).
         loss_fn: called as ``loss_fn(output, target)`` on each microbatch; a mean over its rows. Without one, the loss
             is the model's own result (0-dim, or ``.loss``).
         stages: how many stages to make; chosen by the planner if None.
@@ -132,7 +132,7 @@ def plan(
     opaque: Sequence[str] = (),
     threads_per_worker: int | None = None,
 ) -> Plan:
-    """Plan without running anything; the devices need not exist: ``devices="sim:8xH100-80GB"``.
+    """Plan without running anything; the devices need not exist: ``devices="sim:8xH100-80GB"``, or a TOML file.
 
     Arguments and errors are those of :func:`compile`; costs of devices that are not there are analytic.
     """

@@ -72,7 +72,10 @@ def _open(value: Any, leaves: list[Any]) -> Structure:
     if value is None or isinstance(value, (torch.Tensor, torch.Size, int, float, str)):
         leaves.append(value)
         return LEAF
-    items, spec = _pytree.tree_flatten(value, is_leaf=lambda item: item is not value)
+    # tree_flatten leaves a reference cycle with is_leaf in it: emptied, it does not keep tensors until it is collected.
+    itself = [value]
+    items, spec = _pytree.tree_flatten(value, is_leaf=lambda item: item is not itself[0])
+    itself.clear()
     if len(items) != 1 or items[0] is not value:
         return Structure("pytree", spec, tuple(_open(item, leaves) for item in items))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

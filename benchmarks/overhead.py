@@ -1,4 +1,4 @@
-"""What the runtime itself costs on CPU workers: the constants of partitioner/predict.py and partitioner/cluster.py.
+"""What the runtime itself costs on CPU workers: the constants of partitioner/predict.py and partitioner/cpu.py.
 
     python benchmarks/overhead.py
 

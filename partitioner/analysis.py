@@ -11,16 +11,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..structure import tensors_in
 from .captured import Capture
-from .flops import op_flops
+from .meter import Kernel, Meter, bytes_of, storage_of
 from .recording.emit import SOURCE
 from .recording.state import untouched
-
-_RUNNING = ("running_mean", "running_var")
-_NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
 
 
 @dataclass
@@ -32,7 +28,7 @@ class OpFacts:
         module_path: the innermost module of the model whose code the op belongs to.
         source: ``file:line`` of that code, if known.
         inputs: the ops and graph inputs that it uses, in order.
-        flops, moved_bytes: arithmetic and memory traffic of the forward.
+        kernels: what the forward runs, with its arithmetic by dtype and its memory traffic.
         output_bytes: bytes of the result's tensors, as a packet would carry them.
         saved_bytes: bytes that autograd keeps for the backward and that no earlier op keeps; parameters excluded.
         saves: every storage that autograd keeps for the op's backward, with its bytes; parameters excluded.
@@ -50,9 +46,7 @@ class OpFacts:
     module_path: str = ""
     source: str | None = None
     inputs: tuple[str, ...] = ()
-    flops: int = 0
-    moved_bytes: int = 0
-    n_kernels: int = 0
+    kernels: tuple[Kernel, ...] = ()
     output_bytes: int = 0
     saved_bytes: int = 0
     parameters: tuple[str, ...] = ()
@@ -64,57 +58,20 @@ class OpFacts:
     saves: dict[int, int] = field(default_factory=dict)
     holds: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def flops(self) -> int:
+        """Sum the arithmetic of the forward, whatever the dtypes."""
+        return sum(kernel.flops for kernel in self.kernels)
 
-class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count arithmetic, traffic, randomness and in-place writes of what runs below autograd."""
+    @property
+    def moved_bytes(self) -> int:
+        """Sum the memory traffic of the forward."""
+        return sum(kernel.moved_bytes for kernel in self.kernels)
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.reset()
-
-    def reset(self) -> None:
-        """Start counting from zero."""
-        self.flops = 0
-        self.moved_bytes = 0
-        self.n_kernels = 0
-        self.random = False
-        self.written: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        self.flops += op_flops(func, args, kwargs, result)
-        self.random |= torch.Tag.nondeterministic_seeded in func.tags
-        inputs, outputs = tensors_in([args, kwargs]), tensors_in(result)
-        self._note_writes(func, args, kwargs)
-        if _is_kernel(func) and outputs:
-            self.n_kernels += 1
-            self.moved_bytes += sum(_bytes(tensor) for tensor in (*inputs, *outputs))
-        return result
-
-    def _note_writes(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        given = {a.name: value for a, value in zip(func._schema.arguments, args)} | kwargs
-        # Batch norms write their running statistics, and their schemas do not say so.
-        hidden = _RUNNING if given.get("training") is True else ()
-        for argument in func._schema.arguments:
-            declared = argument.alias_info is not None and argument.alias_info.is_write
-            if declared or argument.name in hidden:
-                self.written.update(storage_of(tensor) for tensor in tensors_in(given.get(argument.name)))
-
-
-def _is_kernel(func: Any) -> bool:
-    """Say whether an op computes: it is no view, no bare allocation and no question about a tensor."""
-    view = any(ret.alias_info is not None and not ret.alias_info.is_write for ret in func._schema.returns)
-    return not view and func.namespace != "prim" and func._overloadpacket.__name__ not in _NO_WORK
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    """Identify the memory that ``tensor`` lies in, fake or real."""
-    return int(tensor.untyped_storage()._cdata)
+    @property
+    def n_kernels(self) -> int:
+        """Count the kernels of the forward."""
+        return len(self.kernels)
 
 
 def example_like(leaf: torch.Tensor, rows: int | None) -> torch.Tensor:
@@ -250,17 +207,12 @@ class _Interpreter(fx.Interpreter):
         self.meter.reset()
         value = super().run_node(n)
         meter = self.meter
-        facts.flops, facts.moved_bytes, facts.n_kernels, facts.random = (
-            meter.flops,
-            meter.moved_bytes,
-            meter.n_kernels,
-            meter.random,
-        )
+        facts.kernels, facts.random = tuple(meter.kernels), meter.random
         facts.parameters = self._parameters_of(n)
         facts.value = value
         tensors = tensors_in(value)
         storages = {storage_of(tensor) for tensor in tensors}
-        facts.output_bytes = sum(_bytes(tensor) for tensor in tensors)
+        facts.output_bytes = sum(bytes_of(tensor) for tensor in tensors)
         facts.holds = {storage_of(t): t.untyped_storage().nbytes() for t in tensors if storage_of(t) not in self.owned}
         facts.differentiable = any(tensor.requires_grad for tensor in tensors)
         self._alive.update(storages)

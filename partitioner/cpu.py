@@ -3,41 +3,110 @@
 from __future__ import annotations
 
 import functools
+import json
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
 from .cluster import DeviceKind, Link
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_QUICK_SIZE = 384
+_QUICK_FLOATS = 1 << 21
+_FILE = "cpu-1.json"
+
 
 @functools.cache
 def this_cpu() -> DeviceKind:
-    """Measure one thread of this CPU in about a tenth of a second: a matrix product, a copy, a tiny op."""
-    threads = torch.get_num_threads()
+    """Return what :func:`stagecut.partitioner.calibrate.calibrate` kept of this CPU, or measure one thread of it.
+
+    The measurement takes about a tenth of a second: a matrix product per dtype, a copy, a tiny op.
+    """
+    return kept_calibration() or _quick()
+
+
+def _quick() -> DeviceKind:
+    with one_thread():
+        rates = {}
+        for dtype in DTYPES:
+            matrix = torch.ones(_QUICK_SIZE, _QUICK_SIZE, dtype=dtype)
+            rates[dtype_name(dtype)] = 2 * _QUICK_SIZE**3 / best_s(lambda m=matrix: m @ m)  # type: ignore[misc]
+        block, target = torch.ones(_QUICK_FLOATS), torch.empty(_QUICK_FLOATS)
+        bandwidth = 2 * block.numel() * 4 / best_s(lambda: target.copy_(block))
+        tiny = torch.ones(8)
+        overhead = best_s(lambda: tiny + tiny)
+    return cpu_kind(rates, bandwidth, overhead, "measured on this CPU, one thread, a tenth of a second")
+
+
+def cpu_kind(rates: Mapping[str, float], bytes_per_s: float, overhead_s: float, source: str) -> DeviceKind:
+    """Describe one thread of a CPU."""
+    return DeviceKind("cpu", dict(rates), bytes_per_s, overhead_s, math.inf, source)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name as kinds of devices list it."""
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread while the body runs."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        matrix = torch.randn(384, 384)
-        flops = 2 * 384**3 / _best(lambda: matrix @ matrix)
-        block = torch.randn(1 << 21)
-        target = torch.empty_like(block)
-        bandwidth = 2 * block.numel() * 4 / _best(lambda: target.copy_(block))
-        tiny = torch.randn(8)
-        overhead = _best(lambda: tiny + tiny)
+        yield
     finally:
-        torch.set_num_threads(threads)
-    return DeviceKind("cpu", {"float32": flops}, bandwidth, overhead, float("inf"), "measured on this CPU, one thread")
+        torch.set_num_threads(before)
 
 
-def _best(function: Callable[[], object], repeats: int = 7) -> float:
+def best_s(function: Callable[[], object], repeats: int = 5, budget_s: float = math.inf) -> float:
+    """Return the seconds of the fastest of some runs after a first one: ``repeats``, or one once ``budget_s`` is up."""
+    end = time.perf_counter() + budget_s
     function()
-    times = []
+    best = math.inf
     for _ in range(repeats):
         start = time.perf_counter()
         function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            break
+    return best
+
+
+def calibration_file() -> Path:
+    """Return where calibrations are kept: next to the measured costs."""
+    folder = Path(os.environ.get("STAGECUT_CACHE") or Path.home() / ".cache" / "stagecut")
+    return folder / _FILE
+
+
+def calibration_key() -> str:
+    """Name what a calibration holds for."""
+    return f"{processor_name()}/{torch.__version__}"
+
+
+def kept_calibration() -> DeviceKind | None:
+    """Return the calibration of this processor and torch version; None if there is none that can be read."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        found = json.loads(calibration_file().read_text())[calibration_key()]
+        rates = {str(name): float(rate) for name, rate in found["flops_per_s"].items()}
+        bytes_per_s, overhead_s = float(found["bytes_per_s"]), float(found["kernel_overhead_s"])
+        if rates and all(0 < number < math.inf for number in (*rates.values(), bytes_per_s, overhead_s)):
+            source = f"calibrated on this CPU, one thread, {found['seconds']:g} s"
+            return cpu_kind(rates, bytes_per_s, overhead_s, source)
+    return None
+
+
+def processor_name() -> str:
+    """Return what the system calls the processor."""
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
+    return "unknown"
 
 
 def cpu_link() -> Link:

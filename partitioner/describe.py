@@ -11,6 +11,7 @@ import torch
 
 from ..errors import DeviceError
 from .cluster import Cluster, Device, slowest
+from .cluster_file import SUFFIX, cluster_of_file
 from .cluster_spec import PREFIX, cluster_of_spec
 from .cpu import cpu_link, cpu_network, machine_memory_bytes, this_cpu, usable_cores
 from .devices import NAMES, KnownDevice, known_device
@@ -34,23 +35,28 @@ def describe(devices: Devices, replicas: Replicas = None, memory_bytes: float | 
     Raises:
         DeviceError: the description is malformed, does not divide into replicas, or names devices that are not there.
     """
-    if isinstance(devices, str) and devices.startswith(PREFIX):
-        cluster = cluster_of_spec(devices)
-        groups = None if replicas is None else _sized_groups(cluster.n_devices, replicas)
-    else:
-        nested = _nested(devices)
-        flat = [name for group in nested for name in group]
-        if all(isinstance(device, (int, str)) for device in _listed(devices)):
-            groups = None if replicas is None else _sized_groups(len(flat), replicas)
-        elif replicas is not None:
-            raise DeviceError("give replicas either by nesting devices or by replicas=, not both")
-        else:
-            groups = _consecutive([len(group) for group in nested])
-        cluster = _present(tuple(_name(device) for device in flat))
+    cluster, groups = _read(devices)
+    if replicas is not None and groups is not None:
+        raise DeviceError("give replicas either by nesting devices or by replicas=, not both")
+    if replicas is not None:
+        groups = _sized_groups(cluster.n_devices, replicas)
     cluster = cluster.with_groups(groups)
     if memory_bytes is None:
         return cluster
     return replace(cluster, devices=tuple(_with_memory(device, memory_bytes) for device in cluster.devices))
+
+
+def _read(devices: Devices) -> tuple[Cluster, list[list[int]] | None]:
+    """Return the devices, and the stages that nesting fixes."""
+    if isinstance(devices, str) and devices.startswith(PREFIX):
+        return cluster_of_spec(devices), None
+    if isinstance(devices, str) and devices.endswith(SUFFIX):
+        return cluster_of_file(devices), None
+    listed = _listed(devices)
+    nested = _nested(listed)
+    cluster = _present(tuple(_name(device) for group in nested for device in group))
+    flat = all(isinstance(device, (int, str)) for device in listed)
+    return cluster, None if flat else _consecutive([len(group) for group in nested])
 
 
 def _listed(devices: Devices) -> list[int | str | Sequence[int | str]]:
@@ -61,8 +67,8 @@ def _listed(devices: Devices) -> list[int | str | Sequence[int | str]]:
     return list(devices)
 
 
-def _nested(devices: Devices) -> list[list[int | str]]:
-    groups = [[entry] if isinstance(entry, (int, str)) else list(entry) for entry in _listed(devices)]
+def _nested(listed: list[int | str | Sequence[int | str]]) -> list[list[int | str]]:
+    groups = [[entry] if isinstance(entry, (int, str)) else list(entry) for entry in listed]
     if not groups:
         raise DeviceError("devices is empty", hint="stagecut.compile(model, devices=[0, 1])")
     if any(not group for group in groups):
@@ -143,8 +149,9 @@ def _accelerator(name: str) -> KnownDevice:
 
 def _by_product_name(product: str, memory_bytes: int) -> KnownDevice | None:
     """Match what the driver says, ``"NVIDIA A100-SXM4-40GB"`` say: the size of the table next to what is there."""
+    # A laptop's chip and a slice of a device have less than the device that they are named after.
     words = re.split(r"[^A-Z0-9]+", product.upper().replace("RTX 4090", "RTX4090"))
-    sizes = [key for key in NAMES if key.partition("-")[0] in words and "LAPTOP" not in words]
+    sizes = [key for key in NAMES if key.partition("-")[0] in words and not {"LAPTOP", "MIG"} & set(words)]
     if not sizes:
         return None
     return known_device(min(sizes, key=lambda key: abs(known_device(key).kind.memory_bytes - memory_bytes)))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 
 def op_flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
@@ -21,6 +21,8 @@ def op_flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
     name = func._overloadpacket.__name__
     if name == "_scaled_dot_product_flash_attention_for_cpu":
         return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))  # type: ignore[no-untyped-call]
+    if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
+        return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))  # type: ignore[no-untyped-call]
     if name == "mkldnn_rnn_layer":
         steps = args[0].shape[0] * args[0].shape[1]
         return int(2 * steps * (args[1].numel() + args[2].numel()))

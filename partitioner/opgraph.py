@@ -11,10 +11,11 @@ from torch import fx, nn
 
 from ..runtime.program.calls import ModeSwitch
 from ..structure import tensors_in
-from .analysis import OpFacts, storage_of
+from .analysis import OpFacts
 from .captured import Capture, has_modes
 from .cluster import Cluster
 from .costs.op_cost import FREE, OpCost
+from .meter import storage_of
 
 # Weights, gradients and AdamW's two moments (Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980).
 STATE_COPIES = 4

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import stagecut
+from stagecut.partitioner.devices import GIB, NAMES, known_device
 from stagecut.tools.partition_viz import main
 
 WITH_DOCTESTS = (
@@ -45,6 +46,21 @@ def test_files_named_in_the_architecture_exist(repository: Path) -> None:
     assert len(named) > 5
     for path in named:
         assert (repository / path).exists(), path
+
+
+def test_the_table_of_devices_is_what_plans_are_made_with(repository: Path) -> None:
+    text = (repository / "docs" / "clusters.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if " GiB | " in line]
+    assert tuple(row[0] for row in rows) == NAMES
+    for name, *rates, memory, bandwidth, inside, between, _ in rows:
+        known = known_device(name)
+        for dtype, tflops in zip(("bfloat16", "float16", "float32", "float64"), rates):
+            slow = dtype in ("float32", "float64") or float(tflops) <= float(rates[2])
+            assert known.kind.rate(dtype) == pytest.approx(float(tflops) * 1e12 * (0.8 if slow else 0.5))
+        assert known.kind.memory_bytes == int(memory.split()[0]) * GIB
+        assert known.kind.bytes_per_s == pytest.approx(float(bandwidth) * 0.8e12)
+        assert known.inside.bytes_per_s == pytest.approx(float(inside.split()[0]) * 0.8e9)
+        assert known.between.bytes_per_s == pytest.approx(float(between) * 0.8e9)
 
 
 def test_every_public_name_can_be_loaded() -> None:

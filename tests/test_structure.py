@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -240,3 +242,15 @@ def test_every_leaf_of_a_call_has_a_path(args: list[Any], kwargs: dict[str, Any]
     for name, value in kwargs.items():
         if not isinstance(value, (list, tuple, dict, Box, Frozen, Registered)):
             assert same(named[name], value)
+
+
+def test_what_was_flattened_is_not_kept_alive() -> None:
+    gc.disable()
+    try:
+        tensor = torch.zeros(3)
+        known = weakref.ref(tensor)
+        flatten([{"a": tensor}, (tensor, None)])
+        del tensor
+        assert known() is None
+    finally:
+        gc.enable()

@@ -163,7 +163,7 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     )
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--devices", metavar="N|LIST", help=f"N CPU workers, or names: cpu,cpu (default: {_WORKERS})")
-    place.add_argument("--cluster", metavar="KIND", help="devices that need not exist: sim:4xA100-80GB")
+    place.add_argument("--cluster", metavar="KIND", help="devices that need not exist: sim:4xA100-80GB, cluster.toml")
     parser.add_argument("--replicas", type=_positive, metavar="N", help="copies of every stage (default: 1)")
     parser.add_argument("--microbatches", type=_positive, metavar="M", help="pieces of the batch (default: chosen)")
     parser.add_argument("--schedule", choices=list(TRAINING_SCHEDULES), help="order of compute (default: chosen)")

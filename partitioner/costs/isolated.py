@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from ...runtime.program.calls import Folded, InRegion
 from ...structure import flatten, map_leaves, tensors_in
-from ..analysis import OpFacts, storage_of
+from ..analysis import OpFacts
+from ..meter import storage_of
 
 
 class Isolated:
@@ -115,17 +116,6 @@ def _describe(value: Any) -> str:
         return repr(leaf)
 
     return ",".join(one(leaf) for leaf in flatten(value)[0])
-
-
-def wanted_gradients(isolated: Isolated, args: Any, kwargs: Any, state: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    candidates = tensors_in([args, kwargs]) + list(state.values())
-    return [tensor for tensor in candidates if tensor.requires_grad]
-
-
-def run_backward(outputs: Any, wanted: list[torch.Tensor]) -> None:
-    roots = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
-    if roots and wanted:
-        torch.autograd.grad(roots, wanted, [torch.ones_like(root) for root in roots], allow_unused=True)
 
 
 def cloned(leaf: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from ...structure import map_leaves, tensors_in
 from ..analysis import OpFacts
 from ..cluster import DeviceKind
 from ..recording.state import untouched
-from .analytic import analytic_costs
+from .analytic import analytic_costs, from_parameters
 from .cache import Cache
 from .isolated import Isolated, cloned
 from .op_cost import FREE, OpCost, is_free
@@ -68,7 +68,10 @@ def measured_costs(
     cache = Cache()
     nodes = [n for n in graph_module.graph.nodes if n.op != "output"]
     work = {n.name: Isolated(n, graph_module, facts) for n in nodes if not is_free(facts[n.name])}
-    signatures = {name: isolated.signature(context) for name, isolated in work.items()}
+    constant = from_parameters(graph_module.graph)
+    weights = {n.name: [i.name for i in n.all_input_nodes if i.name in constant] for n in nodes}
+    places = {n.name: [p for p, i in enumerate(n.all_input_nodes) if i.name in constant] for n in nodes}
+    signatures = {name: own.signature(f"{context}/weights at {places[name]}") for name, own in work.items()}
     fresh = {signatures[name]: isolated for name, isolated in work.items() if signatures[name] not in cache.known}
     failed: set[str] = set()
     with _threads(n_threads), untouched(graph_module):
@@ -76,7 +79,7 @@ def measured_costs(
         for done, (signature, isolated) in enumerate(fresh.items()):
             progress(done, len(fresh))
             try:
-                cache.known[signature] = stopwatch.time(isolated)
+                cache.known[signature] = stopwatch.time(isolated, weights[isolated.node.name])
             except Exception:
                 failed.add(signature)
         progress(len(fresh), len(fresh))
@@ -141,12 +144,24 @@ class _Stopwatch:
         self.device = device
         self.block = torch.empty(block_bytes // 4) if device.type == "cpu" else None
 
-    def time(self, isolated: Isolated) -> tuple[float, float, float]:
-        """Return median seconds of the forward, of the backward, and of that the part for parameters' gradients."""
-        args, kwargs = isolated.inputs(lambda like: _made_up(like, self.device))
+    def time(self, isolated: Isolated, weights: Sequence[str]) -> tuple[float, float, float]:
+        """Return median seconds of the forward, of the backward, and of that the part for parameters' gradients.
+
+        ``weights`` names the inputs that come from parameters alone.
+        """
+        of_weights = {id(t) for name in weights for t in tensors_in(isolated.facts[name].value)}
+        given: list[torch.Tensor] = []
+        own: list[torch.Tensor] = []
+
+        def make(like: torch.Tensor) -> torch.Tensor:
+            made = _made_up(like, self.device)
+            if made.requires_grad:
+                (own if id(like) in of_weights else given).append(made)
+            return made
+
+        args, kwargs = isolated.inputs(make)
         function, parameters = isolated.standalone(self.device)
-        given = [tensor for tensor in tensors_in([args, kwargs]) if tensor.requires_grad]
-        own = [parameter for parameter in parameters if parameter.requires_grad]
+        own += [parameter for parameter in parameters if parameter.requires_grad]
         run = _Run(isolated, function, args, kwargs, given, own, self)
         run.once()  # libraries set themselves up in a first run
         times = [run.once()]

@@ -13,9 +13,11 @@ class OpCost:
     """What one op costs for one microbatch.
 
     Attributes:
-        forward_s, backward_s: seconds; ``backward_weight_s`` is the part of the backward for gradients of parameters.
+        forward_s, backward_s: seconds.
         source: ``measured``, ``cached``, ``analytic`` or ``none``.
-        workspace_bytes: what the op needs while it runs, beside its inputs, its result and what it saves.
+        backward_weight_s: the part of ``backward_s`` that makes gradients of parameters; no other op waits for it.
+        workspace_bytes: memory at the op's worst moment beyond its inputs, its outputs, the gradients of both, and what
+            it saves; new gradients of its parameters, before they are added to older ones, count.
     """
 
     forward_s: float

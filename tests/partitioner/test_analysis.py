@@ -16,8 +16,9 @@ from stagecut.models.mlp import MLP
 from stagecut.models.resnet import DigitsResNet
 from stagecut.models.transformer import GPT
 from stagecut.models.unet import UNet
-from stagecut.partitioner.analysis import OpFacts, analyse, storage_of
+from stagecut.partitioner.analysis import OpFacts, analyse
 from stagecut.partitioner.capture import capture
+from stagecut.partitioner.meter import storage_of
 from stagecut.structure import tensors_in
 
 property_test = settings(max_examples=15, deadline=None, derandomize=True)

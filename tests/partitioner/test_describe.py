@@ -123,6 +123,7 @@ def test_devices_of_one_list_have_kinds_of_their_own(monkeypatch: pytest.MonkeyP
         ("NVIDIA GeForce RTX 4090", 23.6, "RTX4090-24GB"),
         ("NVIDIA L40S", 44.5, None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.6, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 4.75, None),
     ],
 )
 def test_accelerators_are_found_by_what_the_driver_calls_them(

@@ -15,7 +15,9 @@ from stagecut.partitioner.capture import capture
 from stagecut.partitioner.cluster import Cluster, Device, DeviceKind, Link
 from stagecut.partitioner.costs.analytic import analytic_costs
 from stagecut.partitioner.cut import CutDevice, solve
+from stagecut.partitioner.describe import describe
 from stagecut.partitioner.opgraph import STATE_COPIES, op_graph
+from stagecut.partitioner.planner import price
 from stagecut.structure import is_encodable
 
 KIND = DeviceKind("cpu", {"float32": 1e9}, 1e9, 1e-6, 1e12, "made up")
@@ -221,3 +223,15 @@ def test_compute_is_forward_and_backward_of_the_op() -> None:
         assert cost.forward_s > 0
         assert cost.source == "analytic"
         assert attributes["stash_bytes"] == attributes["op"].saved_bytes
+
+
+def test_every_kind_of_the_cluster_has_its_own_seconds() -> None:
+    x = torch.randn(4, 3)
+    caught = capture(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), (x,))
+    priced = price(caught, [x], 4, describe("sim:2xH100+2xL4+1xA100"), "analytic")
+    assert set(priced.other_costs) == {"L4-24GB", "A100-80GB"}
+    for name, data in priced.graph.nodes(data=True):
+        assert set(data["compute_s"]) == {"H100-80GB", "L4-24GB", "A100-80GB"}
+        assert data["compute_s"]["H100-80GB"] < data["compute_s"]["A100-80GB"] < data["compute_s"]["L4-24GB"]
+        other = priced.other_costs["L4-24GB"][name]
+        assert data["compute_s"]["L4-24GB"] == other.forward_s + other.backward_s
