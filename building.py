@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ConstraintError
+from .errors import ConstraintError, StagecutError
 from .partitioner.analysis import analyse
 from .partitioner.capture import Capture, capture
 from .partitioner.cluster import Cluster
@@ -19,13 +19,14 @@ from .partitioner.configurations import Wishes
 from .partitioner.cpu import usable_cores
 from .partitioner.plan import Plan, parse
 from .partitioner.planner import make_plan, random_ops
+from .partitioner.replan import better_plan, stage_seconds
 from .partitioner.split import split
 from .progress import shown_progress
 from .records import to_json
 from .runtime.engine import Engine, InlineEngine
 from .runtime.launch import WorkerPool
 from .runtime.local import LocalEngine
-from .runtime.program import PipelineSpec
+from .runtime.program import PipelineSpec, Timeline
 from .runtime.spmd import SpmdEngine, ensure_process_group, share_text
 from .structure import call_leaves
 
@@ -78,28 +79,68 @@ class Builder:
             known = replace(known, n_threads=n_threads)
         self.model, self.cluster, self.wishes, self.known = model, cluster, wishes, known
         self.opaque, self.n_threads, self.launch = opaque, n_threads, launch
+        self.current: Plan | None = None
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Plan]:
         with gradients_on():
             return self._build(args, kwargs)
 
     def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Plan]:
-        captured = capture(self.model, args, kwargs, opaque=self.opaque)
+        captured = self._capture(args, kwargs)
         tensors = tensors_of(captured, args, kwargs)
         if self.launch == "torchrun":
             ensure_process_group()
             chosen = parse(json.loads(share_text(lambda: json.dumps(to_json(self._plan(captured, tensors))))))
         else:
             chosen = self._plan(captured, tensors)
+        self.current = chosen
+        return self._split(captured, tensors, chosen), chosen
+
+    def replan(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], timeline: Timeline, gain: float
+    ) -> tuple[PipelineSpec, Plan] | None:
+        """Plan again with measured costs, corrected by a measured timeline; None if no plan is faster by ``gain``.
+
+        Raises:
+            StagecutError: under torchrun.
+        """
+        if self.launch == "torchrun":
+            raise StagecutError(
+                "under torchrun every rank owns its stage's weights, so the cut cannot move while it runs",
+                hint="save state_dict(), plan=pm.plan.save(...), and compile again with the new plan",
+            )
+        assert self.current is not None
+        with gradients_on():
+            captured = self._capture(args, kwargs)
+            tensors = tensors_of(captured, args, kwargs)
+            seconds = stage_seconds(timeline, self.current.timing.action_s)
+            wishes = replace(self.wishes, costs="measured")
+            with shown_progress() as progress:
+                chosen = better_plan(
+                    captured, tensors, self.cluster, wishes, self.current, seconds, gain, self._threads_of(), progress
+                )
+            if chosen is None:
+                return None
+            self.current = chosen
+            return self._split(captured, tensors, chosen), chosen
+
+    def _threads_of(self) -> Callable[[int], int] | None:
+        return None if self.n_threads is None else constant(self.n_threads)
+
+    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+        return capture(self.model, args, kwargs, opaque=self.opaque)
+
+    def _split(self, captured: Capture, tensors: list[torch.Tensor], chosen: Plan) -> PipelineSpec:
         facts = analyse(captured, tensors, tensors[0].shape[0] if tensors[0].dim() else 1)
-        return split(captured, chosen, random_ops(facts)), chosen
+        return split(captured, chosen, random_ops(facts))
 
     def _plan(self, captured: Capture, tensors: list[torch.Tensor]) -> Plan:
         if self.known is not None:
             return self.known
         with shown_progress() as progress:
-            threads_of = None if self.n_threads is None else constant(self.n_threads)
-            return make_plan(captured, tensors, self.cluster, self.wishes, threads_of=threads_of, progress=progress)
+            return make_plan(
+                captured, tensors, self.cluster, self.wishes, threads_of=self._threads_of(), progress=progress
+            )
 
 
 class Launcher:

@@ -142,7 +142,7 @@ class _Assembly:
         work_s = sum(stage.forward_s + stage.backward_s for stage in plan.stages)
         loads = self._loads_s()
         return Prediction(
-            step_s=plan.timing.start_s + timeline.makespan_s,
+            step_s=timeline.makespan_s,
             bubble=timeline.bubble,
             bottleneck_s=max(loads) if cut is None else cut.max_load,
             lower_bound_s=sum(loads) / self.cluster.n_devices if cut is None else cut.lower_bound,

@@ -127,7 +127,7 @@ def _what_would_help(plan: Plan) -> list[str]:
     ]
     gains = []
     for what, changed in changes:
-        own_s = (changed.timing.start_s + predict(changed).makespan_s) * plan.batch_rows / changed.batch_rows
+        own_s = predict(changed).makespan_s * plan.batch_rows / changed.batch_rows
         gain = 1 - own_s / step_s if step_s > 0 else 0.0
         if gain >= _WORTH:
             gains.append((gain, f"would help: {what}, {gain:.0%} less time a sample"))

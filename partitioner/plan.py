@@ -66,6 +66,21 @@ class StageRecord:
     workspace_bytes: int = 0
     recompute: bool = False
 
+    @property
+    def held_bytes(self) -> int:
+        """Return the most bytes of activations at once, with the workspace of one op."""
+        if self.recompute:
+            return self.in_flight * self.input_bytes + self.saved_bytes + self.workspace_bytes
+        return self.in_flight * self.saved_bytes + self.workspace_bytes
+
+    @property
+    def worker_bytes(self) -> int:
+        """Return what a local CPU worker holds, beside what any process does.
+
+        Weights, gradients and the memory that hands gradients over; optimizer state is in the parent process.
+        """
+        return 3 * self.parameter_bytes + self.held_bytes
+
 
 @dataclass(frozen=True)
 class WireRecord:

@@ -25,7 +25,7 @@ from .configurations import (
 from .cutting import Cutter, Recompute, Stages
 from .explain import reasons
 from .plan import Alternative, Plan
-from .pricing import Priced, Pricer, Progress, silent
+from .pricing import Corrections, Priced, Pricer, Progress, silent
 
 _SOLVE_S = 20.0
 _MOST_TIGHTENINGS = 6
@@ -40,13 +40,14 @@ def make_plan(
     *,
     threads_of: Callable[[int], int] | None = None,
     progress: Progress = silent,
+    corrections: Corrections | None = None,
 ) -> Plan:
     """Choose stages, replicas, microbatches, schedule and recompute for ``cluster``.
 
     ``tensors`` are the tensor leaves of an example call; the rows of the batched ones are the batch that the plan is
     for. ``threads_of`` gives the CPU threads of each worker for a number of workers; by default they share the cores of
-    their host. Deterministic for equal costs. A microbatch count of the planner's own that the model refuses
-    (BatchNorm wants more than one row) is left out.
+    their host; ``corrections`` multiply the costs of ops. Deterministic for equal costs. A
+    microbatch count of the planner's own that the model refuses (BatchNorm wants more than one row) is left out.
 
     Raises:
         InfeasibleError: no cut fits the devices' memory, or there are fewer ops than stages.
@@ -54,7 +55,7 @@ def make_plan(
     """
     batched = [leaf.batched for leaf in capture.inputs.leaves if leaf.graph_input is not None]
     batch_rows = next(tensor.shape[0] for tensor, cut in zip(tensors, batched) if cut)
-    pricer = Pricer(capture, tensors, cluster, wishes.costs, progress)
+    pricer = Pricer(capture, tensors, cluster, wishes.costs, progress, corrections)
     return _Planner(capture, pricer, cluster, wishes, batch_rows, threads_of or _share_of_cores(cluster)).run()
 
 

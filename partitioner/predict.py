@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..runtime.instructions import Layout
 from ..runtime.program import Span, Timeline, lower
 from ..runtime.schedules import schedule
 from .cluster import Link
-from .plan import Plan
 from .simulate import StepCosts, simulate
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 
 def predict(plan: Plan) -> Timeline:
@@ -52,7 +56,7 @@ def _simulated(plan: Plan, layout: Layout, n_pieces: int) -> Timeline:
         for target in wire.targets:
             packets[wire.source, target] = packets.get((wire.source, target), 0.0) + wire.n_bytes
     program = lower(plan.schedule, layout, schedule(plan.schedule, layout, n_pieces), n_pieces)
-    return simulate(
+    timeline = simulate(
         program,
         StepCosts(
             forward_s=tuple(stage.forward_s for stage in plan.stages),
@@ -69,3 +73,6 @@ def _simulated(plan: Plan, layout: Layout, n_pieces: int) -> Timeline:
             n_cores=timing.n_cores,
         ),
     )
+    later = timing.start_s
+    spans = [Span(s.worker, s.op, s.stage, s.microbatch, s.start_s + later, s.end_s + later) for s in timeline.spans]
+    return Timeline(timeline.source, timeline.n_workers, tuple(spans))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 import torch
@@ -21,6 +21,7 @@ from .costs.op_cost import FREE, OpCost
 from .opgraph import OpNode, op_graph
 
 Progress = Callable[[str, int, int], None]
+Corrections = Mapping[str, tuple[float, float]]  # per op: factors of its forward and its backward
 SOURCES = ("measured", "analytic")
 
 
@@ -66,8 +67,11 @@ class Pricer:
         cluster: Cluster,
         source: str = "measured",
         progress: Progress = silent,
+        corrections: Corrections | None = None,
     ) -> None:
         """Take the tensor leaves of an example call.
+
+        ``corrections`` multiply the costs of ops, as a profile of whole stages asks for.
 
         Raises:
             ConstraintError: ``source`` is not ``"measured"`` or ``"analytic"``.
@@ -75,7 +79,7 @@ class Pricer:
         if source not in SOURCES:
             raise ConstraintError(f"costs must be 'measured' or 'analytic', got {source!r}")
         self._capture, self._tensors, self._cluster = capture, list(tensors), cluster
-        self._source, self._progress = source, progress
+        self._source, self._progress, self._corrections = source, progress, corrections or {}
         self._facts: dict[int, dict[str, OpFacts]] = {}
         self._known: dict[tuple[int, int], Priced] = {}
         self._warned: set[str] = set()
@@ -88,7 +92,7 @@ class Pricer:
         """
         if (rows, n_threads) not in self._known:
             facts = self.facts(rows)
-            costs = {kind.name: self._costs(facts, rows, kind, n_threads) for kind in self._cluster.kinds}
+            costs = {kind.name: self._corrected(facts, rows, kind, n_threads) for kind in self._cluster.kinds}
             travels = {name: is_encodable(own.value) for name, own in facts.items()}
             graph = op_graph(self._capture, facts, costs, self._cluster, travels)
             _price_copies(self._capture, facts, costs, graph)
@@ -104,6 +108,21 @@ class Pricer:
         if rows not in self._facts:
             self._facts[rows] = analyse(self._capture, self._tensors, rows)
         return self._facts[rows]
+
+    def _corrected(
+        self, facts: Mapping[str, OpFacts], rows: int, kind: DeviceKind, n_threads: int
+    ) -> dict[str, OpCost]:
+        costs = self._costs(facts, rows, kind, n_threads)
+        for name, (forward, backward) in self._corrections.items():
+            if name in costs:
+                own = costs[name]
+                costs[name] = replace(
+                    own,
+                    forward_s=own.forward_s * forward,
+                    backward_s=own.backward_s * backward,
+                    backward_weight_s=own.backward_weight_s * backward,
+                )
+        return costs
 
     def _costs(self, facts: Mapping[str, OpFacts], rows: int, kind: DeviceKind, n_threads: int) -> dict[str, OpCost]:
         module = self._capture.graph_module

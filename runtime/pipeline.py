@@ -37,6 +37,11 @@ class Build(Protocol):
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Any]:
         """Return what to launch, and the plan that it came from."""
 
+    def replan(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], timeline: Timeline, gain: float
+    ) -> tuple[PipelineSpec, Any] | None:
+        """Plan again with what a timeline measured; None if no plan is faster by ``gain``."""
+
 
 class Pipeline(nn.Module):
     """A compiled model.
@@ -201,6 +206,33 @@ class Pipeline(nn.Module):
                 measured.append((time.perf_counter() - start, _timeline(report, self._n_workers)))
         measured.sort(key=lambda pair: pair[0])
         return Profile(measured[len(measured) // 2][1], tuple(seconds for seconds, _ in measured))
+
+    def replan(self, *args: Any, target: Any = None, steps: int = 5, gain: float = 0.03, **kwargs: Any) -> Any:
+        """Measure this pipeline, plan again with what was measured, and move to the new plan if that pays.
+
+        Costs of ops are measured where they were analytic, then scaled so that every stage takes what it was measured
+        to take. Weights, optimizer state and ``.grad`` stay as they are: parameters are the same objects.
+
+        Args:
+            args, target, kwargs: a batch, as for :meth:`step`.
+            steps: how many steps to measure.
+            gain: the share of the step that the new plan must save, as predicted, for the pipeline to move.
+
+        Returns:
+            The plan that runs from now on.
+
+        Raises:
+            StagecutError: under torchrun, where ranks own their stages' weights.
+        """
+        measured = self.profile(*args, target=target, steps=steps, **kwargs)
+        found = self._build.replan(args, kwargs, measured.timeline, gain)
+        if found is not None:
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+            self._spec, self._plan = found
+            self.prepare(*args, **kwargs)
+        return self.plan
 
     @property
     def _n_workers(self) -> int:

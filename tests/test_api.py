@@ -29,11 +29,11 @@ def batch(rows: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_saved_plan_runs_as_it_stands(tmp_path: Path) -> None:
     x, y = batch()
     plan = stagecut.plan(
-        model(), ["cpu"] * 3, example_inputs=(x,), microbatches=2, schedule="fill-drain", costs="analytic"
+        model(), [["cpu"]] * 3, example_inputs=(x,), microbatches=2, schedule="fill-drain", costs="analytic"
     )
     plan.save(tmp_path / "plan.json")
     with stagecut.compile(
-        model(), ["cpu"] * 3, loss_fn=F.cross_entropy, plan=tmp_path / "plan.json", launch="inline"
+        model(), [["cpu"]] * 3, loss_fn=F.cross_entropy, plan=tmp_path / "plan.json", launch="inline"
     ) as pm:
         assert pm.verify(x, target=y).worst <= 1e-10
         assert pm.plan == plan == stagecut.load(tmp_path / "plan.json")
@@ -41,29 +41,29 @@ def test_a_saved_plan_runs_as_it_stands(tmp_path: Path) -> None:
 
 def test_a_plan_for_another_model_or_other_devices_is_refused() -> None:
     x, y = batch()
-    plan = stagecut.plan(model(16), ["cpu", "cpu"], example_inputs=(x,), costs="analytic")
+    plan = stagecut.plan(model(16), [["cpu"], ["cpu"]], example_inputs=(x,), costs="analytic")
     with (
-        stagecut.compile(model(), ["cpu", "cpu"], loss_fn=F.cross_entropy, plan=plan, launch="inline") as pm,
+        stagecut.compile(model(), [["cpu"], ["cpu"]], loss_fn=F.cross_entropy, plan=plan, launch="inline") as pm,
         pytest.raises(stagecut.PlanError, match="the plan was made for Sequential with graph"),
     ):
         pm.step(x, target=y)
     with pytest.raises(stagecut.ConstraintError, match="the plan is for devices"):
-        stagecut.compile(model(16), ["cpu"] * 3, loss_fn=F.cross_entropy, plan=plan, launch="inline")
+        stagecut.compile(model(16), [["cpu"]] * 3, loss_fn=F.cross_entropy, plan=plan, launch="inline")
 
 
 def test_a_memory_limit_moves_the_cut_or_says_what_would_fit() -> None:
     x, _ = batch()
     wide = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 8)).double()
     n_bytes = 4 * 8 * sum(parameter.numel() for parameter in wide.parameters())
-    plan = stagecut.plan(wide, ["cpu"] * 3, example_inputs=(x,), costs="analytic", memory_bytes=0.9 * n_bytes)
+    plan = stagecut.plan(wide, [["cpu"]] * 3, example_inputs=(x,), costs="analytic", memory_bytes=0.9 * n_bytes)
     assert all(stage.memory_bytes <= 0.9 * n_bytes for stage in plan.stages)
     with pytest.raises(stagecut.InfeasibleError, match="stage"):
-        stagecut.plan(wide, ["cpu"] * 3, example_inputs=(x,), costs="analytic", memory_bytes=0.3 * n_bytes)
+        stagecut.plan(wide, [["cpu"]] * 3, example_inputs=(x,), costs="analytic", memory_bytes=0.3 * n_bytes)
 
 
 def test_a_described_cluster_is_planned_for_and_not_run_on() -> None:
     x, _ = batch()
-    first, second = (stagecut.plan(model(), "sim:2xH100-80GB", example_inputs=(x,)) for _ in range(2))
+    first, second = (stagecut.plan(model(), "sim:2xH100-80GB", example_inputs=(x,), stages=2) for _ in range(2))
     assert first == second
     assert first.devices == ("H100:0", "H100:1")
     with pytest.raises(stagecut.DeviceError, match="not run on"):
@@ -72,14 +72,14 @@ def test_a_described_cluster_is_planned_for_and_not_run_on() -> None:
 
 def test_the_plan_knows_when_one_device_is_faster() -> None:
     x, _ = batch()
-    plan = stagecut.plan(model(), ["cpu", "cpu"], example_inputs=(x,), costs="analytic")
+    plan = stagecut.plan(model(), [["cpu"], ["cpu"]], example_inputs=(x,), costs="analytic")
     assert plan.prediction.one_device_s < plan.prediction.step_s
 
 
 def test_more_stages_than_ops_is_refused() -> None:
     x, _ = batch()
     with pytest.raises(stagecut.InfeasibleError, match="9 stages were asked for"):
-        stagecut.plan(model(), ["cpu"] * 9, example_inputs=(x,), costs="analytic")
+        stagecut.plan(model(), [["cpu"]] * 9, example_inputs=(x,), costs="analytic")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_loss_weight_makes_ignored_targets_exact() -> None:
     y = torch.where(torch.arange(10) < 4, -1, y)
     options = {"microbatches": 3, "launch": "inline", "costs": "analytic"}
     with stagecut.compile(
-        model(), ["cpu", "cpu"], loss_fn=masked, loss_weight=lambda target: int((target >= 0).sum()), **options
+        model(), [["cpu"], ["cpu"]], loss_fn=masked, loss_weight=lambda target: int((target >= 0).sum()), **options
     ) as pm:
         # The first microbatch has no target at all: its mean is not a number, and its weight is 0.
         assert torch.isfinite(pm.step(x, target=y).loss)
@@ -131,7 +131,13 @@ def test_a_loss_weight_makes_ignored_targets_exact() -> None:
 def test_a_summed_loss_is_summed() -> None:
     x, y = batch()
     with stagecut.compile(
-        model(), ["cpu", "cpu"], loss_fn=summed, loss_reduction="sum", microbatches=3, launch="inline", costs="analytic"
+        model(),
+        [["cpu"], ["cpu"]],
+        loss_fn=summed,
+        loss_reduction="sum",
+        microbatches=3,
+        launch="inline",
+        costs="analytic",
     ) as pm:
         pm.step(x, target=y)
         for parameter, expected in zip(pm.parameters(), gradients_of_whole_batch(summed, y)):
@@ -143,7 +149,7 @@ def test_autocast_of_the_caller_reaches_the_stages() -> None:
     single = copy.deepcopy(model()).float()
     with (
         stagecut.compile(
-            single, ["cpu", "cpu"], loss_fn=F.cross_entropy, microbatches=2, launch="inline", costs="analytic"
+            single, [["cpu"], ["cpu"]], loss_fn=F.cross_entropy, microbatches=2, launch="inline", costs="analytic"
         ) as pm,
         torch.autocast("cpu", dtype=torch.bfloat16),
     ):
@@ -153,7 +159,9 @@ def test_autocast_of_the_caller_reaches_the_stages() -> None:
 
 def test_the_first_call_may_be_an_evaluation_without_gradients() -> None:
     x, y = batch()
-    with stagecut.compile(model(), ["cpu", "cpu"], loss_fn=F.cross_entropy, launch="inline", costs="analytic") as pm:
+    with stagecut.compile(
+        model(), [["cpu"], ["cpu"]], loss_fn=F.cross_entropy, launch="inline", costs="analytic"
+    ) as pm:
         with torch.no_grad():
             pm(x)
         assert pm.verify(x, target=y).ok
@@ -173,7 +181,7 @@ def test_plain_leaves_before_tensors_in_a_result_keep_their_gradients() -> None:
     plain = Results().double()
     x, _ = batch()
     with stagecut.compile(
-        copy.deepcopy(plain), ["cpu", "cpu"], microbatches=2, launch="inline", costs="analytic"
+        copy.deepcopy(plain), [["cpu"], ["cpu"]], microbatches=2, launch="inline", costs="analytic"
     ) as pm:
         for forward in (pm, plain):
             result = forward(x)

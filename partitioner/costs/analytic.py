@@ -43,13 +43,13 @@ def analytic_costs(graph_module: fx.GraphModule, facts: dict[str, OpFacts], kind
 def _analytic_costs(graph_module: fx.GraphModule, facts: dict[str, OpFacts], kind: DeviceKind) -> dict[str, OpCost]:
     known: dict[str, OpCost] = {}
     costs: dict[str, OpCost] = {}
-    from_parameters = from_parameters(graph_module.graph)
+    constant = from_parameters(graph_module.graph)
     for node in graph_module.graph.nodes:
         if node.op == "output" or is_free(facts[node.name]):
             costs[node.name] = FREE
             continue
         isolated = Isolated(node, graph_module, facts)
-        weights = {position: i.name for position, i in enumerate(node.all_input_nodes) if i.name in from_parameters}
+        weights = {position: i.name for position, i in enumerate(node.all_input_nodes) if i.name in constant}
         signature = isolated.signature(f"{kind.name}/weights at {list(weights)}")
         if signature not in known:
             known[signature] = _cost(isolated, set(weights.values()), kind)

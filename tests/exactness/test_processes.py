@@ -66,7 +66,7 @@ def assert_exact(pm: stagecut.Pipeline, rows: int) -> None:
 
 @pytest.fixture(
     scope="module",
-    params=[["cpu", "cpu"], [["cpu", "cpu"], ["cpu", "cpu"]], [["cpu", "cpu"], ["cpu"]]],
+    params=[[["cpu"], ["cpu"]], [["cpu", "cpu"], ["cpu", "cpu"]], [["cpu", "cpu"], ["cpu"]]],
     ids=["2", "2x2", "2+1"],
 )
 def pm(request: Any) -> Iterator[stagecut.Pipeline]:
@@ -226,7 +226,7 @@ def steps_of(devices: Any, launch: str) -> tuple[list[float], dict[str, torch.Te
 
 def test_randomness_and_statistics_do_not_depend_on_the_cut() -> None:
     whole_losses, whole_state = steps_of(["cpu"], "inline")
-    for devices, launch in ((["cpu"] * 2, "local"), (["cpu"] * 3, "inline")):
+    for devices, launch in (([["cpu"]] * 2, "local"), ([["cpu"]] * 3, "inline")):
         losses, state = steps_of(devices, launch)
         assert losses == pytest.approx(whole_losses, rel=1e-12)
         for name, value in state.items():

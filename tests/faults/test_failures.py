@@ -77,7 +77,7 @@ def pipeline(kind: str, timeout_s: float = 60.0) -> stagecut.Pipeline:
     torch.manual_seed(0)
     return stagecut.compile(
         Model(kind),
-        ["cpu", "cpu"],
+        [["cpu"], ["cpu"]],
         loss_fn=F.cross_entropy,
         microbatches=4,
         schedule="1f1b",
@@ -188,7 +188,9 @@ def raising_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def test_an_exception_in_the_loss_names_the_last_stage(workers: list[psutil.Process]) -> None:
-    with stagecut.compile(Model("none"), ["cpu", "cpu"], loss_fn=raising_loss, microbatches=2, costs="analytic") as pm:
+    with stagecut.compile(
+        Model("none"), [["cpu"], ["cpu"]], loss_fn=raising_loss, microbatches=2, costs="analytic"
+    ) as pm:
         x, y = batch(poisoned=False)
         with pytest.raises(ZeroDivisionError, match="no loss today") as caught:
             pm.step(x, target=y)
@@ -206,7 +208,7 @@ class Locked(nn.Module):
 
 def test_what_cannot_be_sent_to_a_worker_is_named(workers: list[psutil.Process]) -> None:
     model = nn.Sequential(nn.Linear(4, 4), Locked(), nn.Linear(4, 2))
-    with stagecut.compile(model, ["cpu", "cpu"], loss_fn=F.cross_entropy, costs="analytic") as pm:
+    with stagecut.compile(model, [["cpu"], ["cpu"]], loss_fn=F.cross_entropy, costs="analytic") as pm:
         x, y = batch(poisoned=False)
         with pytest.raises(stagecut.StageError, match="module '1' cannot be sent to a worker"):
             pm.step(x, target=y)
@@ -223,7 +225,7 @@ def test_a_lambda_loss_and_a_local_class_work() -> None:
 
     model = nn.Sequential(Local(), nn.Linear(4, 2))
     with stagecut.compile(
-        model, ["cpu", "cpu"], loss_fn=lambda out, y: F.cross_entropy(out, y), costs="analytic"
+        model, [["cpu"], ["cpu"]], loss_fn=lambda out, y: F.cross_entropy(out, y), costs="analytic"
     ) as pm:
         x, y = batch(poisoned=False)
         assert pm.verify(x, target=y).ok

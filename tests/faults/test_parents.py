@@ -26,7 +26,7 @@ class Slow(nn.Module):
             threading.Event().wait()
         return x
 model = nn.Sequential(nn.Linear(4, 4), Slow(), nn.Linear(4, 2))
-pm = stagecut.compile(model, ["cpu", "cpu"], loss_fn=nn.functional.cross_entropy, costs="analytic")
+pm = stagecut.compile(model, [["cpu"], ["cpu"]], loss_fn=nn.functional.cross_entropy, costs="analytic")
 x, y = torch.rand(8, 4), torch.zeros(8, dtype=torch.long)
 pm.step(x, target=y)
 print("ready", flush=True)

@@ -192,7 +192,7 @@ def test_a_pipeline_runs_them(function: Callable[..., torch.Tensor], launch: str
     warnings.simplefilter("ignore")  # of the costs
     model, x = Layers(function).double(), rows(8).double()
     with stagecut.compile(
-        model, ["cpu", "cpu"], loss_fn=F.mse_loss, example_inputs=(x,), launch=launch, microbatches=2
+        model, [["cpu"], ["cpu"]], loss_fn=F.mse_loss, example_inputs=(x,), launch=launch, microbatches=2
     ) as pm:
         for _ in range(4):
             pm.step(x, target=x)

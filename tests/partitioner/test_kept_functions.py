@@ -203,7 +203,7 @@ def test_a_pipeline_runs_kept_functions(launch: str) -> None:
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     warnings.simplefilter("ignore")  # of the costs, and that the shapes behind the function need a run of the model
-    with stagecut.compile(model, ["cpu", "cpu"], loss_fn=F.mse_loss, example_inputs=(x,), launch=launch) as pm:
+    with stagecut.compile(model, [["cpu"], ["cpu"]], loss_fn=F.mse_loss, example_inputs=(x,), launch=launch) as pm:
         torch.testing.assert_close(pm.step(x, target=x).loss, wanted.detach(), rtol=1e-10, atol=0)
         for name, parameter in pm.named_parameters():
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-10, atol=1e-14)

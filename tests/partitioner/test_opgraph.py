@@ -17,7 +17,7 @@ from stagecut.partitioner.costs.analytic import analytic_costs
 from stagecut.partitioner.cut import CutDevice, solve
 from stagecut.partitioner.describe import describe
 from stagecut.partitioner.opgraph import STATE_COPIES, op_graph
-from stagecut.partitioner.planner import price
+from stagecut.partitioner.pricing import Pricer
 from stagecut.structure import is_encodable
 
 KIND = DeviceKind("cpu", {"float32": 1e9}, 1e9, 1e-6, 1e12, "made up")
@@ -28,7 +28,7 @@ CLUSTER = Cluster((Device("cpu", KIND), Device("cpu", KIND)), None, LINK, LINK)
 def graph_of(model: nn.Module, *args: torch.Tensor) -> nx.DiGraph:
     caught = capture(model, args)
     facts = analyse(caught, list(args), args[0].shape[0])
-    costs = analytic_costs(caught.graph_module, facts, KIND)
+    costs = {KIND.name: analytic_costs(caught.graph_module, facts, KIND)}
     travels = {name: is_encodable(own.value) for name, own in facts.items()}
     return op_graph(caught, facts, costs, CLUSTER, travels)
 
@@ -216,9 +216,13 @@ def test_a_value_costs_its_bytes_once_for_all_readers_and_twice_with_a_gradient(
 
 
 def test_compute_is_forward_and_backward_of_the_op() -> None:
-    graph = graph_of(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), torch.randn(4, 3))
-    for _, attributes in graph.nodes(data=True):
-        cost = attributes["op"].cost
+    x = torch.randn(4, 3)
+    caught = capture(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), (x,))
+    facts = analyse(caught, [x], 4)
+    costs = analytic_costs(caught.graph_module, facts, KIND)
+    graph = op_graph(caught, facts, {KIND.name: costs}, CLUSTER, dict.fromkeys(facts, True))
+    for name, attributes in graph.nodes(data=True):
+        cost = costs[name]
         assert attributes["compute_s"] == {"cpu": cost.forward_s + cost.backward_s}
         assert cost.forward_s > 0
         assert cost.source == "analytic"
@@ -228,10 +232,10 @@ def test_compute_is_forward_and_backward_of_the_op() -> None:
 def test_every_kind_of_the_cluster_has_its_own_seconds() -> None:
     x = torch.randn(4, 3)
     caught = capture(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), (x,))
-    priced = price(caught, [x], 4, describe("sim:2xH100+2xL4+1xA100"), "analytic")
-    assert set(priced.other_costs) == {"L4-24GB", "A100-80GB"}
+    priced = Pricer(caught, [x], describe("sim:2xH100+2xL4+1xA100"), "analytic").at(4)
+    assert set(priced.costs) == {"H100-80GB", "L4-24GB", "A100-80GB"}
     for name, data in priced.graph.nodes(data=True):
         assert set(data["compute_s"]) == {"H100-80GB", "L4-24GB", "A100-80GB"}
         assert data["compute_s"]["H100-80GB"] < data["compute_s"]["A100-80GB"] < data["compute_s"]["L4-24GB"]
-        other = priced.other_costs["L4-24GB"][name]
+        other = priced.costs["L4-24GB"][name]
         assert data["compute_s"]["L4-24GB"] == other.forward_s + other.backward_s

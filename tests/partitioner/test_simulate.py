@@ -209,3 +209,40 @@ def test_the_makespan_is_at_least_the_busiest_worker(problem: tuple[Program, Ste
     timeline = simulate(*problem)
     assert timeline.makespan_s >= max(timeline.busy_s(worker) for worker in range(timeline.n_workers)) - 1e-9
     assert 0.0 <= timeline.bubble <= 1.0
+
+
+def test_workers_share_the_cores_of_their_host() -> None:
+    """Three replicas on two cores: 3 s of work each at two thirds of the speed, and the last one alone at full."""
+    layout = chain(3)
+    costs = StepCosts((1.0,), (2.0,), {}, FREE_LINK, n_cores=2, hosts=(0, 0, 0))
+    timeline = simulate(program_of("1f1b", layout, 3), costs)
+    assert timeline.makespan_s == pytest.approx(3 * 3.0 / 2)
+    apart = replace(costs, hosts=(0, 0, 1))
+    assert simulate(program_of("1f1b", layout, 3), apart).makespan_s == pytest.approx(3.0)
+    uneven = replace(costs, finish_s=(0.0, 0.0, 1.0))
+    assert simulate(program_of("1f1b", layout, 3), uneven).makespan_s == pytest.approx(4.5 + 1.0)
+
+
+@property_test
+@given(problems(), st.integers(1, 4))
+def test_cores_bound_the_work_done_at_once(problem: tuple[Program, StepCosts], n_cores: int) -> None:
+    program, costs = problem
+    n_workers = len(program.workers)
+    shared = simulate(program, replace(costs, n_cores=n_cores, hosts=(0,) * n_workers))
+    work = sum(simulate(program, costs).busy_s(worker) for worker in range(n_workers))
+    assert shared.makespan_s >= work / n_cores - 1e-9
+    enough = simulate(program, replace(costs, n_cores=n_workers, hosts=(0,) * n_workers))
+    assert enough.makespan_s == pytest.approx(simulate(program, costs).makespan_s)
+
+
+def test_what_a_worker_does_after_its_last_instruction_counts() -> None:
+    costs = replace(uniform(2, 1.0, 2.0), finish_s=(0.5, 0.25))
+    timeline = simulate(program_of("1f1b", chain(1, 1), 2), costs)
+    assert timeline.makespan_s == pytest.approx((2 + 1) * 3.0 + 0.5)
+    assert [(s.worker, s.end_s - s.start_s) for s in timeline.spans if s.op == "finish"] == [(0, 0.5), (1, 0.25)]
+
+
+def test_each_pair_of_stages_has_its_own_link() -> None:
+    slow = Link(1.0, float("inf"), "made up")
+    costs = replace(uniform(3, 1.0, 1.0), links={(1, 2): slow})
+    assert simulate(program_of("forward-only", chain(1, 1, 1), 1), costs).makespan_s == pytest.approx(4.0)

@@ -28,7 +28,7 @@ def test_dropout_follows_the_mode_whatever_it_was_when_the_model_was_captured(ca
     model, x, y = Dropped().train(captured_in_training), torch.randn(6, 4), torch.randint(0, 3, (6,))
     pipeline = stagecut.compile(
         model,
-        ["cpu", "cpu"],
+        [["cpu"], ["cpu"]],
         loss_fn=F.cross_entropy,
         launch="inline",
         microbatches=2,

@@ -23,7 +23,7 @@ class Skips(nn.Module):
         return self.last(torch.cat([self.middle(early), early], 1))
 
 
-def make_plan(first="first", devices=("cpu", "cpu"), **options):
+def make_plan(first="first", devices=(["cpu"], ["cpu"]), **options):
     model, x = Skips(first), torch.randn(8, 8)
     model(x)
     options = {"schedule": "1f1b", "microbatches": 4, **options}
@@ -32,7 +32,7 @@ def make_plan(first="first", devices=("cpu", "cpu"), **options):
 
 @pytest.fixture(scope="session")
 def plan():
-    return make_plan(devices=["cpu", "cpu", "cpu"])
+    return make_plan(devices=[["cpu"]] * 3)
 
 
 @pytest.fixture(scope="session")
