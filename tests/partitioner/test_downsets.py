@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagecut.partitioner import cut_input, downsets
+from stagecut.partitioner.filling import fixed_order
 from stagecut.partitioner.reduction import Dag, contract, merge_idle
-from stagecut.partitioner.slots import CutDevice, Windows, fixed_order, windows
+from stagecut.partitioner.slots import CutDevice, Windows, windows
 
 DEVICES = [CutDevice("a", "cpu"), CutDevice("b", "cpu"), CutDevice("c", "cpu")]
 
