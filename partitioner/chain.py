@@ -15,6 +15,7 @@ from .slots import Slots, Windows
 from .stage_costs import Menu, Offer, StageCosts
 
 Flags = NDArray[np.bool_]
+_MOST_KNOWN = 1000
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,18 @@ class _Steps:
         self.source = np.array([step.source for step in steps], dtype=np.int64)
         self.target = np.array([step.target for step in steps], dtype=np.int64)
         self.menus: dict[bytes, Menu] = {}
+        self.known: dict[bytes, _Arrivals | None] = {}
 
     def between(self, sources: Flags, targets: Flags) -> _Arrivals | None:
         """The steps from some states to others; None if there are none."""
+        name = sources.tobytes() + targets.tobytes()
+        if name not in self.known:
+            if len(self.known) > _MOST_KNOWN:
+                self.known.clear()
+            self.known[name] = self._find(sources, targets)
+        return self.known[name]
+
+    def _find(self, sources: Flags, targets: Flags) -> _Arrivals | None:
         found = np.flatnonzero(sources[self.source] & targets[self.target])
         if not len(found):
             return None
@@ -139,13 +149,14 @@ class _Table:
         family = self.family
         start = int(self.start[late])
         finite = self.value[:, start:late] < np.inf  # (states, early)
-        arrivals = self.steps.between(finite.any(axis=1), family.states[late])
+        alive: Flags = np.any(finite, axis=1)
+        arrivals = self.steps.between(alive, family.states[late])
         if arrivals is None:
             return None
-        nested = finite[arrivals.sources if len(arrivals.sources) < len(finite) else ...].any(axis=0)
+        nested: Flags = np.any(finite if len(arrivals.sources) >= len(finite) else finite[arrivals.sources], axis=0)
         if self.slots.exact:
             nested &= family.working[start:late] < family.working[late]
-        early = start + np.flatnonzero(nested)
+        early = start + nested.nonzero()[0]
         early = early[~(family.words[early] & ~family.words[late]).any(axis=1)]
         if not len(early):
             return None

@@ -71,8 +71,8 @@ def search(dag: Dag, slots: Slots, deadline: float, max_downsets: int) -> Outcom
     return Outcome(state.best, state.lower_bound_s, state.proven, state.n_downsets)
 
 
-def any_solution(dag: Dag, slots: Slots, time_limit_s: float = 0.2) -> Solution | None:
-    """Find a cut that meets the constraints, good or bad; None says only that none was found soon."""
+def any_solution(dag: Dag, slots: Slots, time_limit_s: float) -> Outcome:
+    """Find a cut that meets the constraints, good or bad, or the proof that there is none, if that is soon."""
     state = _Search(dag, slots, time.monotonic() + time_limit_s, _FEW)
     try:
         state.sample(first_only=True)
@@ -80,7 +80,7 @@ def any_solution(dag: Dag, slots: Slots, time_limit_s: float = 0.2) -> Solution 
             state.prove()
     except OutOfTime:
         pass
-    return state.best
+    return Outcome(state.best, state.lower_bound_s, state.proven, state.n_downsets)
 
 
 class _Search:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,13 +11,15 @@ from ..errors import ConstraintError, InfeasibleError
 from .cut_input import show
 from .cut_options import Options
 from .cut_problem import Problem, prepare
-from .cut_search import Solution, any_solution
+from .cut_search import Outcome, Solution, any_solution
 from .filling import OneForwardOneBackward
+from .reduction import Dag
 from .slots import CutDevice, Slots, least_held
 from .stage_costs import bytes_of
 
 _MAX_HALVINGS = 16
 _MAX_EXTRA_DEVICES = 16
+_PATIENCE_S = 10.0  # for the whole explanation: what could not be tried by then is not advised
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,49 @@ class _Miss:
     excess_bytes: float
 
 
+class _Trials:
+    """Searches for any cut, each a few times as long as the one without limits took."""
+
+    def __init__(self) -> None:
+        self.each_s = 0.2
+        self.deadline = time.monotonic() + _PATIENCE_S
+
+    def without_limits(self, problem: Problem) -> Outcome:
+        """Look for a cut whatever its bytes, or the proof that there is none."""
+        start = time.monotonic()
+        outcome = any_solution(problem.dag, _with_more_bytes(problem.slots, np.inf), _PATIENCE_S / 2)
+        self.each_s = max(self.each_s, 3 * (time.monotonic() - start))
+        return outcome
+
+    def find(self, dag: Dag, slots: Slots) -> Solution | None:
+        """Look for a cut; None says only that none was found soon."""
+        left_s = min(self.each_s, self.deadline - time.monotonic())
+        return any_solution(dag, slots, left_s).solution if left_s > 0 else None
+
+    def fits(self, problem: Problem, devices: tuple[CutDevice, ...], options: Options) -> bool:
+        """Tell whether a cut is found for other devices or options."""
+        if time.monotonic() > self.deadline:
+            return False
+        try:
+            other = prepare(problem.graph, devices, options)
+        except (ConstraintError, InfeasibleError):
+            return False
+        return self.find(other.dag, other.slots) is not None
+
+
 def explain(problem: Problem, proven: bool) -> InfeasibleError:
     """Build the error for a problem that no cut was found for.
 
     The bytes named are those of a cut that was found with larger limits: enough, though not proven to be least.  What
     is advised has been tried, and a cut was found.
     """
-    slots = problem.slots
-    limited = any(device.memory_bytes is not None for device in slots.devices)
-    closest = any_solution(problem.dag, _with_more_bytes(slots, np.inf)) if limited else None
-    if closest is None:
+    trials = _Trials()
+    if all(device.memory_bytes is None for device in problem.slots.devices):
         return _no_order(problem, proven)
-    miss = _miss(problem, _closest(problem, closest))
+    closest = trials.without_limits(problem)
+    if closest.solution is None:
+        return _no_order(problem, closest.proven)
+    miss = _miss(problem, _closest(problem, closest.solution, trials))
     certainty = "no cut fits in memory" if proven else "no cut that fits in memory was found (not proven: none exists)"
     message = (
         f"{certainty}: the closest one found puts {miss.needed_bytes:,.0f} bytes on {miss.device.name!r}, "
@@ -50,13 +84,13 @@ def explain(problem: Problem, proven: bool) -> InfeasibleError:
     if too_large:
         message += f"; {too_large}"
     else:
-        advice += _more_devices(problem)
-    advice += [*_other_recompute(problem), *_fewer_in_flight(problem)]
+        advice += _more_devices(problem, trials)
+    advice += [*_other_recompute(problem, trials), *_fewer_in_flight(problem, trials)]
     return InfeasibleError(message, hint=", or ".join(advice))
 
 
 def _no_order(problem: Problem, proven: bool) -> InfeasibleError:
-    devices = ", ".join(f"{device.name} ({device.kind})" for device in problem.devices)
+    devices = show([f"{device.name} ({device.kind})" for device in problem.devices], most=16)
     if proven:
         stages = "" if problem.options.n_stages is None else f"{problem.options.n_stages} "
         return InfeasibleError(
@@ -79,14 +113,14 @@ def _with_more_bytes(slots: Slots, extra: float) -> Slots:
     return replace(slots, devices=devices)
 
 
-def _closest(problem: Problem, solution: Solution) -> Solution:
+def _closest(problem: Problem, solution: Solution, trials: _Trials) -> Solution:
     """Halve the bytes by which every limit is raised while a cut is still found."""
     low, high = 0.0, _miss(problem, solution).excess_bytes
     for _ in range(_MAX_HALVINGS):
         if high - low <= 1.0:
             break
         middle = (low + high) / 2
-        found = any_solution(problem.dag, _with_more_bytes(problem.slots, middle))
+        found = trials.find(problem.dag, _with_more_bytes(problem.slots, middle))
         if found is None:
             low = middle
         else:
@@ -121,16 +155,7 @@ def _too_large(problem: Problem) -> str:
     return f"{show(dag.members[v])} alone need {least[v]:,.0f}, so more devices of this size do not help"
 
 
-def _fits(problem: Problem, devices: tuple[CutDevice, ...], options: Options) -> bool:
-    """Tell whether a cut is found for other devices or options."""
-    try:
-        other = prepare(problem.graph, devices, options)
-    except (ConstraintError, InfeasibleError):
-        return False
-    return any_solution(other.dag, other.slots) is not None
-
-
-def _more_devices(problem: Problem) -> list[str]:
+def _more_devices(problem: Problem, trials: _Trials) -> list[str]:
     """Find how many more of the largest device make a cut possible."""
     options, n = problem.options, len(problem.devices)
     if options.depends_on_position:
@@ -139,29 +164,29 @@ def _more_devices(problem: Problem) -> list[str]:
     for extra in range(1, _MAX_EXTRA_DEVICES + 1):
         names = [f"{largest.name}, copy {i + 1}" for i in range(extra)]
         devices = (*problem.devices, *(replace(largest, name=name) for name in names))
-        if _fits(problem, devices, options.with_stages(options.n_stages, n + extra)):
+        if trials.fits(problem, devices, options.with_stages(options.n_stages, n + extra)):
             return [f"use {n + extra} devices (with {extra} more like {largest.name!r} a cut exists)"]
         more = None if options.n_stages is None else options.n_stages + extra
-        if more is not None and _fits(problem, devices, options.with_stages(more, n + extra)):
+        if more is not None and trials.fits(problem, devices, options.with_stages(more, n + extra)):
             return [f"use {n + extra} devices for {more} stages (with {extra} more like {largest.name!r} a cut exists)"]
     return []
 
 
-def _other_recompute(problem: Problem) -> list[str]:
+def _other_recompute(problem: Problem, trials: _Trials) -> list[str]:
     """Try to let every stage choose whether it computes its forward again."""
     if problem.options.recompute == "choose":
         return []
-    fits = _fits(problem, problem.devices, replace(problem.options, recompute="choose"))
+    fits = trials.fits(problem, problem.devices, replace(problem.options, recompute="choose"))
     return ["pass recompute='choose' (with it a cut exists)"] if fits else []
 
 
-def _fewer_in_flight(problem: Problem) -> list[str]:
+def _fewer_in_flight(problem: Problem, trials: _Trials) -> list[str]:
     """Find the most microbatches in flight, below those asked for, with which a cut exists."""
     options = problem.options
     low, high = 0, options.most_in_flight(len(problem.devices))
     while high - low > 1:
         middle = (low + high) // 2
-        if _fits(problem, problem.devices, options.with_at_most(middle)):
+        if trials.fits(problem, problem.devices, options.with_at_most(middle)):
             low = middle
         else:
             high = middle
