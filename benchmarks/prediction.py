@@ -151,7 +151,8 @@ def table(rows: list[Row]) -> str:
     lines.append("")
     lines.append(
         f"{len(rows)} configurations: step off by {statistics.median(errors):.1%} in the median, "
-        f"{errors[-1]:.1%} at worst; memory off by {statistics.median(held):.1%} in the median, {held[-1]:.1%} at worst."
+        f"{errors[-1]:.1%} at worst; memory off by {statistics.median(held):.1%} in the median, "
+        f"{held[-1]:.1%} at worst."
     )
     return "\n".join(lines)
 

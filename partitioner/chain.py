@@ -2,73 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .downsets import Words, bits, masks_of, weigh
 from .reduction import Dag, Floats, Ints
-from .slots import Slots, Step, Windows
+from .slots import Slots, Windows
+from .stage_costs import Menu, Offer, StageCosts
 
 Flags = NDArray[np.bool_]
+_MOST_KNOWN = 1000
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Stages in pipeline order: the nodes of each, its device class, and the largest load of all."""
+    """Stages in pipeline order: the nodes of each, its device class, its replicas and whether it recomputes."""
 
     stages: tuple[tuple[int, ...], ...]
     classes: tuple[int, ...]
+    replicas: tuple[int, ...]
+    recompute: tuple[bool, ...]
     max_load_s: float
 
 
 @dataclass(frozen=True)
 class _Family:
-    """Downsets in an order that extends inclusion, with the sums that loads are made of."""
+    """Downsets in an order that extends inclusion."""
 
     words: Words  # (rows, words)
     key: Ints  # (rows,): whole-number weight, larger for every larger set
-    reach: int  # keys of a stage's two ends differ by at most this
+    reach: int  # per replica, keys of a stage's two ends differ by at most this
     states: Flags  # (rows, states): those that the windows admit
-    time_s: Floats  # (rows, kinds)
-    barred: Floats  # (rows, kinds)
-    bytes: Floats  # (rows, 2): static, stash
     working: Floats  # (rows,)
-    net_size: Floats  # (nets,)
-    net_count: Floats  # (nets, rows): nodes of the net inside
-    cut_s: Floats  # (rows,)
+    costs: StageCosts
 
 
-def _family(dag: Dag, windows: Windows, words: Words) -> _Family:
+def _family(dag: Dag, slots: Slots, windows: Windows, words: Words) -> _Family:
     scale = 2.0**40 / (float(dag.least_s.sum()) or 1.0)
-    words = words[_states(windows, words, np.zeros(len(words))).any(axis=1)]
+    weight = weigh(words, windows.weights)
+    words = words[windows.admit(weight, windows.weights.sum(axis=0) - weight, np.zeros(len(words)))]
     key = weigh(words, np.floor(dag.least_s * scale) + 1.0)
     words = words[np.argsort(key, kind="stable")]
-    sizes = np.array([len(net) for net in dag.nets], dtype=np.float64)
-    net_count = weigh(words, dag.incidence)
-    cut_s = ((net_count > 0) & (net_count < sizes)) @ dag.net_s
-    states = _states(windows, words, cut_s)
+    costs = StageCosts(dag, slots, words)
+    weight = weigh(words, windows.weights)
     return _Family(
         words=words,
         key=np.sort(key).astype(np.int64),
-        reach=int(min(windows.limit_s * scale + len(dag) + 1, 2.0**60)),
-        states=states,
-        time_s=weigh(words, dag.time_s),
-        barred=weigh(words, dag.barred.astype(np.float64)),
-        bytes=weigh(words, np.stack([dag.static_bytes, dag.stash_bytes], axis=1)),
+        reach=int(min(windows.limit_s * scale + len(dag) + 1, 2.0**50)),
+        states=windows.meet(weight, windows.weights.sum(axis=0) - weight, costs.nets.cut_s),
         working=weigh(words, dag.working.astype(np.float64)),
-        net_size=sizes,
-        net_count=np.ascontiguousarray(net_count.T),
-        cut_s=cut_s,
+        costs=costs,
     )
-
-
-def _states(windows: Windows, words: Words, cut_s: Floats) -> Flags:
-    weight = weigh(words, windows.weights)
-    return windows.meet(weight, windows.weights.sum(axis=0) - weight, cut_s)
 
 
 def best_chain(
@@ -76,111 +64,133 @@ def best_chain(
 ) -> Chain | None:
     """Find the chain with the smallest largest load strictly below the windows' limit; None if there is none.
 
-    The family must hold the empty and the full set.  With J inside I, the stage between them pays
-
-        load(J, I) = t(I) - t(J) + a(I) + a(J) - sum over nets cut by both of c (1 + [no node of the net in I - J])
-
-    where a(.) is the seconds of the nets that a downset cuts.  O(pairs of downsets of consecutive states x (words +
-    nets cut)), in vector operations of which there are as many as downsets on the smaller side.
+    The family must hold the empty and the full set.  O(pairs of downsets of consecutive states x (words + nets cut +
+    steps between these states)), in vector operations, a few dozen per downset.
     """
-    table = _Table(dag, slots, windows.limit_s, _family(dag, windows, words))
-    level = slots.used.sum(axis=1)
-    for index in sorted(range(len(slots.steps)), key=lambda index: int(level[slots.steps[index].source])):
-        table.take_step(index, check_time)
+    table = _Table(dag, slots, windows.limit_s, _family(dag, slots, windows, words))
+    table.fill(check_time)
     return table.read()
+
+
+@dataclass(frozen=True)
+class _Arrivals:
+    """The steps into some states, those into one state together."""
+
+    menu: Menu
+    targets: Ints  # (targets,)
+    first: Ints  # (targets,): where the steps into the target begin
+    sources: Ints  # (steps,)
+    offers: Ints  # (steps,): the place of the step's offer in the menu
+
+
+class _Steps:
+    """The steps of the slots, by the states that they lead to."""
+
+    def __init__(self, slots: Slots) -> None:
+        steps = sorted(slots.steps, key=lambda step: step.target)
+        asked = [Offer(step.c, step.replicas, step.in_flight) for step in steps]
+        self.offers = sorted(set(asked), key=lambda offer: (offer.c, offer.replicas, offer.in_flight))
+        place = {offer: i for i, offer in enumerate(self.offers)}
+        self.offer = np.array([place[offer] for offer in asked], dtype=np.int64)
+        self.source = np.array([step.source for step in steps], dtype=np.int64)
+        self.target = np.array([step.target for step in steps], dtype=np.int64)
+        self.menus: dict[bytes, Menu] = {}
+        self.known: dict[bytes, _Arrivals | None] = {}
+
+    def between(self, sources: Flags, targets: Flags) -> _Arrivals | None:
+        """The steps from some states to others; None if there are none."""
+        name = sources.tobytes() + targets.tobytes()
+        if name not in self.known:
+            if len(self.known) > _MOST_KNOWN:
+                self.known.clear()
+            self.known[name] = self._find(sources, targets)
+        return self.known[name]
+
+    def _find(self, sources: Flags, targets: Flags) -> _Arrivals | None:
+        found = np.flatnonzero(sources[self.source] & targets[self.target])
+        if not len(found):
+            return None
+        target, offer = self.target[found], self.offer[found]
+        first = np.flatnonzero(np.diff(target, prepend=-1))
+        is_wanted = np.zeros(len(self.offers), dtype=np.bool_)
+        is_wanted[offer] = True
+        name = is_wanted.tobytes()
+        if name not in self.menus:
+            self.menus[name] = Menu(tuple(itertools.compress(self.offers, is_wanted.tolist())))
+        place = np.cumsum(is_wanted) - 1
+        return _Arrivals(self.menus[name], target[first], first, self.source[found], place[offer])
 
 
 class _Table:
     """``value[state, row]``: the smallest largest load of a chain that ends in that state with that downset."""
 
     def __init__(self, dag: Dag, slots: Slots, limit_s: float, family: _Family) -> None:
-        shape = (len(slots.used), len(family.words))
         self.dag, self.slots, self.limit_s, self.family = dag, slots, limit_s, family
-        self.value = np.full(shape, np.inf)
-        self.parent = np.full(shape, -1, dtype=np.int64)
-        self.via = np.full(shape, -1, dtype=np.int64)
-        if len(family.words) and not family.words[0].any() and family.states[0, 0]:
-            self.value[0, 0] = 0.0
+        self.value = np.full((len(slots.used), len(family.words)), np.inf)
+        self.steps = _Steps(slots)
+        self.start = np.searchsorted(family.key, family.key - family.reach * slots.most_replicas)  # (rows,)
+        if len(family.words) and not family.words[0].any():
+            for state in slots.starts:
+                self.value[state, 0] = 0.0 if family.states[0, state] else np.inf
 
-    def take_step(self, index: int, check_time: Callable[[], None]) -> None:
-        """Extend every chain that ends in the step's source state by one stage."""
-        step, key, reach = self.slots.steps[index], self.family.key, self.family.reach
-        early = np.flatnonzero(self.value[step.source] < np.inf)
-        late = np.flatnonzero(self.family.states[:, step.target])
-        pairs: Iterator[tuple[Any, Any]]
-        if len(early) <= len(late):
-            first, last = np.searchsorted(key[late], [key[early] + 1, key[early] + reach + 1])
-            pairs = ((row, late[i:j]) for row, i, j in zip(early, first, last))
-        else:
-            first, last = np.searchsorted(key[early], [key[late] - reach, key[late]])
-            pairs = ((early[i:j], row) for row, i, j in zip(late, first, last))
-        for count, (one, other) in enumerate(pairs):
-            if count % 64 == 0:
+    def fill(self, check_time: Callable[[], None]) -> None:
+        """Take the rows in order: every stage that ends in one begins in an earlier one."""
+        for row in range(1, len(self.family.words)):
+            if row % 64 == 0:
                 check_time()
-            self._relax(index, one, other)
+            found = self._candidates(row)
+            if found is not None:
+                arrivals, _, loads = found
+                best = np.minimum.reduceat(loads.min(axis=1), arrivals.first)
+                self.value[arrivals.targets, row] = np.where(best < self.limit_s, best, np.inf)
 
-    def _relax(self, index: int, early: Any, late: Any) -> None:
-        """Try the stages between downsets: one of ``early`` and ``late`` is a row, the other an array of rows."""
-        family, step = self.family, self.slots.steps[index]
-        nested = ~(family.words[early] & ~family.words[late]).any(axis=1)
-        if self.slots.exact:
-            nested &= family.working[early] < family.working[late]
-        if not nested.any():
-            return
-        if np.ndim(early) == 0:
-            late = late[nested]
-            value = np.maximum(self.value[step.source, early], self._loads_s(early, late, step))
-            better = value < np.minimum(self.value[step.target, late], self.limit_s)
-            late, value = late[better], value[better]
-        else:
-            early = early[nested]
-            values = np.maximum(self.value[step.source, early], self._loads_s(early, late, step))
-            early, value = early[values.argmin()], values.min()
-            if not value < min(self.value[step.target, late], self.limit_s):
-                return
-        self.value[step.target, late] = value
-        self.parent[step.target, late] = early
-        self.via[step.target, late] = index
-
-    def _loads_s(self, early: Any, late: Any, step: Step) -> Floats:
-        """The load of the stage between the downsets; infinite where it cannot run or does not fit."""
-        family, kind, device = self.family, self.slots.kind_of[step.c], self.slots.device(step.c)
-        load = family.time_s[late, kind] - family.time_s[early, kind]
-        if device.pays_transfers:
-            one, rows = (early, late) if np.ndim(early) == 0 else (late, early)
-            load = load + self._transfers_s(one, rows)
-        possible = family.barred[early, kind] == family.barred[late, kind]
-        if device.memory_bytes is not None:
-            static, stash = (family.bytes[late] - family.bytes[early]).T
-            possible &= static + step.in_flight * stash <= device.memory_bytes * (1 + 1e-12)
-        return np.where(possible, load, np.inf)
-
-    def _transfers_s(self, one: int, rows: Ints) -> Floats:
-        """Seconds that the stage between a downset and each of some nested ones pays."""
+    def _candidates(self, late: int) -> tuple[_Arrivals, Ints, Floats] | None:
+        """The stages that can end in a row, and the largest load of each step's chain with each of them."""
         family = self.family
-        inside = family.net_count[:, one]
-        cut = np.flatnonzero((inside > 0) & (inside < family.net_size))
-        count = family.net_count[cut[:, None], rows[None, :]]
-        shared = ((count > 0) & (count < family.net_size[cut, None])).astype(np.float64)
-        shared += count == inside[cut, None]
-        return family.cut_s[one] + family.cut_s[rows] - self.dag.net_s[cut] @ shared  # type: ignore[no-any-return]
+        start = int(self.start[late])
+        finite = self.value[:, start:late] < np.inf  # (states, early)
+        alive: Flags = np.any(finite, axis=1)
+        arrivals = self.steps.between(alive, family.states[late])
+        if arrivals is None:
+            return None
+        nested: Flags = np.any(finite if len(arrivals.sources) >= len(finite) else finite[arrivals.sources], axis=0)
+        if self.slots.exact:
+            nested &= family.working[start:late] < family.working[late]
+        early = start + nested.nonzero()[0]
+        early = early[~(family.words[early] & ~family.words[late]).any(axis=1)]
+        if not len(early):
+            return None
+        loads = self.family.costs.loads_s(late, early, arrivals.menu)  # (offers, early)
+        return arrivals, early, np.maximum(self.value[arrivals.sources[:, None], early], loads[arrivals.offers])
 
     def read(self) -> Chain | None:
+        """Walk back from the full set, looking again at the stages that end in each row."""
         family = self.family
         if not len(family.words):
             return None
-        i = len(family.words) - 1
-        state = min(self.slots.finals, key=lambda s: self.value[s, i])
-        if not self.value[state, i] < np.inf or masks_of(family.words[i:])[0] != (1 << len(self.dag)) - 1:
+        row = len(family.words) - 1
+        state = min(self.slots.finals, key=lambda s: self.value[s, row])
+        if not self.value[state, row] < np.inf or masks_of(family.words[row:])[0] != (1 << len(self.dag)) - 1:
             return None
-        max_load_s = float(self.value[state, i])
-        stages: list[tuple[int, ...]] = []
-        classes: list[int] = []
-        while i:
-            step = self.slots.steps[self.via[state, i]]
-            earlier = int(self.parent[state, i])
-            inside, outside = masks_of(family.words[[i, earlier]])
-            stages.append(tuple(bits(inside & ~outside)))
-            classes.append(step.c)
-            i, state = earlier, step.source
-        return Chain(tuple(stages[::-1]), tuple(classes[::-1]), max_load_s)
+        max_load_s = float(self.value[state, row])
+        stages: list[tuple[tuple[int, ...], int, int, bool]] = []
+        while row:
+            earlier, source, offer = self._best(state, row)
+            inside, outside = masks_of(family.words[[row, earlier]])
+            nodes = tuple(bits(inside & ~outside))
+            stages.append((nodes, offer.c, offer.replicas, self.family.costs.recomputes(row, earlier, offer)))
+            row, state = earlier, source
+        nodes_of, classes, replicas, recompute = zip(*stages[::-1])
+        return Chain(nodes_of, classes, replicas, recompute, max_load_s)
+
+    def _best(self, state: int, row: int) -> tuple[int, int, Offer]:
+        """The earlier row, its state and the way to run the stage that give a state of a row its value."""
+        found = self._candidates(row)
+        assert found is not None
+        arrivals, early, loads = found
+        at = int(np.flatnonzero(arrivals.targets == state)[0])
+        end = arrivals.first[at + 1] if at + 1 < len(arrivals.first) else len(loads)
+        own = loads[arrivals.first[at] : end]
+        step, column = np.unravel_index(int(own.argmin()), own.shape)
+        step += arrivals.first[at]
+        return int(early[column]), int(arrivals.sources[step]), arrivals.menu.offers[arrivals.offers[step]]

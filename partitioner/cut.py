@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import networkx as nx
 
-from .cut_input import check_pin_order, read_dag, read_devices, read_in_flight
-from .cut_search import Outcome, search
-from .misfit import explain, too_many_stages
-from .reduction import Dag, merge_idle
-from .slots import CutDevice, Slots, any_order, fixed_order
+from .burdens import Recompute
+from .cut_input import read_devices
+from .cut_options import read_options
+from .cut_problem import Problem, prepare
+from .cut_score import Stage, loads_s, memory_bytes
+from .cut_search import Outcome, Solution, search
+from .misfit import explain
+from .slots import CutDevice
 
 __all__ = ["Cut", "CutDevice", "solve"]
 
@@ -23,11 +26,14 @@ class Cut:
     """A contiguous cut with its proof.
 
     Args:
-        device_of: the name of the device that each node runs on.
-        stage_of: the position in ``order`` of the stage that holds each node.
-        order: the names of the devices used, in pipeline order: every edge of the graph goes forward or stays.
-        loads_s: per stage, compute plus the transfers that it pays.
-        memory_bytes: per stage, static bytes plus in-flight microbatches times stash bytes.
+        device_of: the name of the (first) device that each node runs on.
+        stage_of: the position in the pipeline of the stage that holds each node: every edge goes forward or stays.
+        order: the names of the devices used, in pipeline order.
+        stage_devices: per stage, the names of its devices, each of which holds the whole stage.
+        replicas: per stage, the number of its devices.
+        recompute: per stage, whether it computes its forward again for the backward pass.
+        loads_s: per stage, the load as ``solve`` defines it.
+        memory_bytes: per stage, the bytes on each of its devices as ``solve`` defines them.
         max_load: the largest of ``loads_s``.
         lower_bound: no cut that meets the constraints has a smaller largest load (proven, up to 1e-9 relative).
         optimal: whether ``lower_bound`` reaches ``max_load``.
@@ -38,6 +44,9 @@ class Cut:
     device_of: dict[Hashable, str]
     stage_of: dict[Hashable, int]
     order: tuple[str, ...]
+    stage_devices: tuple[tuple[str, ...], ...]
+    replicas: tuple[int, ...]
+    recompute: tuple[bool, ...]
     loads_s: tuple[float, ...]
     memory_bytes: tuple[float, ...]
     max_load: float
@@ -52,28 +61,55 @@ def solve(
     devices: Sequence[CutDevice] | None = None,
     *,
     ordered: bool = False,
-    in_flight: Sequence[int] | None = None,
+    n_stages: int | None = None,
+    max_replicas: int = 1,
+    in_flight: Sequence[int] | Literal["1f1b"] | None = None,
+    n_microbatches: int | None = None,
+    recompute: Recompute = "never",
     time_limit_s: float = 20.0,
     max_downsets: int = 200_000,
 ) -> Cut:
-    """Cut a DAG into contiguous stages, one per device, minimising the largest load.
+    """Cut a DAG into contiguous stages, minimising the largest load.
 
-    A stage is the difference of two downsets of the graph, so that the devices can be ordered with every edge going
-    forward.  Its load is the sum of ``compute_s`` for the device's kind plus, once for each transfer of which it holds
-    some but not all nodes, that transfer's seconds.
+    A stage is the difference of two downsets of the graph, so that the stages can be ordered with every edge going
+    forward.  On r devices of one kind its load is
+
+        (compute_s + forward_s if it recomputes + transfers) / r, with the all-reduce of its gradients added,
+
+    where ``compute_s`` and ``forward_s`` are summed over its nodes for the kind, and each transfer of which it holds
+    some but not all nodes counts once; and each of the r devices needs, within its limit,
+
+        memory_bytes + largest workspace_bytes + microbatches in flight x stash_bytes, or, if it recomputes,
+        memory_bytes + largest workspace_bytes + microbatches in flight x bytes received + stash_bytes,
+
+    where it receives the ``bytes`` of each transfer whose first node (the producer) is elsewhere and of which another
+    is here.
 
     Args:
         graph: nodes have ``compute_s`` (seconds per device kind), and may have ``memory_bytes`` (static),
-            ``stash_bytes`` (saved for the backward pass, per microbatch in flight), ``kinds`` (where the node can run;
-            default: the keys of ``compute_s``) and ``pin`` (a device name).  ``graph.graph`` may have ``devices``
-            (dicts with the fields of CutDevice), ``transfers`` (dicts with ``nodes`` and ``seconds``) and ``together``
-            (lists of nodes that must share a stage).  A cycle shares a stage as well.
+            ``stash_bytes`` (saved for the backward pass, per microbatch in flight), ``workspace_bytes``,
+            ``gradient_bytes``, ``forward_s`` (seconds per device kind, part of ``compute_s``), ``kinds`` (where the
+            node can run; default: the keys of ``compute_s``) and ``pin`` (a device name).  ``graph.graph`` may have
+            ``devices`` (dicts with the fields of CutDevice), ``transfers`` (dicts with ``nodes``, ``seconds`` and
+            perhaps ``bytes``), ``together`` (lists of nodes that must share a stage; a cycle does as well),
+            ``shared`` (dicts with ``nodes`` and ``memory_bytes``, ``stash_bytes`` or ``gradient_bytes`` that each
+            stage with one of the nodes has once more) and ``all_reduce`` (a dict with the fields of AllReduce;
+            without it, replicas add up their gradients at no cost).
         devices: where to run; default: ``graph.graph["devices"]``.
-        ordered: True if stage ``s`` runs on ``devices[s]``.  Then every device gets a stage with at least one node
-            that takes time on some device; only in a graph with fewer such nodes than devices may a stage hold none.
+        ordered: True if stages run on the devices in the order given, one each (or the next few, with
+            ``max_replicas``), and no device stays unused.  Every stage then has a node that takes time on some
+            device; only in a graph with fewer such nodes than stages may one have none.
             False if the order is free and devices may stay unused.
-        in_flight: microbatches whose stash the stage at each position holds; default 1.  A limit holds for
-            static bytes plus in-flight microbatches times stash bytes.
+        n_stages: the number of stages, each with a node that takes time as above; default: any, or one per device if
+            ``ordered`` and without replicas.
+        max_replicas: how many interchangeable devices (same kind, limit and ``pays_transfers``) a stage can have.  A
+            device that a node is pinned to stays alone.
+        in_flight: microbatches whose stash the stage at each position holds (a count for each of ``n_stages``, or of
+            the devices); default 1.  Or "1f1b": a stage on r devices with d devices from it to the end holds
+            min(ceil(n_microbatches / r), ceil(d / r)).
+        n_microbatches: the microbatches of a step, for "1f1b".
+        recompute: whether stages compute their forward again: "never", "always", or "choose", where a stage does so
+            only if it does not fit otherwise.
         time_limit_s: when to stop, in seconds.
         max_downsets: how many downsets to list at once.
 
@@ -85,8 +121,10 @@ def solve(
         ConstraintError: the constraints contradict each other or name what is not there.
 
     The method follows Tarnawski et al., "Efficient Algorithms for Device Placement of DNN Graph Operators" (NeurIPS
-    2020), with downsets listed only where a stage below the best known load can end.  The time is
-    O(pairs of nested downsets listed), which is exponential in the width of the graph in the worst case.
+    2020), with downsets listed only where a stage below the best known load can end; replicas and microbatches in
+    flight are those of Narayanan et al., "PipeDream" (SOSP 2019), proven here on the DAG.  The time is O(pairs of
+    nested downsets listed x ways to fill the devices), which is exponential in the width of the graph in the worst
+    case.
 
     >>> graph = nx.DiGraph(transfers=[{"nodes": ["a", "b"], "seconds": 2.0}])
     >>> graph.add_nodes_from("abc", compute_s={"cpu": 3.0})
@@ -97,74 +135,53 @@ def solve(
     """
     start = time.monotonic()
     devices = read_devices(graph, devices)
-    held = read_in_flight(in_flight, len(devices))
-    kinds = sorted({device.kind for device in devices})
-    dag = read_dag(graph, devices, kinds)
-    devices = _drop_slack_limits(dag, devices, max(held))
-    if ordered:
-        check_pin_order(dag, devices)
-        slots = fixed_order(devices, kinds, held)
-        dag = _fill_stages(dag, len(devices))
-    else:
-        slots = any_order(devices, kinds, held, frozenset[int]().union(*dag.pins))
-    small = merge_idle(dag, memory_limited=any(device.memory_bytes is not None for device in devices))
-    outcome = search(small, slots, start + time_limit_s, max_downsets)
-    if outcome.solution is None:
-        raise explain(small, slots, outcome.proven)
-    return _score(graph, slots, outcome, time.monotonic() - start)
-
-
-def _drop_slack_limits(dag: Dag, devices: Sequence[CutDevice], in_flight: int) -> tuple[CutDevice, ...]:
-    """Forget the limits that the whole graph fits into: they cannot bind, and idle nodes with bytes can then merge."""
-    most = math.fsum(dag.static_bytes) + in_flight * math.fsum(dag.stash_bytes)
-    return tuple(
-        device if device.memory_bytes is None or device.memory_bytes < most else replace(device, memory_bytes=None)
-        for device in devices
+    options = read_options(
+        len(devices),
+        ordered=ordered,
+        n_stages=n_stages,
+        max_replicas=max_replicas,
+        in_flight=in_flight,
+        n_microbatches=n_microbatches,
+        recompute=recompute,
     )
+    problem = prepare(graph, devices, options)
+    outcome = search(problem.dag, problem.slots, start + time_limit_s, max_downsets)
+    if outcome.solution is None:
+        raise explain(problem, outcome.proven)
+    return _score(problem, outcome.solution, outcome, time.monotonic() - start)
 
 
-def _fill_stages(dag: Dag, n_stages: int) -> Dag:
-    if len(dag) < n_stages:
-        raise too_many_stages(len(dag), n_stages)
-    if dag.working.sum() < n_stages:
-        return replace(dag, working=dag.working * 0 + 1)
-    return dag
+def _stages(problem: Problem, solution: Solution) -> list[Stage]:
+    """Name the devices of the stages: the next ones in a fixed order, else the next unused ones that are alike."""
+    unused = [list(group) for group in problem.slots.classes]
+    stages = []
+    for nodes, c, r, again in zip(solution.stages, solution.classes, solution.replicas, solution.recompute):
+        taken = range(c, c + r) if problem.options.ordered else [unused[c].pop(0) for _ in range(r)]
+        again = again or problem.options.recompute == "always"
+        stages.append(Stage(frozenset(nodes), tuple(problem.devices[d] for d in taken), again))
+    return stages
 
 
-def _score(graph: nx.DiGraph, slots: Slots, outcome: Outcome, seconds: float) -> Cut:
-    """Name the devices and add up loads and bytes from the caller's graph, not from the search's sums."""
-    assert outcome.solution is not None
-    unused = [list(group) for group in slots.classes]
-    used = [slots.devices[unused[c].pop(0)] for c in outcome.solution.classes]
-    stages = outcome.solution.stages
-    stage_of = {node: s for s, nodes in enumerate(stages) for node in nodes}
-    loads = [
-        [float(graph.nodes[node]["compute_s"][device.kind]) for node in nodes] for device, nodes in zip(used, stages)
-    ]
-    for transfer in graph.graph.get("transfers", ()):
-        payers = {stage_of[node] for node in transfer["nodes"]}
-        for s in payers if len(payers) > 1 else ():
-            if used[s].pays_transfers:
-                loads[s].append(float(transfer["seconds"]))
-    loads_s = tuple(map(math.fsum, loads))
-    lower_bound = min(outcome.lower_bound_s, max(loads_s))
-    if outcome.proven or lower_bound >= max(loads_s) * (1 - 1e-9):
-        lower_bound = max(loads_s)
+def _score(problem: Problem, solution: Solution, outcome: Outcome, seconds: float) -> Cut:
+    """Add up loads and bytes from the caller's graph, not from the search's sums."""
+    graph, stages = problem.graph, _stages(problem, solution)
+    stage_of = {node: s for s, stage in enumerate(stages) for node in stage.nodes}
+    loads = loads_s(graph, stages)
+    lower_bound = min(outcome.lower_bound_s, max(loads))
+    if outcome.proven or lower_bound >= max(loads) * (1 - 1e-9):
+        lower_bound = max(loads)
     return Cut(
-        device_of={node: used[stage_of[node]].name for node in graph.nodes},
+        device_of={node: stages[stage_of[node]].devices[0].name for node in graph.nodes},
         stage_of={node: stage_of[node] for node in graph.nodes},
-        order=tuple(device.name for device in used),
-        loads_s=loads_s,
-        memory_bytes=tuple(_bytes(graph, nodes, slots.in_flight[s]) for s, nodes in enumerate(stages)),
-        max_load=max(loads_s),
+        order=tuple(device.name for stage in stages for device in stage.devices),
+        stage_devices=tuple(tuple(device.name for device in stage.devices) for stage in stages),
+        replicas=tuple(len(stage.devices) for stage in stages),
+        recompute=tuple(stage.recompute for stage in stages),
+        loads_s=loads,
+        memory_bytes=memory_bytes(graph, stages, problem.options),
+        max_load=max(loads),
         lower_bound=lower_bound,
-        optimal=lower_bound == max(loads_s),
+        optimal=lower_bound == max(loads),
         seconds=seconds,
         n_downsets=outcome.n_downsets,
     )
-
-
-def _bytes(graph: nx.DiGraph, nodes: Iterable[Hashable], in_flight: int) -> float:
-    held = [graph.nodes[node] for node in nodes]
-    stash = math.fsum(float(node.get("stash_bytes", 0.0)) for node in held)
-    return math.fsum(float(node.get("memory_bytes", 0.0)) for node in held) + in_flight * stash

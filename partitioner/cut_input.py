@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -10,6 +9,9 @@ import networkx as nx
 import numpy as np
 
 from ..errors import ConstraintError, InfeasibleError
+from .burden_input import read_burdens, read_forward
+from .burdens import Recompute
+from .checks import number, positive
 from .reduction import Dag, contract
 from .slots import CutDevice
 
@@ -31,22 +33,17 @@ def read_devices(graph: nx.DiGraph, devices: Sequence[CutDevice] | None) -> tupl
     return tuple(devices)
 
 
-def read_in_flight(in_flight: Sequence[int] | None, n_devices: int) -> tuple[int, ...]:
-    """Return the microbatches held per stage, 1 each by default.
-
-    Raises:
-        ConstraintError: the length is not the number of devices, or an entry is below 0.
-    """
-    held = (1,) * n_devices if in_flight is None else tuple(in_flight)
-    if len(held) != n_devices or min(held) < 0:
-        raise ConstraintError(
-            f"in_flight needs one count of at least 0 per device ({n_devices}), but it is {list(held)}"
-        )
-    return held
-
-
-def read_dag(graph: nx.DiGraph, devices: Sequence[CutDevice], kinds: Sequence[str]) -> Dag:
+def read_dag(
+    graph: nx.DiGraph,
+    devices: Sequence[CutDevice],
+    kinds: Sequence[str],
+    *,
+    recompute: Recompute = "never",
+    max_replicas: int = 1,
+) -> Dag:
     """Build the arrays, with the nodes of every together-group, pin and cycle contracted.
+
+    If every stage computes its forward again, the seconds of a node include it.
 
     Raises:
         ConstraintError: an attribute is missing, negative or names an unknown node or device; or nodes that are
@@ -60,33 +57,25 @@ def read_dag(graph: nx.DiGraph, devices: Sequence[CutDevice], kinds: Sequence[st
     pins = [_pin(node, graph.nodes[node], devices) for node in nodes]
     time_s, barred = _times(graph, nodes, kinds)
     nets = [_net(entry, index) for entry in graph.graph.get("transfers", ())]
+    burdens = read_burdens(graph, index, kinds, recompute, max_replicas)
+    again_s = read_forward(graph, kinds) * (barred == 0) if recompute == "always" else 0.0
     raw = Dag(
         members=tuple((node,) for node in nodes),
         edges=tuple((index[u], index[v]) for u, v in graph.edges if u != v),
-        time_s=time_s,
+        time_s=time_s + again_s,
         barred=barred,
-        static_bytes=np.array([_number(graph.nodes[node], "memory_bytes", node) for node in nodes]),
-        stash_bytes=np.array([_number(graph.nodes[node], "stash_bytes", node) for node in nodes]),
+        static_bytes=np.array([number(graph.nodes[node], "memory_bytes", node) for node in nodes]),
+        stash_bytes=np.array([number(graph.nodes[node], "stash_bytes", node) for node in nodes]),
         working=(time_s.max(axis=1) > 0).astype(np.int64),
         pins=tuple(pins),
         nets=tuple(net for net, _ in nets),
         net_s=np.array([seconds for _, seconds in nets], dtype=np.float64),
+        burdens=burdens,
     )
     pairs = _together(graph, index) + _pinned_together(pins)
     dag = contract(raw, pairs)
     _check_groups(dag, devices, kinds)
     return dag
-
-
-def _number(attributes: dict[str, Any], name: str, node: Hashable) -> float:
-    return _positive(attributes.get(name, 0.0), f"{name} of node {node!r}")
-
-
-def _positive(value: Any, what: str) -> float:
-    number = float(value)
-    if not 0.0 <= number < math.inf:
-        raise ConstraintError(f"{what} must be a finite number of at least 0, but it is {value!r}")
-    return number
 
 
 def _times(graph: nx.DiGraph, nodes: Sequence[Hashable], kinds: Sequence[str]) -> tuple[Any, Any]:
@@ -101,7 +90,7 @@ def _times(graph: nx.DiGraph, nodes: Sequence[Hashable], kinds: Sequence[str]) -
             if kind not in seconds:
                 raise ConstraintError(f"node {node!r} may run on kind {kind!r}, but compute_s has only {list(seconds)}")
             if kind in kinds:
-                time_s[v, kinds.index(kind)] = _positive(seconds[kind], f"compute_s[{kind!r}] of node {node!r}")
+                time_s[v, kinds.index(kind)] = positive(seconds[kind], f"compute_s[{kind!r}] of node {node!r}")
                 barred[v, kinds.index(kind)] = 0
     return time_s, barred
 
@@ -121,7 +110,7 @@ def _net(entry: dict[str, Any], index: dict[Hashable, int]) -> tuple[tuple[int, 
     if unknown:
         raise ConstraintError(f"the transfer {entry['nodes']} names unknown nodes: {unknown}")
     nodes = tuple(index[node] for node in entry["nodes"])
-    return nodes, _positive(entry["seconds"], f"seconds of the transfer {entry['nodes']}")
+    return nodes, positive(entry["seconds"], f"seconds of the transfer {entry['nodes']}")
 
 
 def _together(graph: nx.DiGraph, index: dict[Hashable, int]) -> list[tuple[int, int]]:
@@ -174,6 +163,15 @@ def check_pin_order(dag: Dag, devices: Sequence[CutDevice]) -> None:
                     f"{show(dag.members[u])}, pinned to {devices[d].name!r}, a later device",
                     hint="swap the pins or the devices, or pass ordered=False",
                 )
+
+
+def too_many_stages(n_groups: int, n_stages: int) -> InfeasibleError:
+    """The error for fewer groups of nodes than stages that must not be empty."""
+    return InfeasibleError(
+        f"{n_stages} stages were asked for, but the graph has {n_groups} nodes or groups of nodes that must share a "
+        f"stage, so at most {n_groups} stages are not empty",
+        hint=f"ask for {n_groups} stages or fewer: pass fewer devices, or a smaller n_stages",
+    )
 
 
 def show(members: Sequence[Hashable], most: int = 6) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .chain import best_chain
+from .chain import Chain, best_chain
 from .downsets import (
     TooManyDownsets,
     enumerate_downsets,
@@ -25,6 +25,7 @@ TOLERANCE = 1e-9  # relative: a cut that is better by less is not looked for
 _SAMPLE = 512
 _MAX_ROUNDS = 12
 _FEW = 20_000
+_MOST_VALUES = 1 << 27  # a value per state and downset: a gigabyte
 _FINE = 2e-3  # bisect for a lower bound down to this part of the upper bound
 
 
@@ -34,10 +35,12 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Solution:
-    """Stages in pipeline order, as the caller's nodes, with the class of each one's device."""
+    """Stages in pipeline order, as the caller's nodes, with the class and number of each one's devices."""
 
     stages: tuple[tuple[Hashable, ...], ...]
     classes: tuple[int, ...]
+    replicas: tuple[int, ...]
+    recompute: tuple[bool, ...]
     max_load_s: float
 
 
@@ -53,7 +56,8 @@ class Outcome:
 
 def ceiling_s(dag: Dag) -> float:
     """A load that every cut stays below."""
-    return (float(dag.time_s.max(axis=1).sum()) + float(dag.net_s.sum())) * (1 + 1e-6) or 1.0
+    burdens_s = 0.0 if dag.burdens is None else dag.burdens.most_s()
+    return (float(dag.time_s.max(axis=1).sum()) + float(dag.net_s.sum()) + burdens_s) * (1 + 1e-6) or 1.0
 
 
 def search(dag: Dag, slots: Slots, deadline: float, max_downsets: int) -> Outcome:
@@ -67,8 +71,8 @@ def search(dag: Dag, slots: Slots, deadline: float, max_downsets: int) -> Outcom
     return Outcome(state.best, state.lower_bound_s, state.proven, state.n_downsets)
 
 
-def any_solution(dag: Dag, slots: Slots, time_limit_s: float = 0.2) -> Solution | None:
-    """Find a cut that meets the constraints, good or bad; None says only that none was found soon."""
+def any_solution(dag: Dag, slots: Slots, time_limit_s: float) -> Outcome:
+    """Find a cut that meets the constraints, good or bad, or the proof that there is none, if that is soon."""
     state = _Search(dag, slots, time.monotonic() + time_limit_s, _FEW)
     try:
         state.sample(first_only=True)
@@ -76,7 +80,7 @@ def any_solution(dag: Dag, slots: Slots, time_limit_s: float = 0.2) -> Solution 
             state.prove()
     except OutOfTime:
         pass
-    return state.best
+    return Outcome(state.best, state.lower_bound_s, state.proven, state.n_downsets)
 
 
 class _Search:
@@ -152,7 +156,7 @@ class _Search:
         found = best_chain(self.dag, self.slots, windows(self.dag, self.slots, self.limit_s), words, self.check_time)
         if found is None:
             return False
-        self.best = _named(self.dag, found.stages, found.classes, found.max_load_s)
+        self.best = _named(self.dag, found)
         inside = 0
         self.boundaries = [inside := inside | sum(1 << v for v in stage) for stage in found.stages]
         return True
@@ -162,15 +166,16 @@ class _Search:
         if not np.isfinite(dag.least_s).all():
             return None  # nodes that a cut below the limit would put together have no kind in common
         inside = windows(dag, self.slots, limit_s)
+        most = min(most, max(1, _MOST_VALUES // len(self.slots.used)))
         words = enumerate_downsets(dag, inside, most, self.check_time)
         self.n_downsets = len(words)
         found = best_chain(dag, self.slots, inside, words, self.check_time)
-        return None if found is None else _named(dag, found.stages, found.classes, found.max_load_s)
+        return None if found is None else _named(dag, found)
 
 
-def _named(dag: Dag, stages: Iterable[Iterable[int]], classes: tuple[int, ...], max_load_s: float) -> Solution:
-    names = tuple(tuple(node for v in stage for node in dag.members[v]) for stage in stages)
-    return Solution(names, classes, max_load_s)
+def _named(dag: Dag, found: Chain) -> Solution:
+    names = tuple(tuple(node for v in stage for node in dag.members[v]) for stage in found.stages)
+    return Solution(names, found.classes, found.replicas, found.recompute, found.max_load_s)
 
 
 def _thin(masks: list[int]) -> list[list[int]]:
@@ -192,7 +197,7 @@ def merge_inseparable(dag: Dag, slots: Slots, limit_s: float) -> Dag:
 
 def simple_bound_s(dag: Dag, slots: Slots) -> float:
     """The largest node, and the whole weight over all devices: O(nodes x kinds x classes)."""
-    bound = float(dag.least_s.max(initial=0.0))
+    bound = float(dag.least_s.max(initial=0.0)) / slots.most_replicas
     for kind in range(dag.time_s.shape[1]):
         weight = np.where(dag.barred[:, kind] > 0, dag.least_s, dag.time_s[:, kind])
         rate = 0.0

@@ -90,7 +90,7 @@ def inseparable(dag: Dag, windows: Windows, n_free_devices: int) -> list[tuple[i
     pairs = []
     if n_free_devices <= 1:
         for net, seconds in zip(dag.nets, dag.net_s):
-            if seconds + dag.least_s[list(net)].min() >= windows.limit_s:
+            if seconds + dag.least_s[list(net)].min() >= windows.stage_s:
                 pairs += [(net[0], v) for v in net[1:]]
     if dag.edges:
         close = _closures(dag)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import networkx as nx
@@ -131,10 +131,11 @@ def op_graph(
 ) -> nx.DiGraph:
     """Build the graph that the cut is searched on.
 
-    Nodes carry ``op`` (:class:`OpNode`), ``compute_s`` per device kind (forward and backward of one microbatch),
-    ``memory_bytes`` (parameters with gradients and optimizer state) and ``stash_bytes`` (saved for one microbatch). The
-    graph carries ``transfers`` (seconds of a value, activation and gradient, for everyone it joins), ``together`` and
-    ``ties``. ``costs`` has the ops' costs by the name of the device kind.
+    Nodes carry ``op`` (:class:`OpNode`), ``compute_s`` per device kind (forward and backward of one microbatch; of
+    that ``forward_s``), ``memory_bytes`` (parameters with gradients and optimizer state), ``gradient_bytes``,
+    ``stash_bytes`` (saved for one microbatch) and ``workspace_bytes``. The graph carries ``transfers`` (seconds of a
+    value, activation and gradient, for everyone it joins, and its bytes), ``together``, ``shared`` and ``ties``.
+    ``costs`` has the ops' costs by the name of the device kind.
     """
     ops = op_nodes(capture, facts)
     sizes = state_bytes(capture)
@@ -142,24 +143,66 @@ def op_graph(
         name for name, p in capture.model.named_parameters() if isinstance(p, nn.Parameter) and p.requires_grad
     }
     graph = nx.DiGraph()
-    charged: set[str] = set()
+    shared = _shared(ops, facts, sizes, trainable)
+    common = {name for entry in shared for name in entry.names}
     for op in ops.values():
-        own = [name for name in op.parameters if name not in charged]
-        charged.update(own)
-        memory = sum(sizes[name] * (STATE_COPIES if name in trainable else 1) for name in own)
-        compute_s = {kind: _seconds(priced.get(op.name, FREE)) for kind, priced in costs.items()}
-        graph.add_node(op.name, op=op, compute_s=compute_s, memory_bytes=memory, stash_bytes=op.saved_bytes)
+        own = [name for name in op.parameters if name not in common]
+        priced = {kind: by_name.get(op.name, FREE) for kind, by_name in costs.items()}
+        graph.add_node(
+            op.name,
+            op=op,
+            compute_s={kind: cost.forward_s + cost.backward_s for kind, cost in priced.items()},
+            forward_s={kind: cost.forward_s for kind, cost in priced.items()},
+            memory_bytes=sum(sizes[name] * (STATE_COPIES if name in trainable else 1) for name in own),
+            gradient_bytes=sum(sizes[name] for name in own if name in trainable),
+            stash_bytes=sum(n_bytes for storage, n_bytes in facts[op.name].saves.items() if storage not in common),
+            workspace_bytes=max(cost.workspace_bytes for cost in priced.values()),
+        )
     for op in ops.values():
         graph.add_edges_from((name, op.name) for name in op.inputs if name in ops)
     graph.add_edges_from(_in_evaluation(capture, ops))
     graph.graph["transfers"] = _transfers(graph, ops, facts, cluster)
     graph.graph["together"] = forced_together(capture, facts, ops, travels)
     graph.graph["ties"] = ties(capture, ops)
+    graph.graph["shared"] = [entry.record for entry in shared]
     return graph
 
 
-def _seconds(cost: OpCost) -> float:
-    return cost.forward_s + cost.backward_s
+@dataclass(frozen=True)
+class _Shared:
+    """What several ops have in common: parameters (by name) or saved storages, and the record of it for the cut."""
+
+    names: tuple[str | int, ...]
+    record: dict[str, object]
+
+
+def _shared(
+    ops: Mapping[str, OpNode], facts: Mapping[str, OpFacts], sizes: Mapping[str, int], trainable: Collection[str]
+) -> list[_Shared]:
+    """List what each stage holds once, however many of its ops use it: tied parameters, storages that several save."""
+    users: dict[str | int, list[str]] = {}  # by the name of a parameter, or by storage
+    n_bytes: dict[str | int, int] = {}
+    for op in ops.values():
+        for name in op.parameters:
+            users.setdefault(name, []).append(op.name)
+        for storage, size in facts[op.name].saves.items():
+            users.setdefault(storage, []).append(op.name)
+            n_bytes[storage] = size
+    by_ops: dict[tuple[str, ...], list[str | int]] = {}
+    for key, names in users.items():
+        if len(names) > 1:
+            by_ops.setdefault(tuple(names), []).append(key)
+    found = []
+    for nodes, common in by_ops.items():
+        parameters = [name for name in common if isinstance(name, str)]
+        record: dict[str, object] = {
+            "nodes": list(nodes),
+            "memory_bytes": sum(sizes[name] * (STATE_COPIES if name in trainable else 1) for name in parameters),
+            "gradient_bytes": sum(sizes[name] for name in parameters if name in trainable),
+            "stash_bytes": sum(n_bytes[name] for name in common if not isinstance(name, str)),
+        }
+        found.append(_Shared(tuple(common), record))
+    return found
 
 
 def _in_evaluation(capture: Capture, ops: Mapping[str, OpNode]) -> list[tuple[str, str]]:
@@ -191,7 +234,8 @@ def _transfers(
         users = users_of.get(name, [])
         if users:
             n_bytes = op.output_bytes * (2 if carries_gradient(facts[name]) else 1)
-            transfers.append({"nodes": [name, *users], "seconds": n_bytes / bytes_per_s})
+            seconds = n_bytes / bytes_per_s
+            transfers.append({"nodes": [name, *users], "seconds": seconds, "bytes": op.output_bytes})
     return transfers
 
 

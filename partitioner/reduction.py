@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
+from .burdens import Burdens
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -33,6 +35,7 @@ class Dag:
     pins: tuple[frozenset[int], ...]  # per node: devices that its members are pinned to
     nets: tuple[tuple[int, ...], ...]
     net_s: Floats = field(default_factory=lambda: np.zeros(0))
+    burdens: Burdens | None = None  # costs that do not add up; None where there are none
 
     def __len__(self) -> int:
         return len(self.members)
@@ -95,6 +98,7 @@ def contract(dag: Dag, pairs: Iterable[tuple[int, int]] = ()) -> Dag:
         pins=tuple(map(frozenset, pins)),
         nets=tuple(nets),
         net_s=np.array(list(nets.values()), dtype=np.float64),
+        burdens=None if dag.burdens is None else dag.burdens.contract(group, n),
     )
 
 
@@ -157,8 +161,8 @@ def merge_idle(dag: Dag, *, memory_limited: bool) -> Dag:
     Let ``x`` be the only predecessor (or the only successor) of an idle node ``v`` in the transitive reduction.
     Moving ``v`` to the stage of ``x`` keeps every edge forward.  Nets with both nodes cost no stage more than
     before; a net with ``v`` but not ``x`` may, so these must sum to at most the net of exactly ``{v, x}``, which both
-    stages paid and no longer pay.  A node with bytes moves only where no memory limit can bind, and ``v`` must run
-    wherever ``x`` does.
+    stages paid and no longer pay.  A node with bytes moves only where no memory limit can bind, a node with other
+    burdens not at all, and ``v`` must run wherever ``x`` does.
     """
     while True:
         pairs = _idle_pairs(dag, memory_limited)
@@ -181,7 +185,9 @@ def _idle_pairs(dag: Dag, memory_limited: bool) -> list[tuple[int, int]]:
     hosts: set[int] = set()
     pairs = []
     for v in range(len(dag)):
-        if dag.working[v] or v in hosts or (memory_limited and dag.static_bytes[v] + dag.stash_bytes[v] > 0):
+        if dag.time_s[v].any() or v in hosts or (memory_limited and dag.static_bytes[v] + dag.stash_bytes[v] > 0):
+            continue
+        if dag.working[v] or (dag.burdens is not None and dag.burdens.weighs(v)):
             continue
         for x in _hosts(v, sources[v], targets[v], len(dag)):
             if x not in moved and _welcomes(dag, x, v) and _loses_nothing(dag, nets_of[v], x):
@@ -200,6 +206,8 @@ def _hosts(v: int, sources: Sequence[int], targets: Sequence[int], n: int) -> li
 
 
 def _welcomes(dag: Dag, x: int, v: int) -> bool:
+    if dag.burdens is not None and not dag.burdens.keeps_inputs(v, x):
+        return False
     return dag.pins[v] <= dag.pins[x] and bool(((dag.barred[v] == 0) | (dag.barred[x] > 0)).all())
 
 

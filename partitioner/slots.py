@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConstraintError
 from .reduction import Dag, Floats, Ints
 
-MAX_STATES = 4096
+_MOST_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -33,12 +30,16 @@ class CutDevice:
 
 @dataclass(frozen=True)
 class Step:
-    """The next stage: it runs on a device of class ``c`` and takes the pipeline from one state to another."""
+    """The next stage: it takes the pipeline from one state to another.
+
+    It runs on ``replicas`` devices like those of class ``c``, each of which holds ``in_flight`` microbatches.
+    """
 
     source: int
     target: int
     c: int
     in_flight: int
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Slots:
     """The states of a pipeline that is filled stage by stage.
 
     ``classes`` are the sets of interchangeable devices, ``used[state, c]`` counts those of class ``c`` that have
-    their stage.  ``exact`` demands a working node in every stage and a stage on every device.
+    their stage, or will have none.  In a fixed order every device is a class, and a step takes those from ``c`` on.
+    ``exact`` demands a working node in every stage.
     """
 
     devices: tuple[CutDevice, ...]
@@ -54,8 +56,8 @@ class Slots:
     kind_of: tuple[int, ...]  # per class: the column of Dag.time_s
     used: Ints  # (states, classes)
     steps: tuple[Step, ...]
+    starts: tuple[int, ...]
     finals: tuple[int, ...]
-    in_flight: tuple[int, ...]  # per stage position
     exact: bool
 
     def device(self, c: int) -> CutDevice:
@@ -67,49 +69,25 @@ class Slots:
         """The number of devices in each class."""
         return np.array([len(group) for group in self.classes], dtype=np.int64)
 
+    @property
+    def most_replicas(self) -> int:
+        """The most devices that one stage can have."""
+        return max(step.replicas for step in self.steps)
 
-def fixed_order(devices: Sequence[CutDevice], kinds: Sequence[str], in_flight: Sequence[int]) -> Slots:
-    """Stage ``s`` runs on ``devices[s]``, and no device stays unused."""
-    k = len(devices)
-    return Slots(
-        devices=tuple(devices),
-        classes=tuple((d,) for d in range(k)),
-        kind_of=tuple(kinds.index(device.kind) for device in devices),
-        used=np.tri(k + 1, k, -1, dtype=np.int64),
-        steps=tuple(Step(s, s + 1, s, in_flight[s]) for s in range(k)),
-        finals=(k,),
-        in_flight=tuple(in_flight),
-        exact=True,
-    )
+    @property
+    def least_in_flight(self) -> int:
+        """The fewest microbatches that a stage holds."""
+        return min(step.in_flight for step in self.steps)
 
-
-def any_order(
-    devices: Sequence[CutDevice], kinds: Sequence[str], in_flight: Sequence[int], pinned: frozenset[int]
-) -> Slots:
-    """Any order, any subset of the devices; equal devices that nothing is pinned to share a class."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for d, device in enumerate(devices):
-        key = (device.kind, device.memory_bytes, device.pays_transfers, d if d in pinned else -1)
-        groups.setdefault(key, []).append(d)
-    classes = tuple(map(tuple, groups.values()))
-    n_states = int(np.prod([len(group) + 1 for group in classes]))
-    if n_states > MAX_STATES:
-        raise ConstraintError(
-            f"{len(devices)} devices of {len(classes)} different sorts can be used in {n_states} ways, "
-            f"more than the {MAX_STATES} that the search over their order is meant for",
-            hint="give the devices in pipeline order and pass ordered=True",
-        )
-    used = np.array(list(itertools.product(*(range(len(group) + 1) for group in classes))), dtype=np.int64)
-    index = {tuple(row): state for state, row in enumerate(used.tolist())}
-    steps = []
-    for row, state in index.items():
-        for c, group in enumerate(classes):
-            if row[c] < len(group):
-                target = index[(*row[:c], row[c] + 1, *row[c + 1 :])]
-                steps.append(Step(state, target, c, in_flight[sum(row)]))
-    kind_of = tuple(kinds.index(devices[group[0]].kind) for group in classes)
-    finals = tuple(range(len(used)))
-    return Slots(tuple(devices), classes, kind_of, used, tuple(steps), finals, tuple(in_flight), exact=False)
+    def fewest_stages(self, ends: tuple[int, ...], *, onward: bool) -> Floats:
+        """Per state, the fewest steps that lead there from one of ``ends``, or from there to one of them."""
+        fewest = np.full(len(self.used), np.inf)
+        fewest[list(ends)] = 0.0
+        level = self.used.sum(axis=1)  # every step raises it
+        for step in sorted(self.steps, key=lambda step: int(level[step.source]), reverse=not onward):
+            known, new = (step.source, step.target) if onward else (step.target, step.source)
+            fewest[new] = min(fewest[new], fewest[known] + 1)
+        return fewest
 
 
 @dataclass(frozen=True)
@@ -127,6 +105,12 @@ class Windows:
     after: Floats
     before_cut: Floats
     after_cut: Floats
+    most_replicas: int = 1
+
+    @property
+    def stage_s(self) -> float:
+        """The work of a stage, over all its replicas, stays below this."""
+        return self.limit_s * self.most_replicas
 
     def meet(self, inside: Floats, outside: Floats, cut_s: Floats) -> NDArray[np.bool_]:
         """Tell which states a boundary can have that puts at least these weights inside and outside it.
@@ -134,14 +118,23 @@ class Windows:
         Shapes: ``inside`` and ``outside`` (rows, q), ``cut_s`` (rows,), the answer (rows, states).
         """
         ok = np.ones((len(inside), len(self.before)), dtype=np.bool_)
-        for q in range(self.weights.shape[1]):
-            ok &= inside[:, q, None] + cut_s[:, None] * self.before_cut[:, q] <= self.before[:, q]
-            ok &= outside[:, q, None] + cut_s[:, None] * self.after_cut[:, q] <= self.after[:, q]
+        for part in self._parts(len(inside)):
+            for q in range(self.weights.shape[1]):
+                cut = cut_s[part, None]
+                ok[part] &= inside[part, q, None] + cut * self.before_cut[:, q] <= self.before[:, q]
+                ok[part] &= outside[part, q, None] + cut * self.after_cut[:, q] <= self.after[:, q]
         return ok
+
+    def _parts(self, n_rows: int) -> list[slice]:
+        """Cut the rows up: with thousands of states, all at once would take gigabytes."""
+        step = max(1, _MOST_AT_ONCE // len(self.before))
+        return [slice(at, at + step) for at in range(0, n_rows, step)]
 
     def admit(self, inside: Floats, outside: Floats, cut_s: Floats) -> NDArray[np.bool_]:
         """Tell whether any state has such a boundary."""  # (rows,)
-        admitted: NDArray[np.bool_] = np.any(self.meet(inside, outside, cut_s), axis=1)
+        admitted = np.zeros(len(inside), dtype=np.bool_)
+        for part in self._parts(len(inside)):
+            admitted[part] = self.meet(inside[part], outside[part], cut_s[part]).any(axis=1)
         return admitted
 
 
@@ -149,6 +142,8 @@ def windows(dag: Dag, slots: Slots, limit_s: float) -> Windows:
     """Bound the weight on both sides of a boundary, for every state and every measure.
 
     Measures: seconds per kind, bytes if every device has a limit, working nodes if each stage needs one, pinned nodes.
+    Replicas have the limits once each: the work of a stage on r of them is below r limits, its bytes are on each.
+    Gradients to add up, forwards computed again, shared bytes and workspace only add to loads and bytes.
     """
     left = slots.sizes - slots.used
     columns: list[tuple[Floats, Floats, Floats, Floats, Floats]] = []
@@ -164,7 +159,7 @@ def windows(dag: Dag, slots: Slots, limit_s: float) -> Windows:
     for weight, before, after in [*_memory(dag, slots), *_stage_counts(dag, slots), *_pins(dag, slots)]:
         columns.append((weight, before, after, zero, zero))
     weights, before, after, before_cut, after_cut = (np.stack(part, axis=1) for part in zip(*columns))
-    return Windows(limit_s, weights, before, after, before_cut, after_cut)
+    return Windows(limit_s, weights, before, after, before_cut, after_cut, slots.most_replicas)
 
 
 def _capacity(dag: Dag, slots: Slots, weight: Floats, limit_s: float) -> tuple[Floats, Floats]:
@@ -190,19 +185,27 @@ def _least_factor(counts: Ints, factor: Floats) -> Floats:
 
 def _memory(dag: Dag, slots: Slots) -> list[tuple[Floats, Floats, Floats]]:
     limit = np.array([np.inf if (m := slots.device(c).memory_bytes) is None else m for c in range(len(slots.classes))])
-    weight = dag.static_bytes + min(slots.in_flight) * dag.stash_bytes
+    weight = dag.static_bytes + least_held(dag, slots) * dag.stash_bytes
     if not np.isfinite(limit).any() or not weight.any():
         return []
     slack = 1e-9 * float(weight.sum())
     return [(weight, _held(slots.used, limit) + slack, _held(slots.sizes - slots.used, limit) + slack)]
 
 
+def least_held(dag: Dag, slots: Slots) -> int:
+    """How often a stage holds its stash, at least: once if it recomputes."""
+    recompute = "never" if dag.burdens is None else dag.burdens.recompute
+    if recompute == "never":
+        return slots.least_in_flight
+    return 1 if recompute == "always" else min(slots.least_in_flight, 1)
+
+
 def _stage_counts(dag: Dag, slots: Slots) -> list[tuple[Floats, Floats, Floats]]:
     if not slots.exact:
         return []
-    done = slots.used.sum(axis=1).astype(np.float64)
     total = float(dag.working.sum())
-    return [(dag.working.astype(np.float64), total - (len(slots.devices) - done), total - done)]
+    before = total - slots.fewest_stages(slots.finals, onward=False)
+    return [(dag.working.astype(np.float64), before, total - slots.fewest_stages(slots.starts, onward=True))]
 
 
 def _pins(dag: Dag, slots: Slots) -> list[tuple[Floats, Floats, Floats]]:

@@ -20,8 +20,8 @@ from stagecut.records import to_json
 def ops(**inputs: tuple[str, ...]) -> dict[str, OpNode]:
     return {
         name: OpNode(
-            name=name, target="f", module_path="", source=None, inputs=used, parameters=(), output_bytes=8, saved_bytes=0,
-            differentiable=True,
+            name=name, target="f", module_path="", source=None, inputs=used, parameters=(), output_bytes=8,
+            saved_bytes=0, differentiable=True,
         )
         for name, used in inputs.items()
     }  # fmt: skip

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagecut.partitioner import cut_input, downsets
+from stagecut.partitioner.filling import Grouping, OneForwardOneBackward, any_order, fixed_order
 from stagecut.partitioner.reduction import Dag, contract, merge_idle
-from stagecut.partitioner.slots import CutDevice, Windows, fixed_order, windows
+from stagecut.partitioner.slots import CutDevice, Windows, windows
 
 DEVICES = [CutDevice("a", "cpu"), CutDevice("b", "cpu"), CutDevice("c", "cpu")]
 
@@ -135,3 +136,45 @@ def test_idle_node_with_bytes_stays_apart_under_a_memory_limit() -> None:
     graph.add_node("work", compute_s={"cpu": 1.0})
     assert len(merge_idle(dag_of(graph), memory_limited=True)) == 2
     assert len(merge_idle(dag_of(graph), memory_limited=False)) == 1
+
+
+def test_dear_transfer_does_not_tie_nodes_whose_replicas_share_it() -> None:
+    graph = unit_graph([(0, 1)])
+    graph.graph["transfers"] = [{"nodes": [0, 1], "seconds": 4.0}]
+    dag = dag_of(graph)
+    for most, tied in [(1, [(0, 1)]), (2, [])]:
+        slots = any_order(DEVICES * 2, ["cpu"], [1] * 6, Grouping(max_replicas=most))
+        assert downsets.inseparable(dag, windows(dag, slots, 3.0), 0) == tied
+
+
+@pytest.mark.parametrize("forks", [True, False])
+@pytest.mark.parametrize(("narrow_bytes", "n_left"), [(4.0, 3), (3.0, 4)])
+def test_idle_node_joins_its_neighbour_only_if_no_stage_receives_more_bytes(
+    forks: bool, narrow_bytes: float, n_left: int
+) -> None:
+    if forks:
+        wires = [("a", ["idle"], narrow_bytes), ("idle", ["b", "c"], 4.0)]
+    else:
+        wires = [("a", ["idle"], 2.0), ("b", ["idle"], 2.0), ("idle", ["c"], narrow_bytes)]
+    graph = unit_graph([(u, v) for u, users, _ in wires for v in users])
+    graph.nodes["idle"]["compute_s"] = {"cpu": 0.0}
+    graph.graph["transfers"] = [{"nodes": [u, *users], "seconds": 0.0, "bytes": size} for u, users, size in wires]
+    dag = cut_input.read_dag(graph, DEVICES, ["cpu"], recompute="choose")
+    assert len(merge_idle(dag, memory_limited=True)) == n_left
+    assert len(merge_idle(dag_of(graph), memory_limited=True)) == 3
+
+
+def test_idle_node_with_a_burden_of_its_own_stays_apart() -> None:
+    for attribute in ({"workspace_bytes": 1.0}, {"forward_s": {"cpu": 1.0}}):
+        graph = unit_graph([("work", "idle")])
+        graph.nodes["idle"].update(compute_s={"cpu": 0.0}, **attribute)
+        dag = cut_input.read_dag(graph, DEVICES, ["cpu"], recompute="choose")
+        assert len(merge_idle(dag, memory_limited=True)) == 2
+
+
+def test_states_of_equal_devices_are_as_many_as_devices_used() -> None:
+    devices = [CutDevice(f"d{i}", "cpu") for i in range(64)]
+    for in_flight in ([1] * 64, OneForwardOneBackward(8)):
+        slots = any_order(devices, ["cpu"], in_flight, Grouping(max_replicas=8))
+        assert len(slots.used) == 65
+        assert len(slots.steps) == sum(min(8, 64 - used) for used in range(64))

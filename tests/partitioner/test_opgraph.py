@@ -196,7 +196,9 @@ def test_parameters_are_charged_once_with_gradients_and_optimizer_state() -> Non
             return self.frozen(self.b(self.a(x))) + self.offset
 
     graph = graph_of(Tied(), torch.randn(4, 3))
-    assert dict(graph.nodes(data="memory_bytes")) == {"a": 36 * STATE_COPIES, "b": 0, "frozen": 36, "add": 12}
+    assert dict(graph.nodes(data="memory_bytes")) == {"a": 0, "b": 0, "frozen": 36, "add": 12}
+    tied = {"nodes": ["a", "b"], "memory_bytes": 36 * STATE_COPIES, "gradient_bytes": 36, "stash_bytes": 0}
+    assert tied in graph.graph["shared"]
     assert graph.graph["ties"] == {"a.weight": ("a", "b")}
     assert graph.nodes["add"]["op"].parameters == ("offset",)
 
