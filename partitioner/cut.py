@@ -9,6 +9,7 @@ from typing import Literal
 
 import networkx as nx
 
+from ..errors import InfeasibleError
 from .burdens import Recompute
 from .cut_input import read_devices
 from .cut_options import read_options
@@ -68,6 +69,7 @@ def solve(
     recompute: Recompute = "never",
     time_limit_s: float = 20.0,
     max_downsets: int = 200_000,
+    diagnose: bool = True,
 ) -> Cut:
     """Cut a DAG into contiguous stages, minimising the largest load.
 
@@ -112,6 +114,7 @@ def solve(
             only if it does not fit otherwise.
         time_limit_s: when to stop, in seconds.
         max_downsets: how many downsets to list at once.
+        diagnose: where nothing fits, search for how much is missing and what would fit, for the error's message.
 
     Returns:
         The best cut found.  Its ``optimal`` is True only if no better one exists.
@@ -147,6 +150,8 @@ def solve(
     problem = prepare(graph, devices, options)
     outcome = search(problem.dag, problem.slots, start + time_limit_s, max_downsets)
     if outcome.solution is None:
+        if not diagnose:
+            raise InfeasibleError("no cut fits" if outcome.proven else "no cut that fits was found in time")
         raise explain(problem, outcome.proven)
     return _score(problem, outcome.solution, outcome, time.monotonic() - start)
 

@@ -32,7 +32,7 @@ class Cutter:
 
     def __init__(self, time_limit_s: float) -> None:
         self._time_limit_s = time_limit_s
-        self._known: dict[tuple[object, ...], Cut] = {}
+        self._known: dict[tuple[object, ...], Cut | None] = {}
 
     def cut(
         self,
@@ -42,8 +42,12 @@ class Cutter:
         n_pieces: int,
         recompute: Recompute,
         limits: Sequence[float],
+        *,
+        diagnose: bool = False,
     ) -> Stages:
         """Cut the graph into one stage for each group of ``cluster``, within ``limits`` bytes per stage.
+
+        ``diagnose`` searches, where nothing fits, for what would.
 
         Raises:
             InfeasibleError: no cut fits.
@@ -58,9 +62,12 @@ class Cutter:
         if not binding and recompute == "choose":
             recompute = "never"
         key = (id(priced), kinds, sizes, tuple(held) if binding else None, tuple(limits), recompute)
-        if key not in self._known:
-            self._known[key] = self._solve(priced.graph, kinds, sizes, limits, held, recompute)
+        if key not in self._known or (diagnose and self._known[key] is None):
+            self._known[key] = None
+            self._known[key] = self._solve(priced.graph, kinds, sizes, limits, held, recompute, diagnose)
         cut = self._known[key]
+        if cut is None:
+            raise InfeasibleError("no cut fits")
         stage_of = {str(op): stage for op, stage in cut.stage_of.items()}
         return Stages(stage_of, cut.recompute, cut)
 
@@ -72,13 +79,22 @@ class Cutter:
         limits: Sequence[float],
         held: Sequence[int],
         recompute: Recompute,
+        diagnose: bool,
     ) -> Cut:
         graph, names = _shared_by_replicas(graph, kinds, sizes)
         devices = [
             CutDevice(f"stage {s}", name, None if limit == float("inf") else limit)
             for s, (name, limit) in enumerate(zip(names, limits))
         ]
-        cut = solve(graph, devices, ordered=True, in_flight=held, recompute=recompute, time_limit_s=self._time_limit_s)
+        cut = solve(
+            graph,
+            devices,
+            ordered=True,
+            in_flight=held,
+            recompute=recompute,
+            time_limit_s=self._time_limit_s,
+            diagnose=diagnose,
+        )
         if len(set(sizes)) == 1:
             n = sizes[0]
             cut = replace(
@@ -105,6 +121,7 @@ class Cutter:
                 in_flight="1f1b",
                 n_microbatches=n_pieces,
                 time_limit_s=self._time_limit_s,
+                diagnose=False,
             )
         except InfeasibleError:
             return None

@@ -82,7 +82,7 @@ class _Planner:
     def run(self) -> Plan:
         candidates = self._candidates(self._ways())
         if not candidates:
-            raise self.failures[0]
+            raise self._why_nothing() or self.failures[0]
         rivals = self._rivals()
         ranked = sorted(candidates, key=_rank)
         chosen = ranked[0]
@@ -218,10 +218,29 @@ class _Planner:
         mode: Recompute,
         limits: Sequence[float],
     ) -> Stages:
-        n_stages = cluster.n_stages
         if self.wishes.assignment is not None:
-            return Stages(dict(self.wishes.assignment), (mode == "always",) * n_stages)
+            return Stages(dict(self.wishes.assignment), (mode == "always",) * cluster.n_stages)
         return self.cutter.cut(priced, cluster, schedule, n_pieces, mode, limits)
+
+    def _why_nothing(self) -> InfeasibleError | None:
+        """Search for what would fit: for the configuration that needs least, most stages and smallest pieces."""
+        groups = max(self._ways(), key=len)
+        count = microbatch_counts(self.wishes, groups, self.batch_rows, self.capture.inputs.rows is not None)[-1]
+        cluster = self.cluster.with_groups(groups)
+        rows = rows_of(groups, count, self.batch_rows)
+        if self.wishes.assignment is not None or not self.pricer.is_known(rows, self.threads_of(cluster.n_devices)):
+            return None
+        priced = self.pricer.at(rows, self.threads_of(cluster.n_devices))
+        modes: dict[bool | None, Recompute] = {None: "choose", True: "always", False: "never"}
+        mode = modes[self.wishes.recompute]
+        limits = [min(cluster.devices[index].kind.memory_bytes for index in group) for group in groups]
+        n_pieces = n_pieces_of(groups, count, self.batch_rows)
+        schedule = self.wishes.schedule or "1f1b"
+        try:
+            self.cutter.cut(priced, cluster, schedule, n_pieces, mode, limits, diagnose=True)
+        except InfeasibleError as error:
+            return error
+        return None
 
     def _rivals(self) -> list[Plan]:
         """Plan for one device and for plain data parallelism where the user's wishes leave them out, to compare."""
