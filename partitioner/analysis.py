@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,13 +84,16 @@ def analyse(capture: Capture, tensors: list[torch.Tensor], rows: int) -> dict[st
     """Return the facts of every op, in graph order, at ``rows`` samples.
 
     ``tensors`` are the call's tensor leaves (values are not looked at). Where fake tensors are not enough, because an
-    opaque module looks at data, the graph is run once for real, with a warning.
+    opaque module looks at data, the graph is run once for real, with a warning. Parameters on the meta device are taken
+    for ones on the CPU, unless the graph makes tensors on the meta device itself that do not go with them.
 
     Raises:
         Exception: what the model itself raises on real tensors.
     """
+    with suppress(Exception):
+        return _run(capture, tensors, rows, real=False, on_cpu=True)
     try:
-        return _run(capture, tensors, rows, real=False)
+        return _run(capture, tensors, rows, real=False, on_cpu=False)
     except Exception as error:
         text = (str(error).splitlines() or [""])[0]
         warnings.warn(
@@ -98,10 +101,11 @@ def analyse(capture: Capture, tensors: list[torch.Tensor], rows: int) -> dict[st
             "running it once on the example inputs",
             stacklevel=2,
         )
-        return _run(capture, tensors, rows, real=True)
+        return _run(capture, tensors, rows, real=True, on_cpu=False)
 
 
-def _run(capture: Capture, tensors: list[torch.Tensor], rows: int, *, real: bool) -> dict[str, OpFacts]:
+def _run(capture: Capture, tensors: list[torch.Tensor], rows: int, *, real: bool, on_cpu: bool) -> dict[str, OpFacts]:
+    """Run on real tensors or on fake ones; those for tensors of the meta device are on it, or ``on_cpu``."""
     module = capture.graph_module
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     batched = [leaf.batched for leaf in capture.inputs.leaves if leaf.graph_input is not None]
@@ -115,15 +119,33 @@ def _run(capture: Capture, tensors: list[torch.Tensor], rows: int, *, real: bool
                 return _interpret(capture, inputs, state)
         with untouched(capture.model), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             inputs = [
-                torch.empty_strided(*_layout(tensor, rows if cut else None), dtype=tensor.dtype)
+                torch.empty_strided(
+                    *_layout(tensor, rows if cut else None), dtype=tensor.dtype, device=_place(tensor, on_cpu)
+                )
                 for tensor, cut in zip(tensors, batched)
             ]
-            fakes = {name: fake.from_tensor(tensor) for name, tensor in state.items()}
-            return _interpret(capture, inputs, fakes)
+            return _interpret(
+                capture, inputs, {name: stand_in(fake, tensor, on_cpu=on_cpu) for name, tensor in state.items()}
+            )
     finally:
         torch.clear_autocast_cache()  # the caller's autocast must not keep weights that were cast without data
         for submodule, mode in modes:
             submodule.training = mode
+
+
+def _place(tensor: torch.Tensor, on_cpu: bool) -> str:
+    return "meta" if tensor.is_meta and not on_cpu else "cpu"
+
+
+def stand_in(fake: FakeTensorMode, tensor: torch.Tensor, *, on_cpu: bool = True) -> torch.Tensor:
+    """Make a fake parameter or buffer like ``tensor``; ``on_cpu`` even if it is on the meta device.
+
+    There torch takes apart what a device has a kernel for: attention would keep a score for every two tokens.
+    """
+    if not tensor.is_meta or not on_cpu:
+        return fake.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return made.requires_grad_(tensor.requires_grad)
 
 
 def _layout(tensor: torch.Tensor, rows: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:

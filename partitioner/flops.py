@@ -23,9 +23,10 @@ def op_flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
         return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))  # type: ignore[no-untyped-call]
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
         return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))  # type: ignore[no-untyped-call]
-    if name == "mkldnn_rnn_layer":
+    if name in ("mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"):
         steps = args[0].shape[0] * args[0].shape[1]
-        return int(2 * steps * (args[1].numel() + args[2].numel()))
+        products = 1 if name == "mkldnn_rnn_layer" else 2  # of the gradients with the weights, and with the inputs
+        return int(2 * products * steps * (args[1].numel() + args[2].numel()))
     return 0
 
 

@@ -12,7 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...structure import map_leaves, tensors_in
-from ..analysis import OpFacts
+from ..analysis import OpFacts, stand_in
 from ..cluster import DeviceKind
 from ..meter import Kernel, MemoryMeter, bytes_of
 from ..recording.state import untouched
@@ -43,7 +43,7 @@ def analytic_costs(graph_module: fx.GraphModule, facts: dict[str, OpFacts], kind
 def _analytic_costs(graph_module: fx.GraphModule, facts: dict[str, OpFacts], kind: DeviceKind) -> dict[str, OpCost]:
     known: dict[str, OpCost] = {}
     costs: dict[str, OpCost] = {}
-    constant = from_parameters(graph_module.graph)
+    constant = from_parameters(graph_module.graph, facts)
     for node in graph_module.graph.nodes:
         if node.op == "output" or is_free(facts[node.name]):
             costs[node.name] = FREE
@@ -58,11 +58,12 @@ def _analytic_costs(graph_module: fx.GraphModule, facts: dict[str, OpFacts], kin
     return costs
 
 
-def from_parameters(graph: fx.Graph) -> set[str]:
-    """Name the nodes whose values come from no input of the graph: parameters, and a weight that is transposed, say."""
+def from_parameters(graph: fx.Graph, facts: dict[str, OpFacts]) -> set[str]:
+    """Name the nodes whose values come from no tensor of an input: parameters, and a weight that is sliced, say."""
     names: set[str] = set()
     for node in graph.nodes:
-        if node.op != "placeholder" and all(i.name in names for i in node.all_input_nodes):
+        tensors = [i.name for i in node.all_input_nodes if tensors_in(facts[i.name].value) or i.op == "get_attr"]
+        if node.op not in ("placeholder", "output") and all(name in names for name in tensors):
             names.add(node.name)
     return names
 
@@ -103,16 +104,13 @@ def _fake_backward(isolated: Isolated, weights: set[str]) -> _Backward | None:
         inputs: list[torch.Tensor] = []
         parameters: list[torch.Tensor] = []
 
-        def copy(tensor: torch.Tensor) -> torch.Tensor:
-            return fake.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
-
         def make(tensor: torch.Tensor) -> torch.Tensor:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
             (parameters if id(tensor) in of_weights else inputs).append(made.requires_grad_(tensor.requires_grad))
             return made
 
         args, kwargs = isolated.inputs(make)
-        state = isolated.state(copy)
+        state = isolated.state(lambda tensor: stand_in(fake, tensor))
         if isolated.writes_inputs:
             args, kwargs = map_leaves(cloned, (args, kwargs))
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
@@ -135,4 +133,4 @@ def _gradients(meter: MemoryMeter, outputs: Any, wanted: list[torch.Tensor], n_i
     meter.reset()
     gradients = torch.autograd.grad(roots, wanted, given, allow_unused=True, retain_graph=True)
     results = sum(bytes_of(gradient) for gradient in gradients[:n_inputs] if gradient is not None)
-    return meter.kernels, max(0, meter.peak_bytes - results)
+    return list(meter.kernels), max(0, meter.peak_bytes - results)

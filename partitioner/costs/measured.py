@@ -68,7 +68,7 @@ def measured_costs(
     cache = Cache()
     nodes = [n for n in graph_module.graph.nodes if n.op != "output"]
     work = {n.name: Isolated(n, graph_module, facts) for n in nodes if not is_free(facts[n.name])}
-    constant = from_parameters(graph_module.graph)
+    constant = from_parameters(graph_module.graph, facts)
     weights = {n.name: [i.name for i in n.all_input_nodes if i.name in constant] for n in nodes}
     places = {n.name: [p for p, i in enumerate(n.all_input_nodes) if i.name in constant] for n in nodes}
     signatures = {name: own.signature(f"{context}/weights at {places[name]}") for name, own in work.items()}

@@ -18,6 +18,8 @@ from stagecut.models.transformer import GPT
 from stagecut.models.unet import UNet
 from stagecut.partitioner.analysis import OpFacts, analyse
 from stagecut.partitioner.capture import capture
+from stagecut.partitioner.costs.analytic import analytic_costs
+from stagecut.partitioner.devices import known_device
 from stagecut.partitioner.meter import storage_of
 from stagecut.structure import tensors_in
 
@@ -251,3 +253,31 @@ def test_channels_last_inputs_stay_so() -> None:
         warnings.simplefilter("error")
         facts = facts_of(nn.Sequential(nn.Conv2d(3, 4, 3)), x, rows=6)
     assert facts["input_1"].value.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_parameters_without_data_give_the_same_facts_and_prices() -> None:
+    x = torch.zeros(4, 16, dtype=torch.long)
+    found = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model = GPT(vocab=50, d_model=32, n_layers=1, n_heads=2, max_len=16)
+        caught = capture(model, (x,))
+        facts = analyse(caught, [x], 4)
+        costs = analytic_costs(caught.graph_module, facts, known_device("A100").kind)
+        works = {name: own for name, own in facts.items() if own.kernels}
+        found.append([(own.kernels, own.saved_bytes, own.output_bytes, costs[name]) for name, own in works.items()])
+    assert found[0] == found[1]
+    # Attention keeps no scores: what it saves is linear in the tokens.
+    attention = facts["scaled_dot_product_attention"]
+    assert attention.saved_bytes < 5 * attention.output_bytes
+
+
+def test_a_graph_that_makes_tensors_on_the_meta_device_is_analysed_there(warnings_are_errors: None) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) + torch.arange(3, device=self.a.weight.device)
+
+    with torch.device("meta"):
+        model = Function(forward, a=nn.Linear(3, 3))
+    facts = facts_of(model, torch.zeros(4, 3, device="meta"))
+    assert facts["a"].flops == 2 * 4 * 3 * 3
+    assert facts["add"].value.is_meta

@@ -80,6 +80,12 @@ def test_a_linear_backward_is_one_half_for_its_weight() -> None:
     assert costs["_0"].backward_s == costs["_0"].backward_weight_s == 2 * B * D * D
 
 
+def test_a_backward_counts_its_own_kernels_and_no_others() -> None:
+    counting = DeviceKind("counting", {"float32": float("inf")}, float("inf"), 1.0, 1e9, "")
+    costs = costs_of(nn.Sequential(nn.Linear(D, D), nn.Linear(D, K, bias=False)), torch.randn(B, D), kind=counting)
+    assert (costs["_1"].forward_s, costs["_1"].backward_s, costs["_1"].backward_weight_s) == (1, 2, 1)
+
+
 def test_frozen_weights_and_ops_without_any_have_no_weight_part() -> None:
     frozen = nn.Linear(D, K).requires_grad_(False)
     costs = costs_of(nn.Sequential(nn.Linear(D, D), nn.GELU(), frozen), torch.randn(B, D), kind=PLAIN)
@@ -110,10 +116,20 @@ def test_the_same_op_on_a_weight_and_on_a_value_is_priced_apart() -> None:
 
 
 def test_an_opaque_module_has_both_parts() -> None:
-    caught = capture(nn.Sequential(nn.Linear(D, D), nn.LSTM(D, D, batch_first=True)), (torch.randn(4, 3, D),))
-    facts = analyse(caught, [torch.randn(4, 3, D)], 4)
-    cost = analytic_costs(caught.graph_module, facts, PLAIN)["_1"]
-    assert 0 < cost.backward_weight_s < cost.backward_s
+    x = torch.randn(B, D)
+    inner = nn.Sequential(nn.Linear(D, K), nn.Tanh(), nn.Linear(K, D))
+    caught = capture(nn.Sequential(nn.Linear(D, D), inner), (x,), opaque=["1"])
+    cost = analytic_costs(caught.graph_module, analyse(caught, [x], B), ARITHMETIC)["_1"]
+    product = 2 * B * D * K
+    assert (cost.forward_s, cost.backward_s, cost.backward_weight_s) == (2 * product, 4 * product, 2 * product)
+
+
+def test_a_kernel_that_makes_both_gradients_at_once_has_no_weight_part() -> None:
+    x = torch.randn(4, 3, D)
+    caught = capture(nn.Sequential(nn.Linear(D, D), nn.LSTM(D, K, batch_first=True)), (x,))
+    cost = analytic_costs(caught.graph_module, analyse(caught, [x], 4), ARITHMETIC)["_1"]
+    assert cost.forward_s == 2 * 4 * 3 * (4 * K * D + 4 * K * K)
+    assert (cost.backward_s, cost.backward_weight_s) == (2 * cost.forward_s, 0.0)
 
 
 def test_workspace_is_what_lives_besides_inputs_outputs_and_what_is_saved() -> None:
