@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -76,11 +77,11 @@ def explain(problem: Problem, proven: bool) -> InfeasibleError:
     miss = _miss(problem, _closest(problem, closest.solution, trials))
     certainty = "no cut fits in memory" if proven else "no cut that fits in memory was found (not proven: none exists)"
     message = (
-        f"{certainty}: the closest one found puts {miss.needed_bytes:,.0f} bytes on {miss.device.name!r}, "
-        f"{miss.excess_bytes:,.0f} more than its {miss.device.memory_bytes:,.0f}"
+        f"{certainty}: the closest one found puts {math.ceil(miss.needed_bytes):,} bytes on {miss.device.name!r}, "
+        f"{math.ceil(miss.excess_bytes):,} more than its {miss.device.memory_bytes:,.0f}"
     )
     too_large = _too_large(problem)
-    advice = [f"raise every limit by {miss.excess_bytes:,.0f} bytes"]
+    advice = [f"raise every limit by {math.ceil(miss.excess_bytes):,} bytes"]
     if too_large:
         message += f"; {too_large}"
     else:

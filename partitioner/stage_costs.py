@@ -75,7 +75,7 @@ class StageCosts:
         self.barred = weigh(words, dag.barred.astype(np.float64))
         self.nets = Nets(dag, words)
         self.bytes = weigh(words, np.stack([dag.static_bytes, dag.stash_bytes], axis=1))  # (rows, 2)
-        self.burdened = None if dag.burdens is None else _Burdened(dag.burdens, words)
+        self.burdened = None if dag.burdens is None else BurdenSums(dag.burdens, words)
 
     def loads_s(self, late: int, early: Ints, menu: Menu) -> Floats:
         """The load on every offer of each stage from ``early`` to ``late``; infinite where it cannot run or fit."""
@@ -168,8 +168,8 @@ class Nets:
         return self.cut_s[late] + self.cut_s[early] - self.net_s[cut] @ twice  # type: ignore[no-any-return]
 
 
-class _Burdened:
-    """The costs that are no differences of two downsets' own."""
+class BurdenSums:
+    """Of stages between downsets, the costs that are no differences of the downsets' own."""
 
     def __init__(self, burdens: Burdens, words: Words) -> None:
         self.burdens = burdens
@@ -248,7 +248,7 @@ def bytes_of(dag: Dag, nodes: Sequence[int], in_flight: int, *, again: bool) -> 
     static, stash = weigh(words, np.stack([dag.static_bytes, dag.stash_bytes], axis=1))[1]
     held = Bytes(static, stash, stash)
     if dag.burdens is not None:
-        burdened, nothing = _Burdened(dag.burdens, words), np.array([0])
+        burdened, nothing = BurdenSums(dag.burdens, words), np.array([0])
         shared, inputs = burdened.shared(1, nothing), burdened.inputs(1, nothing)
         held = Bytes(static + shared[0] + burdened.workspace(1, nothing), stash + shared[1], inputs)
     return float(np.max(held.needed(in_flight, again=again)))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagecut.partitioner import cut_input, downsets
+from stagecut.partitioner.burdens import Recompute
 from stagecut.partitioner.filling import Grouping, OneForwardOneBackward, any_order, fixed_order
 from stagecut.partitioner.reduction import Dag, contract, merge_idle
 from stagecut.partitioner.slots import CutDevice, Windows, windows
@@ -164,12 +165,14 @@ def test_idle_node_joins_its_neighbour_only_if_no_stage_receives_more_bytes(
     assert len(merge_idle(dag_of(graph), memory_limited=True)) == 3
 
 
-def test_idle_node_with_a_burden_of_its_own_stays_apart() -> None:
-    for attribute in ({"workspace_bytes": 1.0}, {"forward_s": {"cpu": 1.0}}):
-        graph = unit_graph([("work", "idle")])
-        graph.nodes["idle"].update(compute_s={"cpu": 0.0}, **attribute)
-        dag = cut_input.read_dag(graph, DEVICES, ["cpu"], recompute="choose")
-        assert len(merge_idle(dag, memory_limited=True)) == 2
+@pytest.mark.parametrize("recompute", ["choose", "always"])
+@pytest.mark.parametrize("burden", ["workspace_bytes", "forward_s", "shared"])
+def test_idle_node_with_a_burden_of_its_own_stays_apart(recompute: Recompute, burden: str) -> None:
+    graph = unit_graph([("work", "idle")])
+    graph.nodes["idle"].update(compute_s={"cpu": 0.0}, **{burden: {"cpu": 1.0} if burden == "forward_s" else 1.0})
+    graph.graph["shared"] = [{"nodes": ["idle"], "stash_bytes": float(burden == "shared")}]
+    dag = cut_input.read_dag(graph, DEVICES, ["cpu"], recompute=recompute)
+    assert len(merge_idle(dag, memory_limited=True)) == 2
 
 
 def test_states_of_equal_devices_are_as_many_as_devices_used() -> None:
