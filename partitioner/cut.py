@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import networkx as nx
 
 from .cut_input import check_pin_order, read_dag, read_devices, read_in_flight
-from .cut_search import Outcome, search
+from .cut_search import Outcome
+from .dispatch import search
 from .misfit import explain, too_many_stages
 from .reduction import Dag, merge_idle
 from .slots import CutDevice, Slots, any_order, fixed_order

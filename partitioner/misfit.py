@@ -9,7 +9,8 @@ import numpy as np
 
 from ..errors import InfeasibleError
 from .cut_input import show
-from .cut_search import Solution, any_solution
+from .cut_search import Solution
+from .dispatch import any_solution
 from .reduction import Dag
 from .slots import CutDevice, Slots, any_order, fixed_order
 
