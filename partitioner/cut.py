@@ -87,7 +87,8 @@ def solve(
 
     The method follows Tarnawski et al., "Efficient Algorithms for Device Placement of DNN Graph Operators" (NeurIPS
     2020), with downsets listed only where a stage below the best known load can end.  The time is
-    O(pairs of nested downsets listed), which is exponential in the width of the graph in the worst case.
+    O(pairs of nested downsets listed), which is exponential in the width of the graph in the worst case.  A graph of
+    many nodes is near linear where nodes that are comparable with all others come often (``large_search``).
 
     >>> graph = nx.DiGraph(transfers=[{"nodes": ["a", "b"], "seconds": 2.0}])
     >>> graph.add_nodes_from("abc", compute_s={"cpu": 3.0})

@@ -10,6 +10,7 @@ import numpy as np
 from .block_chain import RowChain, best_row_chain
 from .boundaries import Boundaries, Columns, columns_of, tabulate
 from .cut_search import FEW, TOLERANCE, Outcome, OutOfTime, Solution, ceiling_s, simple_bound_s
+from .dominance import can_stand_in, undominated
 from .downsets import TooManyDownsets, Words
 from .reduction import Dag, Floats, Ints
 from .sampling import Sampler
@@ -20,6 +21,7 @@ from .wide_segments import downsets_in_windows
 
 _FINE = 1e-4  # bisect for a lower bound down to this part of the upper bound
 _MAX_LISTED = 5_000  # list all downsets of a segment up to this many, and else only those in the windows
+_MAX_SIFTED = 500_000  # look at all downsets of a segment up to this many
 _MAX_CELLS = 100_000_000  # rows x states of a table
 
 
@@ -106,7 +108,7 @@ class LargeSearch:
         inside = windows(self.dag, self.slots, limit_s)
         columns = columns_of(self.dag, inside)
         left = segments_left(self.segments, self.slots, inside, columns)
-        choices = self._list(left, inside, most)
+        choices = self._list(left, inside, columns, most)
         if not choices:
             return None
         table = tabulate(self.segments, columns, choices)
@@ -117,9 +119,8 @@ class LargeSearch:
         chain = best_row_chain(table, self.slots, alive, limit_s, self.check_time)
         return None if chain is None else named(table, chain)
 
-    def _list(self, left: Left, inside: Windows, most: int) -> list[tuple[int, Words]]:
+    def _list(self, left: Left, inside: Windows, columns: Columns, most: int) -> list[tuple[int, Words]]:
         """List the downsets of some segments, in the windows at least; up to four times as many as may be left."""
-        n_free = sum(not device.pays_transfers for device in self.slots.devices)
         choices = []
         room = 4 * most
         for row in np.flatnonzero(left.alive.any(axis=1)).tolist():
@@ -127,14 +128,27 @@ class LargeSearch:
             try:
                 words = self.segments.downsets(t, _MAX_LISTED)
             except TooManyDownsets:
-                narrow, net_s = left.sieve.narrow(left.alive, row, inside)
-                words = downsets_in_windows(self.segments, t, narrow, net_s, n_free, room, self.check_time)
+                words = self._list_wide(left, row, inside, columns, room)
             if len(words):
                 choices.append((t, words))
             room -= len(words)
             if room < 0:
                 raise TooManyDownsets
         return choices
+
+    def _list_wide(self, left: Left, row: int, inside: Windows, columns: Columns, room: int) -> Words:
+        """List downsets of a segment that has many: without those that others can stand in for, or in the windows."""
+        t = int(left.sieve.rows.segment[row])
+        narrow, net_s = left.sieve.narrow(left.alive, row, inside)
+        if can_stand_in(self.segments, self.slots, t, left.alive[row]):
+            try:
+                words = self.segments.downsets(t, _MAX_SIFTED)
+            except TooManyDownsets:
+                pass
+            else:
+                return undominated(self.segments, columns, t, words, narrow, net_s, self.check_time)
+        n_free = sum(not device.pays_transfers for device in self.slots.devices)
+        return downsets_in_windows(self.segments, t, narrow, net_s, n_free, room, self.check_time)
 
 
 def named(table: Boundaries, chain: RowChain) -> Solution:

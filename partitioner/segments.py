@@ -69,7 +69,7 @@ class Segments:
     end: Ints  # per segment: the next hub, or n
     tails: Ints  # of all edges, sorted
     heads: Ints
-    cache: dict[tuple[int, bytes], Words | None] = field(default_factory=dict)
+    cache: dict[tuple[int, int, bytes], Words | None] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.hub)
@@ -101,9 +101,9 @@ class Segments:
             TooManyDownsets: there are more than ``most``.
         """
         edges = self.inner_edges(t)
-        key = (self.width(t), edges.tobytes())
+        key = (self.width(t), most, edges.tobytes())
         if key not in self.cache:
-            self.cache[key] = _all_downsets(key[0], edges, most)
+            self.cache[key] = _all_downsets(self.width(t), edges, most)
         found = self.cache[key]
         if found is None:
             raise TooManyDownsets

@@ -118,6 +118,10 @@ def test_optimum_is_the_same_if_every_segment_counts_as_wide(problem: Any) -> No
         check_equal_to_small_search(problem)
 
 
+def gpus(k: int) -> list[CutDevice]:
+    return [CutDevice(f"gpu:{i}", "gpu") for i in range(k)]
+
+
 def read(graph: nx.DiGraph, devices: list[CutDevice], how: dict[str, Any]) -> tuple[Dag, Slots]:
     kinds = sorted({device.kind for device in devices})
     dag = cut_input.read_dag(graph, devices, kinds)
@@ -145,6 +149,57 @@ def test_exact_search_finds_a_cut_below_any_limit_above_the_optimum_and_none_bel
     assert (found is not None) == (factor > 1)
     if found is not None:
         assert found.max_load_s == pytest.approx(best.max_load_s, rel=1e-9)
+
+
+@st.composite
+def branched_dags(draw: st.DrawFn) -> nx.DiGraph:
+    """Layers of up to four branches behind a router, where every operator takes time."""
+    graph = nx.DiGraph()
+
+    def node(*inputs: int) -> int:
+        graph.add_node(v := len(graph), compute_s={"gpu": draw(st.sampled_from([0.5, 1.0, 2.0, 3.5, 0.3, 4.7]))})
+        graph.add_edges_from((u, v) for u in inputs)
+        return v
+
+    x = node()
+    for _ in range(draw(st.integers(1, 4))):
+        norm = node(x)
+        router = node(norm) if draw(st.booleans()) else norm
+        ends = [node(router, norm) for _ in range(draw(st.integers(1, 4)))]
+        if draw(st.booleans()):
+            ends[0] = node(ends[0])
+        x = node(*ends, *([x] if draw(st.booleans()) else []))
+        if draw(st.booleans()):
+            x = node(x, ends[0])
+    graph.graph["transfers"] = [{"nodes": [v, *graph.successors(v)], "seconds": draw(seconds) / 4} for v in graph]
+    return graph
+
+
+@property_test
+@given(branched_dags(), st.integers(2, 5), st.booleans(), st.sampled_from([0.9, 1.0 - 1e-6, 1.0 + 1e-6, 1.1]))
+def test_downsets_that_others_stand_in_for_are_not_missed(
+    graph: nx.DiGraph, k: int, ordered: bool, factor: float
+) -> None:
+    dag, slots = read(graph, gpus(k), {"ordered": ordered, "in_flight": [1] * k})
+    best = search(dag, slots, time.monotonic() + 60.0, 200_000).solution
+    if best is None:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large_search, "_MAX_LISTED", 1)
+        found = large_search.LargeSearch(dag, slots, 200_000, lambda: None).exact(factor * best.max_load_s, 10**6)
+    assert (found is not None) == (factor > 1)
+    if found is not None:
+        assert found.max_load_s == pytest.approx(best.max_load_s, rel=1e-9)
+
+
+def test_few_of_the_downsets_of_eight_experts_are_left() -> None:
+    graph = of_size("mixture", 500)
+    dag, slots = read(graph, gpus(2), {"ordered": False, "in_flight": [1, 1]})
+    state = large_search.LargeSearch(dag, slots, 20_000, lambda: None)
+    state.sample(first_only=True)
+    state.prove()
+    assert state.proven
+    assert 0 < state.n_downsets < 20_000  # a layer alone has 390,000
 
 
 @property_test
@@ -177,10 +232,6 @@ def test_hubs_and_inner_downsets_make_up_every_downset_once(problem: Any) -> Non
         if all(u in chosen or v not in chosen for u, v in dag.edges)
     ]
     assert sorted(found) == sorted(closed)
-
-
-def gpus(k: int) -> list[CutDevice]:
-    return [CutDevice(f"gpu:{i}", "gpu") for i in range(k)]
 
 
 @pytest.mark.parametrize("ordered", [False, True])
