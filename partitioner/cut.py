@@ -15,7 +15,8 @@ from .cut_input import read_devices
 from .cut_options import read_options
 from .cut_problem import Problem, prepare
 from .cut_score import Stage, loads_s, memory_bytes
-from .cut_search import Outcome, Solution, search
+from .cut_search import Outcome, Solution
+from .dispatch import search
 from .misfit import explain
 from .slots import CutDevice
 
@@ -127,7 +128,8 @@ def solve(
     2020), with downsets listed only where a stage below the best known load can end; replicas and microbatches in
     flight are those of Narayanan et al., "PipeDream" (SOSP 2019), proven here on the DAG.  The time is O(pairs of
     nested downsets listed x ways to fill the devices), which is exponential in the width of the graph in the worst
-    case.
+    case.  A graph of many
+    nodes is near linear where nodes that are comparable with all others come often (``large_search``).
 
     >>> graph = nx.DiGraph(transfers=[{"nodes": ["a", "b"], "seconds": 2.0}])
     >>> graph.add_nodes_from("abc", compute_s={"cpu": 3.0})

@@ -24,7 +24,7 @@ from .slots import Slots, windows
 TOLERANCE = 1e-9  # relative: a cut that is better by less is not looked for
 _SAMPLE = 512
 _MAX_ROUNDS = 12
-_FEW = 20_000
+FEW = 20_000
 _MOST_VALUES = 1 << 27  # a value per state and downset: a gigabyte
 _FINE = 2e-3  # bisect for a lower bound down to this part of the upper bound
 
@@ -73,7 +73,7 @@ def search(dag: Dag, slots: Slots, deadline: float, max_downsets: int) -> Outcom
 
 def any_solution(dag: Dag, slots: Slots, time_limit_s: float) -> Outcome:
     """Find a cut that meets the constraints, good or bad, or the proof that there is none, if that is soon."""
-    state = _Search(dag, slots, time.monotonic() + time_limit_s, _FEW)
+    state = _Search(dag, slots, time.monotonic() + time_limit_s, FEW)
     try:
         state.sample(first_only=True)
         if state.best is None:
@@ -122,7 +122,7 @@ class _Search:
         and if none is, the limit is a lower bound.
         """
         self.proven = self._closed()
-        most = min(_FEW, self.max_downsets)
+        most = min(FEW, self.max_downsets)
         while not self.proven:
             self._bisect(most)
             if most == self.max_downsets:

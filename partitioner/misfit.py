@@ -12,7 +12,8 @@ from ..errors import ConstraintError, InfeasibleError
 from .cut_input import show
 from .cut_options import Options
 from .cut_problem import Problem, prepare
-from .cut_search import Outcome, Solution, any_solution
+from .cut_search import Outcome, Solution
+from .dispatch import any_solution
 from .filling import OneForwardOneBackward
 from .reduction import Dag
 from .slots import CutDevice, Slots, least_held

@@ -149,7 +149,7 @@ def windows(dag: Dag, slots: Slots, limit_s: float) -> Windows:
     columns: list[tuple[Floats, Floats, Floats, Floats, Floats]] = []
     for kind in range(dag.time_s.shape[1]):
         weight = np.where(dag.barred[:, kind] > 0, dag.least_s, dag.time_s[:, kind])
-        capacity, factor = _capacity(dag, slots, weight, limit_s)
+        capacity, factor = capacity_s(dag, slots, weight, limit_s)
         slack = 1e-12 * (float(weight.sum()) + limit_s)
         columns.append(
             (weight, _held(slots.used, capacity) + slack, _held(left, capacity) + slack,
@@ -162,7 +162,7 @@ def windows(dag: Dag, slots: Slots, limit_s: float) -> Windows:
     return Windows(limit_s, weights, before, after, before_cut, after_cut, slots.most_replicas)
 
 
-def _capacity(dag: Dag, slots: Slots, weight: Floats, limit_s: float) -> tuple[Floats, Floats]:
+def capacity_s(dag: Dag, slots: Slots, weight: Floats, limit_s: float) -> tuple[Floats, Floats]:
     """Per class: the weight that fits below the limit, and the weight that a second of transfers displaces."""
     capacity = np.zeros(len(slots.classes))
     factor = np.zeros(len(slots.classes))
@@ -210,9 +210,11 @@ def _stage_counts(dag: Dag, slots: Slots) -> list[tuple[Floats, Floats, Floats]]
 
 def _pins(dag: Dag, slots: Slots) -> list[tuple[Floats, Floats, Floats]]:
     columns = []
+    pinned = frozenset[int]().union(*dag.pins)
     for c, group in enumerate(slots.classes):
+        if group[0] not in pinned:
+            continue
         weight = np.array([float(group[0] in pins) for pins in dag.pins])
-        if weight.any():
-            is_used = slots.used[:, c] > 0
-            columns.append((weight, np.where(is_used, np.inf, 0.0), np.where(is_used, 0.0, np.inf)))
+        is_used = slots.used[:, c] > 0
+        columns.append((weight, np.where(is_used, np.inf, 0.0), np.where(is_used, 0.0, np.inf)))
     return columns

@@ -1,0 +1,46 @@
+"""The choice between the search for small graphs, over sets of nodes, and the one for large graphs, by segments."""
+
+from __future__ import annotations
+
+import time
+
+from . import cut_search
+from .cut_search import Outcome, OutOfTime
+from .large_search import search_large
+from .reduction import Dag
+from .slots import Slots
+
+LARGE = 400  # nodes, once reduced
+_NODE_S = 1e-5  # time to read a node's costs into tables
+
+
+def search(dag: Dag, slots: Slots, deadline: float, max_downsets: int) -> Outcome:
+    """Find the best cut, or the best known with a proven lower bound where time or downsets run out."""
+    if not _by_segments(dag, slots):
+        return cut_search.search(dag, slots, deadline, max_downsets)
+    return search_large(dag, slots, max_downsets, _Clock(deadline))
+
+
+def any_solution(dag: Dag, slots: Slots, time_limit_s: float) -> Outcome:
+    """Find a cut that meets the constraints, good or bad, or the proof that there is none, if that is soon."""
+    if not _by_segments(dag, slots):
+        return cut_search.any_solution(dag, slots, time_limit_s)
+    clock = _Clock(time.monotonic() + time_limit_s + _NODE_S * len(dag))
+    return search_large(dag, slots, cut_search.FEW, clock, first_only=True)
+
+
+def _by_segments(dag: Dag, slots: Slots) -> bool:
+    """Say whether the search by segments is for this problem: it knows sums and transfers, and one device a stage."""
+    plain = dag.burdens is None and slots.most_replicas == 1 and slots.starts == (0,)
+    return plain and len(dag) > LARGE
+
+
+class _Clock:
+    """Raises when the deadline has passed."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+
+    def __call__(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
