@@ -32,9 +32,13 @@ def describe_shape(plan: Plan) -> str:
     ``one device``, ``data parallel on 4 devices``, ``2 stages``, ``2 stages x 4 replicas``,
     ``2 stages of 3, 1 replicas``.
     """
-    sizes = [len(stage.devices) for stage in plan.stages]
+    return describe_groups([len(stage.devices) for stage in plan.stages])
+
+
+def describe_groups(sizes: Sequence[int]) -> str:
+    """Name stages of so many devices each, as :func:`describe_shape` does."""
     if len(sizes) == 1:
-        return "one device" if sizes == [1] else f"data parallel on {sizes[0]} devices"
+        return "one device" if sizes[0] == 1 else f"data parallel on {sizes[0]} devices"
     if set(sizes) == {1}:
         return f"{len(sizes)} stages"
     if len(set(sizes)) == 1:

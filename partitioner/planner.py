@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,12 +23,13 @@ from .configurations import (
     uniform_groups,
 )
 from .cutting import Cutter, Recompute, Stages
-from .explain import reasons
+from .explain import describe_groups, describe_shape, reasons
 from .plan import Alternative, Plan
 from .pricing import Corrections, Priced, Pricer, Progress, silent
 
 _SOLVE_S = 20.0
 _MOST_TIGHTENINGS = 6
+_WORTH_FITTING = 1.25  # configurations that are slower by more, even if memory did not matter, are not looked into
 _KEPT = 12
 
 
@@ -77,7 +78,6 @@ class _Planner:
         self.batch_rows, self.threads_of = batch_rows, threads_of
         self.cutter = Cutter(_SOLVE_S)
         self.failures: list[Exception] = []
-        self.best_s = float("inf")
 
     def run(self) -> Plan:
         candidates = self._candidates(self._ways())
@@ -135,19 +135,36 @@ class _Planner:
         return ways
 
     def _candidates(self, ways: Sequence[Groups]) -> list[Plan]:
-        found: list[Plan] = []
+        """Cut every configuration without regard to memory; then make those fit that may still be the best."""
+        drafts: list[_Draft] = []
         for groups in ways:
             for count in microbatch_counts(self.wishes, groups, self.batch_rows, self.capture.inputs.rows is not None):
                 cluster = self.cluster.with_groups(groups)
-                if len(groups) == 1 and any(len(plan.stages) == 1 and plan.devices == cluster.names for plan in found):
+                if len(groups) == 1 and any(draft.fits and draft.cluster == cluster for draft in drafts):
                     rows = rows_of(groups, count, self.batch_rows)
                     if not self.pricer.is_known(rows, self.threads_of(cluster.n_devices)):
                         continue  # it fits in larger pieces: smaller ones would have to be measured for little
-                found += self._of(cluster, count)
+                drafts += self._drafts(cluster, count)
+        return self._fitted(drafts)
+
+    def _fitted(self, drafts: Sequence[_Draft]) -> list[Plan]:
+        """Make drafts fit in memory, best first; those that lose to a fitting one by far are left out."""
+        found: list[Plan] = []
+        best_s = float("inf")
+        for draft in sorted(drafts, key=lambda draft: _rank(draft.plan)):
+            if draft.plan.prediction.step_s > best_s * _WORTH_FITTING and not draft.fits:
+                continue  # memory only makes it slower
+            try:
+                plan = draft.plan if draft.fits else self._fitting(draft)
+            except InfeasibleError as error:
+                self.failures.append(error)
+                continue
+            found.append(plan)
+            best_s = min(best_s, plan.prediction.step_s)
         return found
 
-    def _of(self, cluster: Cluster, count: int) -> list[Plan]:
-        """Return the plans for groups of devices and a microbatch count, one for each schedule."""
+    def _drafts(self, cluster: Cluster, count: int) -> list[_Draft]:
+        """Cut for groups of devices and a microbatch count without memory limits, for each schedule."""
         assert cluster.groups is not None
         rows = rows_of(cluster.groups, count, self.batch_rows)
         try:
@@ -158,52 +175,74 @@ class _Planner:
             self.failures.append(error)
             return []
         n_pieces = n_pieces_of(cluster.groups, count, self.batch_rows)
-        work_s = sum(priced.work_s(device.kind.name) ** -1 for device in cluster.devices) ** -1 * n_pieces
-        if work_s > self.best_s:
-            return []  # even with all devices busy all the time it would take longer than what is known
-        schedules = (self.wishes.schedule,) if self.wishes.schedule else TRAINING_SCHEDULES
-        if len(cluster.groups) == 1 and self.wishes.schedule is None:
-            schedules = ("1f1b",)  # one stage: the others only hold more
-        found = []
-        for schedule in schedules:
+        drafts = []
+        for schedule in self._schedules(len(cluster.groups)):
+            mode: Recompute = "always" if self.wishes.recompute else "never"
             try:
-                found.append(self._fitting(priced, cluster, schedule, count, n_pieces))
+                self._check_state(priced, cluster)
+                stages = self._stages(priced, cluster, schedule, n_pieces, mode, [float("inf")] * cluster.n_stages)
             except InfeasibleError as error:
                 self.failures.append(error)
-        if found:
-            self.best_s = min(self.best_s, *(plan.prediction.step_s for plan in found))
-        return found
+                continue
+            decision = Decision(cluster, stages.stage_of, stages.recompute, schedule, count, stages.cut)
+            plan = assemble(self.capture, priced, decision, self.batch_rows)
+            drafts.append(_Draft(plan, priced, cluster, schedule, count, n_pieces))
+        return drafts
 
-    def _fitting(self, priced: Priced, cluster: Cluster, schedule: str, count: int, n_pieces: int) -> Plan:
-        """Cut and assemble, without recompute first; with it where nothing else fits."""
+    def _schedules(self, n_stages: int) -> tuple[str, ...]:
+        if self.wishes.schedule is not None:
+            return (self.wishes.schedule,)
+        # Fill-drain holds more for nearly the same step: with one stage, or with many, it is not worth the search.
+        return TRAINING_SCHEDULES if 1 < n_stages <= FEW_DEVICES else ("1f1b",)
+
+    def _check_state(self, priced: Priced, cluster: Cluster) -> None:
+        """Refuse at once what cannot even hold its parameters.
+
+        Raises:
+            InfeasibleError: parameters, gradients and optimizer state alone need more than all stages have.
+        """
+        assert cluster.groups is not None
+        limits = _limits(cluster)
+        graph = priced.graph
+        state = sum(node["memory_bytes"] for _, node in graph.nodes(data=True))
+        state += sum(entry["memory_bytes"] for entry in graph.graph["shared"])
+        if state > sum(limits):
+            raise InfeasibleError(
+                f"{describe_groups([len(group) for group in cluster.groups])}: parameters with gradients and optimizer "
+                f"state need {state:,.0f} bytes, and {cluster.n_stages} x {max(limits):,.0f} are there",
+                hint=f"use at least {-(-state // max(limits)):,.0f} stages of such devices",
+            )
+
+    def _fitting(self, draft: _Draft) -> Plan:
+        """Cut within the limits, without recompute first; with it where nothing else fits."""
         modes: list[Recompute] = ["never", "choose"]
         if self.wishes.recompute is not None:
             modes = ["always"] if self.wishes.recompute else ["never"]
         for mode in modes:
             try:
-                return self._within_limits(priced, cluster, schedule, count, n_pieces, mode)
+                return self._within_limits(draft, mode)
             except InfeasibleError as error:
                 failure = error
         raise failure
 
-    def _within_limits(
-        self, priced: Priced, cluster: Cluster, schedule: str, count: int, n_pieces: int, mode: Recompute
-    ) -> Plan:
+    def _within_limits(self, draft: _Draft, mode: Recompute) -> Plan:
         """Tighten the limits of the cut by what it does not count (values held for wires) until the plan fits."""
-        assert cluster.groups is not None
-        limits = [min(cluster.devices[index].kind.memory_bytes for index in group) for group in cluster.groups]
+        cluster, limits, plan = draft.cluster, _limits(draft.cluster), draft.plan
+        over = [0.0] * len(limits)
         allowed = list(limits)
         for _ in range(_MOST_TIGHTENINGS):
-            stages = self._stages(priced, cluster, schedule, n_pieces, mode, allowed)
-            decision = Decision(cluster, stages.stage_of, stages.recompute, schedule, count, stages.cut)
-            plan = assemble(self.capture, priced, decision, self.batch_rows)
+            stages = self._stages(draft.priced, cluster, draft.schedule, draft.n_pieces, mode, allowed)
+            decision = Decision(
+                cluster, stages.stage_of, stages.recompute, draft.schedule, draft.n_microbatches, stages.cut
+            )
+            plan = assemble(self.capture, draft.priced, decision, self.batch_rows)
             over = [stage.memory_bytes - limit for stage, limit in zip(plan.stages, limits)]
             if max(over) <= 0:
                 return plan
             allowed = [limit - 1.05 * max(0.0, excess) for limit, excess in zip(allowed, over)]
         worst = max(range(len(over)), key=over.__getitem__)
         raise InfeasibleError(
-            f"{len(limits)} stages under {schedule} with {count} microbatches do not fit: stage {worst} on "
+            f"{describe_shape(plan)} under {draft.schedule} with {draft.n_microbatches} microbatches: stage {worst} on "
             f"{', '.join(cluster.stages[worst])} needs {plan.stages[worst].memory_bytes:,.0f} bytes, "
             f"{over[worst]:,.0f} more than its {limits[worst]:,.0f}",
             hint=f"raise memory_bytes by {over[worst]:,.0f}, or use more devices or smaller microbatches",
@@ -233,7 +272,7 @@ class _Planner:
         priced = self.pricer.at(rows, self.threads_of(cluster.n_devices))
         modes: dict[bool | None, Recompute] = {None: "choose", True: "always", False: "never"}
         mode = modes[self.wishes.recompute]
-        limits = [min(cluster.devices[index].kind.memory_bytes for index in group) for group in groups]
+        limits = _limits(cluster)
         n_pieces = n_pieces_of(groups, count, self.batch_rows)
         schedule = self.wishes.schedule or "1f1b"
         try:
@@ -251,13 +290,31 @@ class _Planner:
         if cluster.n_devices > 1 and self.capture.inputs.rows is None:
             wanted.append((tuple(range(cluster.n_devices)),))
         tried = self._ways()
-        kept, self.best_s = self.best_s, float("inf")
-        found = []
-        for groups in wanted:
-            if groups not in tried:
-                found += self._of(cluster.with_groups(groups), 1)
-        self.best_s = kept
-        return found
+        drafts = [self._drafts(cluster.with_groups(groups), 1) for groups in wanted if groups not in tried]
+        return self._fitted([draft for of_groups in drafts for draft in of_groups])
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A configuration that was cut without regard to memory: what its plan would be, and all that fitting it needs."""
+
+    plan: Plan
+    priced: Priced
+    cluster: Cluster
+    schedule: str
+    n_microbatches: int
+    n_pieces: int
+
+    @property
+    def fits(self) -> bool:
+        """Say whether the plan fits as it is."""
+        return all(stage.memory_bytes <= limit for stage, limit in zip(self.plan.stages, _limits(self.cluster)))
+
+
+def _limits(cluster: Cluster) -> list[float]:
+    """Return the bytes that each stage's devices have."""
+    assert cluster.groups is not None
+    return [min(cluster.devices[index].kind.memory_bytes for index in group) for group in cluster.groups]
 
 
 def _rank(plan: Plan) -> tuple[object, ...]:
