@@ -45,8 +45,10 @@ def read_in_flight(in_flight: Sequence[int] | None, n_devices: int) -> tuple[int
     return held
 
 
-def read_dag(graph: nx.DiGraph, devices: Sequence[CutDevice], kinds: Sequence[str]) -> Dag:
-    """Build the arrays, with the nodes of every together-group, pin and cycle contracted.
+def read_dag(
+    graph: nx.DiGraph, devices: Sequence[CutDevice], kinds: Sequence[str], *, pinned_share_stage: bool = True
+) -> Dag:
+    """Build the arrays, with the nodes of every together-group and cycle contracted, and those of a pin by default.
 
     Raises:
         ConstraintError: an attribute is missing, negative or names an unknown node or device; or nodes that are
@@ -72,7 +74,7 @@ def read_dag(graph: nx.DiGraph, devices: Sequence[CutDevice], kinds: Sequence[st
         nets=tuple(net for net, _ in nets),
         net_s=np.array([seconds for _, seconds in nets], dtype=np.float64),
     )
-    pairs = _together(graph, index) + _pinned_together(pins)
+    pairs = _together(graph, index) + (pinned_pairs(pins) if pinned_share_stage else [])
     dag = contract(raw, pairs)
     _check_groups(dag, devices, kinds)
     return dag
@@ -134,8 +136,8 @@ def _together(graph: nx.DiGraph, index: dict[Hashable, int]) -> list[tuple[int, 
     return pairs
 
 
-def _pinned_together(pins: Sequence[frozenset[int]]) -> list[tuple[int, int]]:
-    """Pair the nodes of each device's pins, for a device holds one stage."""
+def pinned_pairs(pins: Sequence[frozenset[int]]) -> list[tuple[int, int]]:
+    """Pair the nodes of each device's pins, for where a device holds one stage."""
     first: dict[frozenset[int], int] = {}
     return [(first.setdefault(pin, v), v) for v, pin in enumerate(pins) if pin]
 
