@@ -136,7 +136,7 @@ class Scorer:
     def _sums(self, device_of: Ints, values: Floats) -> Floats:
         n_rows, k = len(device_of), len(self.problem.devices)
         cells = device_of + (np.arange(n_rows) * k)[:, None]
-        weights = values[device_of + self._offset]
+        weights = values.take(device_of + self._offset)
         total: Any = np.bincount(cells.ravel(), weights.ravel(), n_rows * k)
         return total.reshape(n_rows, k)  # type: ignore[no-any-return]
 
@@ -148,11 +148,11 @@ class Scorer:
         for block in range(0, len(self.problem.devices), _BLOCK):
             bit = np.zeros(len(self.problem.devices), dtype=np.uint8)
             bit[block : block + _BLOCK] = 1 << np.arange(len(bit[block : block + _BLOCK]), dtype=np.uint8)
-            bits = bit[across]
-            first = bits[self._nth[0]]
+            bits = bit.take(across)
+            first = bits.take(self._nth[0], axis=0)
             mask = first.copy()
             for nodes in self._nth[1:]:
-                mask[: len(nodes)] |= bits[nodes]
+                mask[: len(nodes)] |= bits.take(nodes, axis=0)
             is_cut |= mask != first
             masks.append(mask)
         for d in np.flatnonzero(self.problem.pays):

@@ -14,6 +14,7 @@ from .reduction import Dag, Ints
 
 MOST_NODES = 63
 MOST_ROWS = 600_000
+_PART = 8192
 
 
 def best_below(
@@ -35,7 +36,7 @@ def best_below(
     for step in range(len(problem.dag)):
         check_time()
         rows = extend(problem, plan, step, rows, limit_s)
-        rows = rows.take(chunkable(problem, rows.chosen[:, : step + 1]))
+        rows = rows.take(chunkable(problem, rows.chosen[:, : step + 1], check_time))
         if len(rows.loads) > most_rows:
             raise TooManyRows
     if not len(rows.loads):
@@ -44,17 +45,23 @@ def best_below(
     return arrange(problem, rows.chosen[best].astype(np.int64))
 
 
-def chunkable(problem: ChunkProblem, chosen: NDArray[np.int8]) -> NDArray[np.bool_]:
+def chunkable(
+    problem: ChunkProblem, chosen: NDArray[np.int8], check_time: Callable[[], None] = lambda: None
+) -> NDArray[np.bool_]:
     """Tell which rows of devices, for the first nodes of the graph, fall into ``max_chunks`` chunks per device.
 
     A chunk that starts may as well take every node of its device that it can, as a larger downset leaves no less to
-    choose from.  So it is enough to search over sequences of devices, breadth first and for all rows at once.
+    choose from.  So it is enough to search over sequences of devices, breadth first and for many rows at once.
+
+    Raises:
+        TooManyRows: more than ``MOST_ROWS`` sequences are open at once.
     """
     runs = np.stack([_runs(chosen, d) for d in range(len(problem.devices))], axis=1)
     result: NDArray[np.bool_] = np.all(runs <= problem.max_chunks, axis=1)
     doubtful = np.flatnonzero(~result)
-    for start in range(0, len(doubtful), 65536):
-        part = doubtful[start : start + 65536]
+    for start in range(0, len(doubtful), _PART):
+        check_time()
+        part = doubtful[start : start + _PART]
         result[part] = _search(problem, chosen[part])
     return result
 
@@ -84,6 +91,8 @@ def _search(problem: ChunkProblem, chosen: NDArray[np.int8]) -> NDArray[np.bool_
             rest[:, d] -= 1
             parts.append((row[may], grown, rest))
         row, inside, left = (np.concatenate(same) for same in zip(*parts))
+        if len(row) > MOST_ROWS:
+            raise TooManyRows
         found[row[inside == everything]] = True
         states = np.unique(np.column_stack([row, inside.view(np.int64), left])[~found[row]], axis=0)
         row, inside, left = states[:, 0], states[:, 1].copy().view(np.uint64), states[:, 2:].astype(np.int8)

@@ -29,7 +29,7 @@ class Schedule:
 
     n_steps: int
     n_chains: int = 64
-    n_rounds: int = 3
+    n_rounds: int = 2
     hot: float = 0.02
 
 
@@ -58,7 +58,7 @@ class _Chains:
         self.problem, self.schedule, self.best = problem, schedule, start
         self.scorer, self.random = Scorer(problem), np.random.default_rng(seed)
         orders = np.array(list(islice(topological_orders(dag), _MOST_ORDERS)), dtype=np.int64)
-        self.ranks = np.argsort(orders, axis=1).astype(np.int32)  # (orders, n)
+        self.ranks: Ints = np.argsort(orders, axis=1)  # (orders, n)
         self.after = _matrix(dag.after, n) if n <= _MOST_CLOSED else None
         self.before = None if self.after is None else np.ascontiguousarray(self.after.T)
         self.rows: Ints = np.arange(schedule.n_chains, dtype=np.int64)
@@ -92,7 +92,8 @@ class _Chains:
         return self.scale_s * hot * float((_COLD / hot) ** part)
 
     def loads(self, position: Ints, device: Ints) -> Floats:
-        return self.scorer.loads(np.take_along_axis(device, position, 1))
+        cells = position + (self.rows * device.shape[1])[:, None]
+        return self.scorer.loads(device.ravel().take(cells))
 
     def step(self, temperature: float, *, swap: bool) -> None:
         """Propose one change per chain, and accept it by Metropolis' rule."""
@@ -117,16 +118,16 @@ class _Chains:
     def moved(self, position: Ints) -> Ints:
         """Take nodes of one chunk of each chain, with all that must follow, to a position near by."""
         n_chains, n = position.shape
-        v = self.random.integers(0, n, n_chains)
-        here: Ints = position[self.rows, v].reshape(-1, 1)
-        far = self.random.geometric(0.63, n_chains)[:, None]
+        v = self.random.integers(0, n, size=(n_chains,))
+        here = position[self.rows, v][:, None]
+        far = self.random.geometric(0.63, size=(n_chains, 1))
         later = bool(self.random.random() < 0.5)
         sort = self.random.random()
         closure = self.after if later else self.before
         if sort < 0.35 and closure is not None:
-            which = closure[v]
+            which = closure.take(v, axis=0)
         else:
-            ranks = self.ranks[self.random.integers(0, len(self.ranks), n_chains)]
+            ranks = self.ranks.take(self.random.integers(0, len(self.ranks), size=(n_chains,)), axis=0)
             end = self.slice_end(ranks, position == here, later) if sort >= 0.5 else ranks[self.rows, v]
             if later:
                 which = (ranks >= end[:, None]) & (position >= here)

@@ -22,11 +22,11 @@ from .slots import any_order
 
 _FEW_PLACEMENTS = 2e6  # devices ** nodes up to which listing them comes before annealing
 _BRIEF = Schedule(n_steps=300, n_chains=16, n_rounds=1)
-_NODE_STEPS = 5_000_000  # nodes x steps of a full annealing
+_NODE_STEPS = 6_000_000  # nodes x steps of a full annealing
 _CONTIGUOUS = 0.3  # part of the time that the start may take
 _MOST_DOWNSETS = 200_000
-_ANNEALED = 0.75  # part of the time that annealing may take
-_ROW_COUNTS = (1_000, 8_000, 50_000)
+_BOUNDED, _ANNEALED = 0.2, 0.8  # parts of the time after which the early bounds and the annealing end
+_EARLY_ROWS, _LATE_ROWS = (1_000, 8_000), (8_000, 30_000)
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,12 @@ def place_chunks(problem: ChunkProblem, start: Placement | None, deadline: float
     if n_placements <= _FEW_PLACEMENTS:
         search.anneal(_BRIEF, deadline)
         search.list_all(MOST_ROWS)
-    if not search.closed:
-        steps = max(2_000, min(60_000, _NODE_STEPS // len(problem.dag)))
-        search.anneal(Schedule(n_steps=steps), begin + _ANNEALED * (deadline - begin))
-    for most_rows in _ROW_COUNTS:
-        search.bound(partial(packing_bound_s, problem, search.limit_s, most_rows, search.check_time))
+    for most_rows in _EARLY_ROWS:
+        search.pack(most_rows, begin + _BOUNDED * (deadline - begin))
+    steps = max(2_000, min(60_000, _NODE_STEPS // len(problem.dag)))
+    search.anneal(Schedule(n_steps=steps), begin + _ANNEALED * (deadline - begin))
+    for most_rows in _LATE_ROWS:
+        search.pack(most_rows, deadline)
         search.list_all(most_rows)
     return search.outcome()
 
@@ -62,11 +63,12 @@ class _Search:
 
     def __init__(self, problem: ChunkProblem, start: Placement, deadline: float) -> None:
         self.problem, self.best, self.deadline = problem, start, deadline
+        self.until = deadline
         self.lower_bound_s = share_bound_s(problem)
         self.proven = False
 
     def check_time(self) -> None:
-        if time.monotonic() > self.deadline:
+        if time.monotonic() > self.until:
             raise OutOfTime
 
     @property
@@ -86,6 +88,11 @@ class _Search:
             self.lower_bound_s = max(self.lower_bound_s, compute())
         except (OutOfTime, TooManyRows):
             return
+
+    def pack(self, most_rows: int, until: float) -> None:
+        self.until = until
+        self.bound(partial(packing_bound_s, self.problem, self.limit_s, most_rows, self.check_time))
+        self.until = self.deadline
 
     def anneal(self, schedule: Schedule, deadline: float) -> None:
         if not self.closed:

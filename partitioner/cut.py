@@ -20,6 +20,8 @@ from .slots import CutDevice, any_order, fixed_order
 
 __all__ = ["Cut", "CutDevice", "solve"]
 
+_PUNCTUAL = 0.97  # the part of the time limit at which the search with several chunks is told to stop
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -173,7 +175,7 @@ def _solve_chunks(
     devices = _drop_slack_limits(dag, devices, max(held))
     dag = merge_idle(dag, memory_limited=any(device.memory_bytes is not None for device in devices))
     problem = chunk_problem(dag, devices, kinds, held, max_chunks)
-    deadline = start + time_limit_s
+    deadline = start + _PUNCTUAL * time_limit_s
     outcome = place_chunks(problem, contiguous_start(problem, kinds, held, deadline), deadline)
     if not outcome.is_allowed:
         raise misses(problem, outcome)
