@@ -34,27 +34,28 @@ def node_bound_s(problem: ChunkProblem, limit_s: float, check_time: Callable[[],
     A paying device with the set S of nodes has their seconds plus those of the nets that S splits.  The cheapest S
     around a node is a minimum cut (the node is the source, each node of S costs its arc to the sink, and a net is an
     arc that S cuts unless it has all or nothing of the net), and one device must hold the node.  This sees dear
-    transfers around a small node.  One flow per node and kind of device, in whole numbers rounded down; the best is
+    transfers around a small node.  One flow per node and sort of device, in whole numbers rounded down; the best is
     computed again in floating point.
 
     Raises:
         Whatever ``check_time`` raises; the bound is then not known.
     """
-    sorts = {(device.kind, device.pays_transfers): d for d, device in enumerate(problem.devices)}
+    sorts = sorted(set(problem.twins))
     best, place = 0.0, None
     reached = problem.least_s + problem.dag.incidence @ problem.dag.net_s
     for v in np.argsort(-reached, kind="stable").tolist():
         if reached[v] <= best:
             break
         check_time()
-        loads = {d: _held_s(problem, v, d, limit_s, exact=False) for d in sorts.values()}
-        if min(loads.values()) > best:
-            best, place = min(loads.values()), v
+        least = min(_held_s(problem, v, d, limit_s, exact=False) for d in sorts)
+        if least > best:
+            best, place = least, v
         if best >= limit_s:
             break
     if place is None:
         return best
-    return min(_held_s(problem, place, d, limit_s, exact=True) for d in sorts.values()) * (1 - 1e-12)
+    least = min(_held_s(problem, place, d, limit_s, exact=True) for d in sorts)
+    return min(least, limit_s) * (1 - 1e-12)
 
 
 def _held_s(problem: ChunkProblem, v: int, d: int, limit_s: float, *, exact: bool) -> float:
