@@ -16,7 +16,6 @@ from .reduction import Floats, Ints
 
 _MOST_ORDERS = 6
 _MOST_CLOSED = 4000  # nodes up to which moves with all descendants are made: the matrix has as many rows and columns
-_POWER = 48.0  # of the norm of the loads that stands for their maximum, so that the second largest counts as well
 _COLD = 1e-4  # last temperature, as a part of the load
 _CLOCK_EVERY, _SHUFFLE_EVERY, _RESAMPLE_EVERY = 16, 100, 400
 _AGAIN = 0.5  # chance of one more move before the loads are looked at
@@ -25,12 +24,16 @@ _SLICE = 0.3  # of the geometric distribution of the nodes sliced off a chunk's 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to anneal: ``n_rounds`` times from hot (a part of the load; a quarter after the first) to cold."""
+    """How long to anneal: ``n_rounds`` times from hot (a part of the load; a quarter after the first) to cold.
+
+    ``power`` is that of the norm of the loads that stands for their maximum, so that the second largest counts as well.
+    """
 
     n_steps: int
-    n_chains: int = 64
-    n_rounds: int = 2
+    n_chains: int = 24
+    n_rounds: int = 4
     hot: float = 0.02
+    power: float = 96.0
 
 
 def anneal(
@@ -66,7 +69,7 @@ class _Chains:
         self.device = np.tile(_padded(problem, start.device), (schedule.n_chains, 1))
         self.shuffle()
         loads = self.loads(self.position, self.device)
-        self.cost = _cost(loads)
+        self.cost = _cost(loads, schedule.power)
         self.scale_s = min(float(loads.max(axis=1).min()), problem.ceiling_s)
 
     def run(self, deadline: float, target_s: float) -> Placement:
@@ -105,7 +108,7 @@ class _Chains:
             while self.random.random() < _AGAIN:
                 position = self.moved(position)
         loads = self.loads(position, device)
-        cost = _cost(loads)
+        cost = _cost(loads, self.schedule.power)
         taken = cost <= self.cost - temperature * np.log1p(-self.random.random(len(cost)))
         self.position = np.where(taken[:, None], position, self.position)
         self.device = np.where(taken[:, None], device, self.device)
@@ -191,10 +194,10 @@ class _Chains:
         return token[np.argsort(keys, axis=1)]
 
 
-def _cost(loads: Floats) -> Floats:
+def _cost(loads: Floats, power: float) -> Floats:
     most = loads.max(axis=1)
     part = loads / np.where(most > 0, most, 1.0)[:, None]
-    return most * (part**_POWER).sum(axis=1) ** (1 / _POWER)  # type: ignore[no-any-return]
+    return most * (part**power).sum(axis=1) ** (1 / power)  # type: ignore[no-any-return]
 
 
 def _padded(problem: ChunkProblem, device: Ints) -> Ints:

@@ -21,11 +21,13 @@ from .reduction import Ints, contract
 from .slots import any_order
 
 _FEW_PLACEMENTS = 2e6  # devices ** nodes up to which listing them comes before annealing
-_BRIEF = Schedule(n_steps=300, n_chains=16, n_rounds=1)
-_NODE_STEPS = 6_000_000  # nodes x steps of a full annealing
+_BRIEF = Schedule(n_steps=300, n_rounds=1)
+_NODE_STEPS = 13_000_000  # nodes x steps of the narrow annealing
 _CONTIGUOUS = 0.3  # part of the time that the start may take
 _MOST_DOWNSETS = 200_000
-_BOUNDED, _ANNEALED = 0.2, 0.8  # parts of the time after which the early bounds and the annealing end
+# Parts of the time after which the early bounds, the long narrow annealing and the short broad one end.
+_BOUNDED, _NARROW, _BROAD = 0.2, 0.68, 0.92
+_PACKABLE = 64  # nodes up to which placing node after node is likely to end with a bound worth waiting for
 _EARLY_ROWS, _LATE_ROWS = (1_000, 8_000), (8_000, 30_000)
 
 
@@ -48,10 +50,13 @@ def place_chunks(problem: ChunkProblem, start: Placement | None, deadline: float
     if n_placements <= _FEW_PLACEMENTS:
         search.anneal(_BRIEF, deadline)
         search.list_all(MOST_ROWS)
-    for most_rows in _EARLY_ROWS:
+    for most_rows in _EARLY_ROWS if len(problem.dag) <= _PACKABLE else ():
         search.pack(most_rows, begin + _BOUNDED * (deadline - begin))
-    steps = max(2_000, min(60_000, _NODE_STEPS // len(problem.dag)))
-    search.anneal(Schedule(n_steps=steps), begin + _ANNEALED * (deadline - begin))
+    steps = max(2_000, min(75_000, _NODE_STEPS // len(problem.dag)))
+    first = search.best
+    search.anneal(Schedule(n_steps=steps), begin + _NARROW * (deadline - begin))
+    broad = Schedule(n_steps=steps // 3, n_chains=64, n_rounds=2, power=48.0)
+    search.anneal(broad, begin + _BROAD * (deadline - begin), first)
     for most_rows in _LATE_ROWS:
         search.pack(most_rows, deadline)
         search.list_all(most_rows)
@@ -94,10 +99,12 @@ class _Search:
         self.bound(partial(packing_bound_s, self.problem, self.limit_s, most_rows, self.check_time))
         self.until = self.deadline
 
-    def anneal(self, schedule: Schedule, deadline: float) -> None:
+    def anneal(self, schedule: Schedule, deadline: float, start: Placement | None = None) -> None:
+        """Anneal from the best placement or from another, and keep what is better."""
         if not self.closed:
             target_s = self.lower_bound_s * (1 + TOLERANCE)
-            self.best = anneal(self.problem, self.best, schedule, min(deadline, self.deadline), target_s)
+            found = anneal(self.problem, start or self.best, schedule, min(deadline, self.deadline), target_s)
+            self.best = min(self.best, found, key=lambda placement: placement.max_load_s)
 
     def list_all(self, most_rows: int) -> None:
         """Prove the best placement, or find a better one, by listing all that can be better."""
