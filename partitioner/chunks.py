@@ -28,7 +28,7 @@ _MOST_DOWNSETS = 200_000
 # Parts of the time after which the early bounds, the long narrow annealing and the short broad one end.
 _BOUNDED, _NARROW, _BROAD = 0.2, 0.68, 0.92
 _PACKABLE = 64  # nodes up to which placing node after node is likely to end with a bound worth waiting for
-_EARLY_ROWS, _LATE_ROWS = (1_000, 8_000), (8_000, 30_000)
+_EARLY_ROWS, _LATE_ROWS = (1_000, 8_000), (8_000, 16_000)
 
 
 @dataclass(frozen=True)

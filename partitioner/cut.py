@@ -20,7 +20,7 @@ from .slots import CutDevice, any_order, fixed_order
 
 __all__ = ["Cut", "CutDevice", "solve"]
 
-_PUNCTUAL = 0.97  # the part of the time limit at which the search with several chunks is told to stop
+_PUNCTUAL = 0.92  # the part of the time limit at which the search with several chunks is told to stop
 
 
 @dataclass(frozen=True)
