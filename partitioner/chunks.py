@@ -26,7 +26,7 @@ _NODE_STEPS = 13_000_000  # nodes x steps of the narrow annealing
 _CONTIGUOUS = 0.3  # part of the time that the start may take
 _MOST_DOWNSETS = 200_000
 # Parts of the time after which the early bounds, the long narrow annealing and the short broad one end.
-_BOUNDED, _NARROW, _BROAD = 0.2, 0.68, 0.92
+_BOUNDED, _NARROW, _BROAD = 0.2, 0.8, 0.94
 _PACKABLE = 64  # nodes up to which placing node after node is likely to end with a bound worth waiting for
 _EARLY_ROWS, _LATE_ROWS = (1_000, 8_000), (8_000, 16_000)
 
