@@ -1,19 +1,20 @@
-"""The exact contiguous cut: split a DAG into pipeline stages so that the busiest device has the least to do."""
+"""The cut: split a DAG into pipeline stages, one or several per device, so that the busiest device has least to do."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import networkx as nx
 
 from ..errors import InfeasibleError
 from .burdens import Recompute
+from .chunked_cut import check_chunks, solve_chunks
 from .cut_input import read_devices
 from .cut_options import read_options
 from .cut_problem import Problem, prepare
+from .cut_result import Cut
 from .cut_score import Stage, loads_s, memory_bytes
 from .cut_search import Outcome, Solution
 from .dispatch import search
@@ -21,41 +22,6 @@ from .misfit import explain
 from .slots import CutDevice
 
 __all__ = ["Cut", "CutDevice", "solve"]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A contiguous cut with its proof.
-
-    Args:
-        device_of: the name of the (first) device that each node runs on.
-        stage_of: the position in the pipeline of the stage that holds each node: every edge goes forward or stays.
-        order: the names of the devices used, in pipeline order.
-        stage_devices: per stage, the names of its devices, each of which holds the whole stage.
-        replicas: per stage, the number of its devices.
-        recompute: per stage, whether it computes its forward again for the backward pass.
-        loads_s: per stage, the load as ``solve`` defines it.
-        memory_bytes: per stage, the bytes on each of its devices as ``solve`` defines them.
-        max_load: the largest of ``loads_s``.
-        lower_bound: no cut that meets the constraints has a smaller largest load (proven, up to 1e-9 relative).
-        optimal: whether ``lower_bound`` reaches ``max_load``.
-        seconds: the time that solving took.
-        n_downsets: downsets that the last exact search listed.
-    """
-
-    device_of: dict[Hashable, str]
-    stage_of: dict[Hashable, int]
-    order: tuple[str, ...]
-    stage_devices: tuple[tuple[str, ...], ...]
-    replicas: tuple[int, ...]
-    recompute: tuple[bool, ...]
-    loads_s: tuple[float, ...]
-    memory_bytes: tuple[float, ...]
-    max_load: float
-    lower_bound: float
-    optimal: bool
-    seconds: float
-    n_downsets: int
 
 
 def solve(
@@ -68,11 +34,12 @@ def solve(
     in_flight: Sequence[int] | Literal["1f1b"] | None = None,
     n_microbatches: int | None = None,
     recompute: Recompute = "never",
+    max_chunks: int = 1,
     time_limit_s: float = 20.0,
     max_downsets: int = 200_000,
     diagnose: bool = True,
 ) -> Cut:
-    """Cut a DAG into contiguous stages, minimising the largest load.
+    """Cut a DAG into contiguous stages, minimising the largest load of a device.
 
     A stage is the difference of two downsets of the graph, so that the stages can be ordered with every edge going
     forward.  On r devices of one kind its load is
@@ -113,23 +80,28 @@ def solve(
         n_microbatches: the microbatches of a step, for "1f1b".
         recompute: whether stages compute their forward again: "never", "always", or "choose", where a stage does so
             only if it does not fit otherwise.
+        max_chunks: stages (chunks, virtual stages) that a device may hold, in any arrangement; its load is that of all
+            its nodes, and so are its bytes.  Above 1, nodes pinned to one device need not share a stage, those of a
+            together-group still do, and the entries of ``in_flight`` belong to ``devices`` instead of positions.
         time_limit_s: when to stop, in seconds.
         max_downsets: how many downsets to list at once.
         diagnose: where nothing fits, search for how much is missing and what would fit, for the error's message.
 
     Returns:
-        The best cut found.  Its ``optimal`` is True only if no better one exists.
+        The best cut found.  Its ``optimal`` is True only if no better one exists.  The same input gives the same cut,
+        unless the search with ``max_chunks`` above 1 is stopped or hastened by the time limit.
 
     Raises:
         InfeasibleError: no cut meets the limits.
-        ConstraintError: the constraints contradict each other or name what is not there.
+        ConstraintError: the constraints contradict each other or name what is not there, or ``ordered`` is asked for
+            with ``max_chunks`` above 1.
 
     The method follows Tarnawski et al., "Efficient Algorithms for Device Placement of DNN Graph Operators" (NeurIPS
     2020), with downsets listed only where a stage below the best known load can end; replicas and microbatches in
     flight are those of Narayanan et al., "PipeDream" (SOSP 2019), proven here on the DAG.  The time is O(pairs of
     nested downsets listed x ways to fill the devices), which is exponential in the width of the graph in the worst
-    case.  A graph of many
-    nodes is near linear where nodes that are comparable with all others come often (``large_search``).
+    case.  A graph of many nodes takes near linear time where nodes that are comparable with all others come often
+    (``large_search``).  Several chunks per device: see :mod:`.chunks`.
 
     >>> graph = nx.DiGraph(transfers=[{"nodes": ["a", "b"], "seconds": 2.0}])
     >>> graph.add_nodes_from("abc", compute_s={"cpu": 3.0})
@@ -139,7 +111,10 @@ def solve(
     ({'a': 0, 'b': 0, 'c': 1}, 6.0, True)
     """
     start = time.monotonic()
+    check_chunks(max_chunks, ordered=ordered, n_stages=n_stages, max_replicas=max_replicas, recompute=recompute)
     devices = read_devices(graph, devices)
+    if max_chunks > 1:
+        return solve_chunks(graph, devices, in_flight, max_chunks, start, time_limit_s)
     options = read_options(
         len(devices),
         ordered=ordered,
@@ -186,6 +161,9 @@ def _score(problem: Problem, solution: Solution, outcome: Outcome, seconds: floa
         recompute=tuple(stage.recompute for stage in stages),
         loads_s=loads,
         memory_bytes=memory_bytes(graph, stages, problem.options),
+        load_of={
+            name: load for stage, load in zip(stages, loads) for name in (device.name for device in stage.devices)
+        },
         max_load=max(loads),
         lower_bound=lower_bound,
         optimal=lower_bound == max(loads),

@@ -33,6 +33,20 @@ def read_devices(graph: nx.DiGraph, devices: Sequence[CutDevice] | None) -> tupl
     return tuple(devices)
 
 
+def read_in_flight(in_flight: Sequence[int] | None, n_devices: int) -> tuple[int, ...]:
+    """Return the microbatches held per stage, 1 each by default.
+
+    Raises:
+        ConstraintError: the length is not the number of devices, or an entry is below 0.
+    """
+    held = (1,) * n_devices if in_flight is None else tuple(in_flight)
+    if len(held) != n_devices or min(held) < 0:
+        raise ConstraintError(
+            f"in_flight needs one count of at least 0 per device ({n_devices}), but it is {list(held)}"
+        )
+    return held
+
+
 def read_dag(
     graph: nx.DiGraph,
     devices: Sequence[CutDevice],
@@ -40,8 +54,9 @@ def read_dag(
     *,
     recompute: Recompute = "never",
     max_replicas: int = 1,
+    pinned_share_stage: bool = True,
 ) -> Dag:
-    """Build the arrays, with the nodes of every together-group, pin and cycle contracted.
+    """Build the arrays, with the nodes of every together-group and cycle contracted, and those of a pin by default.
 
     If every stage computes its forward again, the seconds of a node include it.
 
@@ -72,7 +87,7 @@ def read_dag(
         net_s=np.array([seconds for _, seconds in nets], dtype=np.float64),
         burdens=burdens,
     )
-    pairs = _together(graph, index) + _pinned_together(pins)
+    pairs = _together(graph, index) + (pinned_pairs(pins) if pinned_share_stage else [])
     dag = contract(raw, pairs)
     _check_groups(dag, devices, kinds)
     return dag
@@ -123,8 +138,8 @@ def _together(graph: nx.DiGraph, index: dict[Hashable, int]) -> list[tuple[int, 
     return pairs
 
 
-def _pinned_together(pins: Sequence[frozenset[int]]) -> list[tuple[int, int]]:
-    """Pair the nodes of each device's pins, for a device holds one stage."""
+def pinned_pairs(pins: Sequence[frozenset[int]]) -> list[tuple[int, int]]:
+    """Pair the nodes of each device's pins, for where a device holds one stage."""
     first: dict[frozenset[int], int] = {}
     return [(first.setdefault(pin, v), v) for v, pin in enumerate(pins) if pin]
 

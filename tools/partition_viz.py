@@ -14,6 +14,7 @@ from ..errors import CaptureError, InfeasibleError, StagecutError
 from ..partitioner.plan import Plan, load
 from ..records import to_json
 from ..runtime.schedules import TRAINING_SCHEDULES
+from .solve import add_solve, solve_text
 
 # What imports torch is imported where it is used: help and wrong arguments answer in a tenth of a second, not in three.
 
@@ -29,6 +30,7 @@ _EXAMPLES = """examples:
   partition-viz show train.py:build --devices cpu,cpu --schedule 1f1b --json > plan.json
   partition-viz report plan.json -o plan.html
   partition-viz report demo:unet --cluster sim:8xH100-80GB --replicas 2 -o plan.svg
+  partition-viz solve graph.json --max-chunks 2 --json > cut.json
 
 exit codes: 0 done, 2 wrong arguments, 3 the model cannot be captured, 4 no plan fits
 """
@@ -52,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     try:
+        if options.command == "solve":
+            return _print(solve_text(options))
         plan = _plan(options)
         if options.command == "report":
             return _report(plan, options.output)
@@ -72,14 +76,17 @@ def _code(error: Exception) -> int:
 
 def _show(plan: Plan, as_json: bool) -> int:
     if as_json:
-        print(json.dumps(to_json(plan), indent=1))
-    else:
-        from .text import console_for, print_plan
+        return _print(json.dumps(to_json(plan), indent=1) + "\n")
+    from .text import console_for, print_plan
 
-        console = console_for()
-        with console.capture() as text:  # rich ends the process with 1 when the reader of a pipe leaves
-            print_plan(plan, plan.predicted, console)
-        sys.stdout.write(text.get())
+    console = console_for()
+    with console.capture() as text:  # rich ends the process with 1 when the reader of a pipe leaves
+        print_plan(plan, plan.predicted, console)
+    return _print(text.get())
+
+
+def _print(text: str) -> int:
+    sys.stdout.write(text)
     sys.stdout.flush()
     return OK
 
@@ -143,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,report}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,report,solve}")
     show = commands.add_parser("show", help="print the plan as tables", description="Print the plan as tables.")
     show.add_argument("--json", action="store_true", help="print the plan as JSON instead")
     report = commands.add_parser(
@@ -154,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (show, report):
         _add_planning(command)
+    add_solve(commands)
     return parser
 
 
