@@ -15,7 +15,7 @@ from .cut import Cut
 from .memory import StageMemory, stage_memory
 from .opgraph import OpNode, carries_gradient, state_bytes
 from .plan import FORMAT, OpRecord, Plan, Prediction, StageRecord, WireRecord
-from .predict import predict
+from .predict import predict_column
 from .pricing import Priced
 from .split import fingerprint, wires_of
 from .timing import PACK_BYTES_PER_S, timing_of
@@ -78,6 +78,10 @@ class _Assembly:
         self.n_stages = len(decision.groups)
         self.costs = [priced.costs[self._kind_of(s)] for s in range(self.n_stages)]
         self.n_pieces = n_pieces_of(decision.groups, decision.n_microbatches, batch_rows)
+        self.sizes = state_bytes(capture)
+        self.trainable = {name for name, p in capture.model.named_parameters() if p.requires_grad}
+        self.workspace = [{name: cost.workspace_bytes for name, cost in costs.items()} for costs in self.costs]
+        self.wire_bytes_per_s = self._wire_bytes_per_s()
         first = self._crossing({})
         self.copies = choose_copies(
             self.ops, self.stage_of, first, priced.graph.graph["copyable"], self._wire_s, self._compute_s
@@ -93,12 +97,15 @@ class _Assembly:
         cost = self.costs[s].get(name, FREE)
         return cost.forward_s + cost.backward_s
 
-    def _wire_s(self, name: str) -> float:
+    def _wire_bytes_per_s(self) -> float:
         bytes_per_s = self.cluster.slowest_link(range(self.cluster.n_devices)).bytes_per_s
         if all(device.kind.name == "cpu" for device in self.cluster.devices):
             bytes_per_s = 1 / (1 / bytes_per_s + 1 / PACK_BYTES_PER_S)
+        return bytes_per_s
+
+    def _wire_s(self, name: str) -> float:
         back = carries_gradient(self.priced.facts[name])
-        return self.ops[name].output_bytes * (2 if back else 1) / bytes_per_s
+        return self.ops[name].output_bytes * (2 if back else 1) / self.wire_bytes_per_s
 
     def _crossing(self, copies: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
         """Return, per value that crosses, the stages that it goes to."""
@@ -137,7 +144,7 @@ class _Assembly:
         return replace(plan, prediction=self._prediction(plan))
 
     def _prediction(self, plan: Plan) -> Prediction:
-        timeline = predict(plan)
+        timeline = predict_column(plan)
         cut = self.decision.cut
         work_s = sum(stage.forward_s + stage.backward_s for stage in plan.stages)
         loads = self._loads_s()
@@ -209,16 +216,15 @@ class _Assembly:
         if s == self.n_stages - 1:
             reported = [leaf.node for leaf in self.capture.outputs if leaf.node is not None]
             sent += [name for name in reported if self.stage_of.get(name) == s]
-        trainable = {name for name, parameter in self.capture.model.named_parameters() if parameter.requires_grad}
         return stage_memory(
             mine,
             self.ops,
             self.priced.facts,
             wires_in=[name for name, targets in self.crossing.items() if s in targets],
             wires_out=sent,
-            sizes=state_bytes(self.capture),
-            trainable=trainable,
-            workspace_bytes={name: cost.workspace_bytes for name, cost in self.costs[s].items()},
+            sizes=self.sizes,
+            trainable=self.trainable,
+            workspace_bytes=self.workspace[s],
         )
 
 

@@ -13,7 +13,7 @@ Groups = tuple[tuple[int, ...], ...]
 FEW_DEVICES = 8
 MOST_STAGES = 128
 _PIECES_PER_STAGE = (1, 2, 4)
-_ROWS = (1, 2, 4, 8)
+_ROWS = (1, 2, 4, 8)  # of a microbatch, on many devices: few sizes, so that few have to be priced
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,9 @@ def microbatch_counts(wishes: Wishes, groups: Groups, batch_rows: int, fixed_row
         return [1]
     n_replicas = max(len(group) for group in groups)
     most = max(1, batch_rows // n_replicas)
-    counts = {min(most, len(groups) * factor) for factor in _PIECES_PER_STAGE}
     if len(groups) > FEW_DEVICES or n_replicas > FEW_DEVICES:
-        counts |= {most // rows for rows in _ROWS if most // rows >= 1}
-    return sorted(counts)
+        return sorted({most // rows for rows in _ROWS if most // rows >= 1})
+    return sorted({min(most, len(groups) * factor) for factor in _PIECES_PER_STAGE})
 
 
 def rows_of(groups: Sequence[Sequence[int]], n_microbatches: int, batch_rows: int) -> int:

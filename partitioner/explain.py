@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..errors import InfeasibleError, StagecutError
 from .plan import LinkRecord, Plan
-from .predict import predict
+from .predict import predict_column
 
 _WORTH = 0.01  # changes that gain less are not worth a line
 
@@ -131,7 +131,7 @@ def _what_would_help(plan: Plan) -> list[str]:
     ]
     gains = []
     for what, changed in changes:
-        own_s = predict(changed).makespan_s * plan.batch_rows / changed.batch_rows
+        own_s = predict_column(changed).makespan_s * plan.batch_rows / changed.batch_rows
         gain = 1 - own_s / step_s if step_s > 0 else 0.0
         if gain >= _WORTH:
             gains.append((gain, f"would help: {what}, {gain:.0%} less time a sample"))

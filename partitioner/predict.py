@@ -20,28 +20,37 @@ def predict(plan: Plan) -> Timeline:
     Where all stages have as many replicas and none share cores, one replica of each stands for the others.
     """
     layout = plan.layout()
-    n_pieces = min(plan.batch_rows, plan.n_microbatches * layout.n_replicas)
-    n_alike = _n_alike(plan, layout, n_pieces)
+    n_alike = _n_alike(plan, layout)
+    timeline = predict_column(plan)
     if n_alike == 1:
-        return _simulated(plan, layout, n_pieces)
-    column = Layout(tuple((s,) for s in range(layout.n_stages)), layout.wires, layout.gradient_wires)
-    timeline = _simulated(plan, column, n_pieces // n_alike)
+        return timeline
     spans = [
-        Span(
-            layout.workers[span.worker][r], span.op, span.stage, _microbatch(span, r, n_alike), span.start_s, span.end_s
-        )
+        Span(layout.workers[s.worker][r], s.op, s.stage, _microbatch(s, r, n_alike), s.start_s, s.end_s)
         for r in range(n_alike)
-        for span in timeline.spans
+        for s in timeline.spans
     ]
-    return Timeline(
-        timeline.source, layout.n_workers, tuple(sorted(spans, key=lambda s: (s.worker, s.start_s, s.end_s)))
-    )
+    ordered = sorted(spans, key=lambda span: (span.worker, span.start_s, span.end_s))
+    return Timeline(timeline.source, layout.n_workers, tuple(ordered))
 
 
-def _n_alike(plan: Plan, layout: Layout, n_pieces: int) -> int:
+def predict_column(plan: Plan) -> Timeline:
+    """Simulate one step with one replica of each stage, if the others do the same beside it; else with all."""
+    layout = plan.layout()
+    n_alike = _n_alike(plan, layout)
+    if n_alike == 1:
+        return _simulated(plan, layout, _n_pieces(plan, layout))
+    column = Layout(tuple((s,) for s in range(layout.n_stages)), layout.wires, layout.gradient_wires)
+    return _simulated(plan, column, _n_pieces(plan, layout) // n_alike)
+
+
+def _n_pieces(plan: Plan, layout: Layout) -> int:
+    return min(plan.batch_rows, plan.n_microbatches * layout.n_replicas)
+
+
+def _n_alike(plan: Plan, layout: Layout) -> int:
     """Count the replicas that do the same at the same time; 1 where they may differ."""
     counts = {len(owners) for owners in layout.workers}
-    uneven = len(counts) > 1 or n_pieces % layout.n_replicas or len(set(plan.timing.finish_s)) > 1
+    uneven = len(counts) > 1 or _n_pieces(plan, layout) % layout.n_replicas or len(set(plan.timing.finish_s)) > 1
     return 1 if uneven or plan.timing.n_cores is not None else counts.pop()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 
 _SHORT = {"F": "F", "B": "B"}
 
@@ -35,7 +36,15 @@ class Timeline:
 
     def busy_s(self, worker: int) -> float:
         """Return the seconds that ``worker`` computes (forwards and backwards)."""
-        return sum(span.end_s - span.start_s for span in self.spans if span.worker == worker and span.op in _SHORT)
+        return self._busy_s.get(worker, 0.0)
+
+    @cached_property
+    def _busy_s(self) -> dict[int, float]:
+        busy: dict[int, float] = {}
+        for span in self.spans:
+            if span.op in _SHORT:
+                busy[span.worker] = busy.get(span.worker, 0.0) + span.end_s - span.start_s
+        return busy
 
     @property
     def bubble(self) -> float:
