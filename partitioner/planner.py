@@ -22,6 +22,7 @@ from .configurations import (
     stage_counts,
     uniform_groups,
 )
+from .cut_result import Cut
 from .cutting import Cutter, Recompute, Stages
 from .explain import describe_groups, describe_shape, reasons
 from .plan import Alternative, Plan
@@ -151,8 +152,9 @@ class _Planner:
         """Make drafts fit in memory, best first; those that lose to a fitting one by far are left out."""
         found: list[Plan] = []
         best_s = float("inf")
+        worth = _WORTH_FITTING if self.cluster.n_devices <= FEW_DEVICES else 1.0
         for draft in sorted(drafts, key=lambda draft: _rank(draft.plan)):
-            if draft.plan.prediction.step_s > best_s * _WORTH_FITTING and not draft.fits:
+            if draft.plan.prediction.step_s > best_s * worth and not draft.fits:
                 continue  # memory only makes it slower
             try:
                 plan = draft.plan if draft.fits else self._fitting(draft)
@@ -186,7 +188,7 @@ class _Planner:
                 continue
             decision = Decision(cluster, stages.stage_of, stages.recompute, schedule, count, stages.cut)
             plan = assemble(self.capture, priced, decision, self.batch_rows)
-            drafts.append(_Draft(plan, priced, cluster, schedule, count, n_pieces))
+            drafts.append(_Draft(plan, priced, cluster, schedule, count, n_pieces, stages.cut))
         return drafts
 
     def _schedules(self, n_stages: int) -> tuple[str, ...]:
@@ -229,7 +231,7 @@ class _Planner:
         """Tighten the limits of the cut by what it does not count (values held for wires) until the plan fits."""
         cluster, limits, plan = draft.cluster, _limits(draft.cluster), draft.plan
         over = [0.0] * len(limits)
-        allowed = list(limits)
+        allowed = [limit - extra for limit, extra in zip(limits, draft.uncounted_bytes)]
         for _ in range(_MOST_TIGHTENINGS):
             stages = self._stages(draft.priced, cluster, draft.schedule, draft.n_pieces, mode, allowed)
             decision = Decision(
@@ -304,6 +306,15 @@ class _Draft:
     schedule: str
     n_microbatches: int
     n_pieces: int
+    cut: Cut | None
+
+    @property
+    def uncounted_bytes(self) -> list[float]:
+        """Return, per stage, what it holds that the cut does not count."""
+        cut = self.cut
+        if cut is None:
+            return [0.0] * len(self.plan.stages)
+        return [max(0.0, own.memory_bytes - counted) for own, counted in zip(self.plan.stages, cut.memory_bytes)]
 
     @property
     def fits(self) -> bool:

@@ -11,7 +11,7 @@ import pytest
 TIMEOUT_S = 400
 
 
-@pytest.mark.parametrize(("devices", "n_ranks"), [("['cpu', 'cpu']", 2), ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4)])
+@pytest.mark.parametrize(("devices", "n_ranks"), [("[['cpu'], ['cpu']]", 2), ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4)])
 def test_ties_replicas_state_and_both_loops(repository: Path, devices: str, n_ranks: int) -> None:
     script = str(repository / "tests" / "support" / "torchrun_script.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
@@ -23,7 +23,7 @@ def test_ties_replicas_state_and_both_loops(repository: Path, devices: str, n_ra
 def test_a_wrong_number_of_ranks_says_how_many(repository: Path) -> None:
     script = str(repository / "tests" / "support" / "torchrun_script.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, script, "['cpu', 'cpu', 'cpu']"]
+    command = [*torchrun, script, "[['cpu'], ['cpu'], ['cpu']]"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode != 0
     assert "the plan has 3 workers and torchrun started 2 ranks" in done.stderr
