@@ -19,12 +19,8 @@ from .entry import Call, Entry, Table, table_of
 
 _SIDE = 64
 # The auxiliary classifier of Inception and the attention windows of MaxViT fix their sizes; ViT takes an image size.
-_SIDES = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56}
-_OPTIONS: dict[str, dict[str, Any]] = {
-    **{name: {"init_weights": False} for name in ("googlenet", "inception_v3")},
-    **{name: {"image_size": _SIDE} for name in ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32")},
-    "vit_h_14": {"image_size": 56},
-}
+_FIXED_SIDES = {"inception_v3": 299, "maxvit_t": 224}
+_OPTIONS: dict[str, dict[str, Any]] = {name: {"init_weights": False} for name in ("googlenet", "inception_v3")}
 _CLIP = (3, 8, 64, 64)
 # The last pooling of S3D covers 2 x 7 x 7 positions, which 16 frames of 224 pixels have.
 _CLIPS = {"s3d": (3, 16, 224, 224)}
@@ -46,7 +42,7 @@ def load() -> Table:
         return table_of([], {"torchvision": "torchvision is not installed"})
     import_torchvision()
     models: Any = importlib.import_module("torchvision.models")
-    entries = [_image_entry(name) for name in models.list_models(module=models)]
+    entries = [image_entry(name) for name in models.list_models(module=models)]
     entries += [_segmentation_entry(name) for name in models.list_models(module=models.segmentation)]
     entries += [_video_entry(name) for name in models.list_models(module=models.video)]
     entries += [_flow_entry(name) for name in models.list_models(module=models.optical_flow)]
@@ -60,8 +56,15 @@ def build(name: str, **options: Any) -> nn.Module:
     return model
 
 
-def _image_entry(name: str) -> Entry:
-    return _entry(name, partial(build, name, **_OPTIONS.get(name, {})), (3, *2 * (_SIDES.get(name, _SIDE),)))
+def image_entry(name: str, side: int = _SIDE) -> Entry:
+    """Return a classification model, called with images of ``side`` pixels where it is free in that."""
+    side = _FIXED_SIDES.get(name, side)
+    options = _OPTIONS.get(name, {})
+    if name.startswith("vit_"):
+        patch = int(name.rsplit("_", 1)[1])
+        side = max(patch, side // patch * patch)
+        options = {"image_size": side}
+    return _entry(name, partial(build, name, **options), (3, side, side))
 
 
 def _segmentation_entry(name: str) -> Entry:
