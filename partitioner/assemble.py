@@ -212,19 +212,18 @@ class _Assembly:
         )
 
     def _memory(self, s: int, mine: Sequence[str]) -> StageMemory:
-        sent = [name for name in self.crossing if self.stage_of[name] == s]
-        if s == self.n_stages - 1:
-            reported = [leaf.node for leaf in self.capture.outputs if leaf.node is not None]
-            sent += [name for name in reported if self.stage_of.get(name) == s]
+        reported = [leaf.node for leaf in self.capture.outputs if leaf.node is not None]
+        on_last = s == self.n_stages - 1
         return stage_memory(
             mine,
             self.ops,
             self.priced.facts,
             wires_in=[name for name, targets in self.crossing.items() if s in targets],
-            wires_out=sent,
+            wires_out=[name for name in self.crossing if self.stage_of[name] == s],
             sizes=self.sizes,
             trainable=self.trainable,
             workspace_bytes=self.workspace[s],
+            reported=[name for name in reported if self.stage_of.get(name) == s] if on_last else (),
         )
 
 

@@ -9,6 +9,9 @@ from .analysis import OpFacts
 from .opgraph import STATE_COPIES, OpNode
 
 
+_LOSS_COPIES = 3
+
+
 @dataclass(frozen=True)
 class StageMemory:
     """Bytes of one replica of a stage.
@@ -19,7 +22,8 @@ class StageMemory:
         saved_bytes: what one microbatch holds from its forward to its backward: what autograd saves, and the values
             that came and went over wires, each storage once.
         input_bytes: what came over wires, which is all that recompute keeps.
-        workspace_bytes: the largest of the ops' own needs while they run.
+        workspace_bytes: the largest of the ops' own needs while they run, of packets on their way in and out, and of the
+            loss, for which a like of the result's logarithms, gradients and their sum is taken.
     """
 
     parameter_bytes: int
@@ -45,11 +49,17 @@ def stage_memory(
     sizes: Mapping[str, int],
     trainable: Collection[str],
     workspace_bytes: Mapping[str, int],
+    reported: Collection[str] = (),
 ) -> StageMemory:
-    """Add up what a stage of the ops ``own`` holds; ``sizes`` has the bytes of each parameter and buffer."""
+    """Add up what a stage of the ops ``own`` holds.
+
+    ``sizes`` has the bytes of each parameter and buffer, ``reported`` names the values of the model's result if the
+    stage is the last.
+    """
     names = dict.fromkeys(name for op in own for name in ops[op].parameters)
-    incoming = _storages(facts, wires_in)
-    saved: dict[int, int] = {**incoming, **_storages(facts, wires_out)}
+    incoming, outgoing = _storages(facts, wires_in), _storages(facts, wires_out)
+    result = _storages(facts, reported)
+    saved: dict[int, int] = {**incoming, **outgoing, **result}
     for op in own:
         saved.update(facts[op].saves)
     return StageMemory(
@@ -57,7 +67,11 @@ def stage_memory(
         state_bytes=sum(sizes[name] * (STATE_COPIES if name in trainable else 1) for name in names),
         saved_bytes=sum(saved.values()),
         input_bytes=sum(incoming.values()),
-        workspace_bytes=max((workspace_bytes.get(op, 0) for op in own), default=0),
+        workspace_bytes=max(
+            max((workspace_bytes.get(op, 0) for op in own), default=0),
+            sum(incoming.values()) + sum(outgoing.values()),
+            _LOSS_COPIES * sum(result.values()),
+        ),
     )
 
 

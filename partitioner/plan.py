@@ -77,9 +77,10 @@ class StageRecord:
     def worker_bytes(self) -> int:
         """Return what a local CPU worker holds, beside what any process does.
 
-        Weights, gradients and the memory that hands gradients over; optimizer state is in the parent process.
+        Weights, gradients, the memory that hands gradients over, and with replicas the buckets of the reduction;
+        optimizer state is in the parent process.
         """
-        return 3 * self.parameter_bytes + self.held_bytes
+        return (3 if len(self.devices) == 1 else 4) * self.parameter_bytes + self.held_bytes
 
 
 @dataclass(frozen=True)
