@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from .analysis import OpFacts
 from .opgraph import STATE_COPIES, OpNode
 
-
 _LOSS_COPIES = 3
 
 
@@ -22,8 +21,8 @@ class StageMemory:
         saved_bytes: what one microbatch holds from its forward to its backward: what autograd saves, and the values
             that came and went over wires, each storage once.
         input_bytes: what came over wires, which is all that recompute keeps.
-        workspace_bytes: the largest of the ops' own needs while they run, of packets on their way in and out, and of the
-            loss, for which a like of the result's logarithms, gradients and their sum is taken.
+        workspace_bytes: the largest of the ops' own needs while they run, of packets on their way in and out, and of
+            the loss, for which three times the result is taken (its logarithms, their gradient, the result's gradient).
     """
 
     parameter_bytes: int

@@ -14,8 +14,8 @@ ACTION_S = 150e-6
 SEND_S = 220e-6
 PACK_BYTES_PER_S = 1.2e9
 STEP_S = 2e-3
-# A reduction over CPU replicas overlaps with the last backward, but takes that backward's cores: with two replicas on two
-# cores, backwards of an MLP with 50 MB of gradients took 73 ms longer than one replica's.
+# A reduction over CPU replicas overlaps with the last backward, but takes that backward's cores: with two replicas on
+# two cores, backwards of an MLP with 50 MB of gradients took 73 ms longer than one replica's.
 REDUCE_BYTES_PER_S = 0.69e9
 
 
