@@ -38,7 +38,7 @@ def main() -> None:
         f"the last of {len(data.x_train) - (batches - 1) * options.batch}"
     )
 
-    pm = stagecut.compile(model, devices=[0, 1], loss_fn=F.cross_entropy, schedule="1f1b", microbatches=4)
+    pm = stagecut.compile(model, devices=[0, 1], loss_fn=F.cross_entropy, stages=2, schedule="1f1b", microbatches=4)
     with pm:
         first = slice(0, options.batch)
         pm.prepare(data.x_train[first])

@@ -137,7 +137,7 @@ class Pricer:
         if self._source == "measured" and not self._cluster.simulated and why not in self._warned:
             self._warned.add(why)
             warnings.warn(f"stagecut: {why}; costs are the roofline of {kind.name}", stacklevel=2)
-        return analytic_costs(module, dict(facts), kind)
+        return analytic_costs(module, dict(facts), _with_threads(kind, n_threads))
 
     def _why_analytic(self, kind: DeviceKind) -> str | None:
         """Say why costs of a kind cannot be measured here, or None."""
@@ -146,6 +146,14 @@ class Pricer:
         if any(parameter.is_meta for parameter in self._capture.model.parameters()):
             return "parameters are on the meta device"
         return can_measure(kind)
+
+
+def _with_threads(kind: DeviceKind, n_threads: int) -> DeviceKind:
+    """Let a CPU of one thread compute and move data so many times as fast; other kinds are as they are."""
+    if kind.name != "cpu" or n_threads == 1:
+        return kind
+    rates = {dtype: rate * n_threads for dtype, rate in kind.flops_per_s.items()}
+    return replace(kind, flops_per_s=rates, bytes_per_s=kind.bytes_per_s * n_threads)
 
 
 def _price_copies(

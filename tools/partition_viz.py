@@ -22,7 +22,7 @@ OK, USAGE, NOT_CAPTURABLE, DOES_NOT_FIT = 0, 2, 3, 4
 _GIB = 1 << 30
 _WORKERS = "2"
 # Options that make a plan, with what they are when nobody gave them; a plan file has its answers already.
-_PLANNING = ("devices", "cluster", "replicas", "microbatches", "schedule", "batch", "costs", "memory_gib")
+_PLANNING = ("devices", "cluster", "stages", "replicas", "microbatches", "schedule", "batch", "costs", "memory_gib")
 
 _EXAMPLES = """examples:
   partition-viz show demo:resnet --devices 4
@@ -125,6 +125,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         options.cluster or _workers(options.devices or _WORKERS),
         example_inputs=model.example_inputs,
         example_kwargs=model.example_kwargs,
+        stages=options.stages,
         replicas=options.replicas,
         microbatches=options.microbatches,
         schedule=options.schedule,
@@ -172,7 +173,8 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--devices", metavar="N|LIST", help=f"N CPU workers, or names: cpu,cpu (default: {_WORKERS})")
     place.add_argument("--cluster", metavar="KIND", help="devices that need not exist: sim:4xA100-80GB, cluster.toml")
-    parser.add_argument("--replicas", type=_positive, metavar="N", help="copies of every stage (default: 1)")
+    parser.add_argument("--stages", type=_positive, metavar="N", help="stages of the pipeline (default: chosen)")
+    parser.add_argument("--replicas", type=_positive, metavar="N", help="copies of every stage (default: chosen)")
     parser.add_argument("--microbatches", type=_positive, metavar="M", help="pieces of the batch (default: chosen)")
     parser.add_argument("--schedule", choices=list(TRAINING_SCHEDULES), help="order of compute (default: chosen)")
     parser.add_argument("--batch", type=_positive, metavar="N", help="rows of the example batch (default: the model's)")

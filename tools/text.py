@@ -40,6 +40,10 @@ def print_plan(plan: Plan, timeline: Timeline, console: Console) -> None:
     _say(console, "0-9 forward of that microbatch, a-j its backward, . no compute; numbers repeat after ten", "dim")
     _say(console, timeline.grid(), wrap=False)
     _section(console, "what was considered", alternatives_table(plan))
+    if plan.reasons:
+        _say(console, "\nwhy", "bold")
+    for reason in plan.reasons:
+        _say(console, f"  {reason}")
 
 
 def _section(console: Console, title: str, table: Table, n_colours: int = 0) -> None:

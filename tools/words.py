@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 from ..partitioner.plan import Plan, StageRecord
 
@@ -113,3 +114,16 @@ def device_kinds(stage: StageRecord) -> str:
 def n_ops(plan: Plan, stage: int) -> int:
     """Count the ops of a stage."""
     return sum(1 for op in plan.ops if op.stage == stage)
+
+
+def shape(replicas: Sequence[int], recomputed: Sequence[int]) -> str:
+    """Name stages by their replica counts, and say how many of them compute activations again.
+
+    >>> shape([1], []), shape([2, 2], [0]), shape([3, 1], [])
+    ('1 x 1', '2 x 2, 1 recomputed', '3 + 1')
+    """
+    if not replicas:
+        return ""
+    equal = len(set(replicas)) == 1
+    text = f"{len(replicas)} x {replicas[0]}" if equal else " + ".join(map(str, replicas))
+    return f"{text}, {len(recomputed)} recomputed" if recomputed else text
