@@ -18,7 +18,7 @@ class StageMemory:
         state_bytes: these with gradients and optimizer state.
         saved_bytes: what one microbatch holds from its forward to its backward: what autograd saves, and the values
             that came and went over wires, each storage once.
-        input_bytes: what came over wires, which is all that recompute keeps.
+        input_bytes: what came over wires, which is all that recompute keeps: of a view only what it shows.
         workspace_bytes: the largest of the ops' own needs while they run.
     """
 
@@ -48,10 +48,11 @@ def stage_memory(
 ) -> StageMemory:
     """Add up what a stage of the ops ``own`` holds; ``sizes`` has the bytes of each parameter and buffer."""
     names = dict.fromkeys(name for op in own for name in ops[op].parameters)
-    incoming = _storages(facts, wires_in)
-    saved: dict[int, int] = {**incoming, **_storages(facts, wires_out)}
+    incoming = _received(ops, facts, wires_in)
+    saved = _storages(facts, wires_out)
     for op in own:
         saved.update(facts[op].saves)
+    saved.update(incoming)
     return StageMemory(
         parameter_bytes=sum(sizes[name] for name in names),
         state_bytes=sum(sizes[name] * (STATE_COPIES if name in trainable else 1) for name in names),
@@ -59,6 +60,16 @@ def stage_memory(
         input_bytes=sum(incoming.values()),
         workspace_bytes=max((workspace_bytes.get(op, 0) for op in own), default=0),
     )
+
+
+def _received(ops: Mapping[str, OpNode], facts: Mapping[str, OpFacts], names: Collection[str]) -> dict[int, int]:
+    """Return the bytes that arrive of each storage; every value arrives densely, in memory of its own."""
+    found: dict[int, int] = {}
+    for name in names:
+        holds = facts[name].holds
+        for storage, n_bytes in holds.items():
+            found[storage] = found.get(storage, 0) + (ops[name].output_bytes if len(holds) == 1 else n_bytes)
+    return found
 
 
 def _storages(facts: Mapping[str, OpFacts], names: Collection[str]) -> dict[int, int]:
