@@ -146,23 +146,29 @@ class _Assembly:
     def _prediction(self, plan: Plan) -> Prediction:
         timeline = predict_column(plan)
         cut = self.decision.cut
-        work_s = sum(stage.forward_s + stage.backward_s for stage in plan.stages)
+        work_s = sum(op.forward_s + op.backward_s for op in plan.ops)  # without copies, and computed once
         loads = self._loads_s()
         return Prediction(
             step_s=timeline.makespan_s,
             bubble=timeline.bubble,
             bottleneck_s=max(loads) if cut is None else cut.max_load,
-            lower_bound_s=sum(loads) / self.cluster.n_devices if cut is None else cut.lower_bound,
+            lower_bound_s=self._least_load_s() if cut is None else cut.lower_bound,
             optimal=self.n_stages == 1 if cut is None else cut.optimal,
             one_device_s=self.n_pieces * work_s,
             cost_source=_source(self.costs),
         )
 
+    def _least_load_s(self) -> float:
+        """Return what every device computes if all compute equally long, each op where it is fastest."""
+        by_op = (min(self._compute_s(name, s) for s in range(self.n_stages)) for name in self.ops)
+        return sum(by_op) / self.cluster.n_devices
+
     def _loads_s(self) -> list[float]:
         """Return each stage's compute and transfers for one microbatch, shared by its replicas."""
         loads = [0.0] * self.n_stages
-        for name in self.ops:
-            loads[self.stage_of[name]] += self._compute_s(name, self.stage_of[name])
+        for name, s in ((name, self.stage_of[name]) for name in self.ops):
+            loads[s] += self._compute_s(name, s)
+            loads[s] += self.costs[s].get(name, FREE).forward_s if self.decision.recompute[s] else 0.0
         for transfer in self.priced.graph.graph["transfers"]:
             touched = {self.stage_of[name] for name in transfer["nodes"]}
             for s in touched if len(touched) > 1 else ():

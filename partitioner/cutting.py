@@ -32,7 +32,7 @@ class Cutter:
 
     def __init__(self, time_limit_s: float) -> None:
         self._time_limit_s = time_limit_s
-        self._known: dict[tuple[object, ...], Cut | None] = {}
+        self._known: dict[tuple[object, ...], Cut | InfeasibleError] = {}
 
     def cut(
         self,
@@ -62,18 +62,22 @@ class Cutter:
         if not binding and recompute == "choose":
             recompute = "never"
         key = (id(priced), kinds, sizes, tuple(held) if binding else None, tuple(limits), recompute)
-        if key not in self._known or (diagnose and self._known[key] is None):
-            self._known[key] = None
-            self._known[key] = self._solve(priced.graph, kinds, sizes, limits, held, recompute, diagnose)
-        cut = self._known[key]
-        if cut is None:
-            raise InfeasibleError("no cut fits")
+        cut = self._known.get(key)
+        if cut is None or (diagnose and isinstance(cut, InfeasibleError)):
+            try:
+                cut = self._solve(priced.graph, _names(cluster), kinds, sizes, limits, held, recompute, diagnose)
+            except InfeasibleError as error:
+                cut = error
+            self._known[key] = cut
+        if isinstance(cut, InfeasibleError):
+            raise cut
         stage_of = {str(op): stage for op, stage in cut.stage_of.items()}
         return Stages(stage_of, cut.recompute, cut)
 
     def _solve(
         self,
         graph: nx.DiGraph,
+        stages: Sequence[str],
         kinds: Sequence[str],
         sizes: Sequence[int],
         limits: Sequence[float],
@@ -83,8 +87,8 @@ class Cutter:
     ) -> Cut:
         graph, names = _shared_by_replicas(graph, kinds, sizes)
         devices = [
-            CutDevice(f"stage {s}", name, None if limit == float("inf") else limit)
-            for s, (name, limit) in enumerate(zip(names, limits))
+            CutDevice(stage, name, None if limit == float("inf") else limit)
+            for stage, name, limit in zip(stages, names, limits)
         ]
         cut = solve(
             graph,
@@ -105,32 +109,52 @@ class Cutter:
             )
         return cut
 
-    def unequal_groups(self, priced: Priced, cluster: Cluster, n_stages: int, n_pieces: int) -> tuple[int, ...] | None:
-        """Return the devices of each stage that make the smallest bottleneck with so many stages; None if none fits."""
+    def unequal_groups(
+        self, priced: Priced, cluster: Cluster, n_stages: int, n_pieces: int, modes: Sequence[Recompute]
+    ) -> tuple[int, ...]:
+        """Return the devices of each stage that make the smallest bottleneck with so many stages.
+
+        ``modes`` are tried in turn until one has a cut.
+
+        Raises:
+            InfeasibleError: none has.
+        """
         devices = [
             CutDevice(f"device {i}", device.kind.name, device.kind.memory_bytes)
             for i, device in enumerate(cluster.devices)
         ]
-        try:
-            cut = solve(
-                priced.graph,
-                devices,
-                ordered=True,
-                n_stages=n_stages,
-                max_replicas=cluster.n_devices - n_stages + 1,
-                in_flight="1f1b",
-                n_microbatches=n_pieces,
-                time_limit_s=self._time_limit_s,
-                diagnose=False,
-            )
-        except InfeasibleError:
-            return None
-        return cut.replicas
+        for mode in modes:
+            try:
+                cut = solve(
+                    priced.graph,
+                    devices,
+                    ordered=True,
+                    n_stages=n_stages,
+                    max_replicas=cluster.n_devices - n_stages + 1,
+                    in_flight="1f1b",
+                    n_microbatches=n_pieces,
+                    recompute=mode,
+                    time_limit_s=self._time_limit_s,
+                    diagnose=False,
+                )
+            except InfeasibleError as error:
+                failure = error
+            else:
+                return cut.replicas
+        raise InfeasibleError(f"{n_stages} stages of unequal replicas: {failure.message}", hint=failure.hint)
 
 
 def _kind(priced: Priced, cluster: Cluster, group: Sequence[int]) -> str:
     """Name the slowest kind of a group's devices."""
     return max(sorted({cluster.devices[index].kind.name for index in group}), key=priced.work_s)
+
+
+def _names(cluster: Cluster) -> tuple[str, ...]:
+    """Name each stage with its devices."""
+    return tuple(
+        f"stage {s} on {devices[0]}" + (f" and {len(devices) - 1} more" if len(devices) > 1 else "")
+        for s, devices in enumerate(cluster.stages)
+    )
 
 
 def _most_bytes(graph: nx.DiGraph, in_flight: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ _WORTH = 0.01  # changes that gain less are not worth a line
 
 
 def reasons(
-    plan: Plan, others: Sequence[Plan], rivals: Sequence[Plan], failures: Sequence[Exception]
+    plan: Plan, others: Sequence[Plan], rivals: Sequence[Plan], failures: Sequence[Exception], asked_for: bool = False
 ) -> tuple[str, ...]:
     """Explain the choice of ``plan``.
 
@@ -21,8 +22,14 @@ def reasons(
         others: what else was in the choice, best first.
         rivals: one device and data parallelism where the user's wishes left them out.
         failures: why configurations were no choice.
+        asked_for: recompute was the user's wish.
     """
-    lines = [*_against(plan, others, rivals), *_cut(plan), *_recompute(plan, failures), *_unfit(plan, others, failures)]
+    lines = [
+        *_against(plan, others, rivals),
+        *_cut(plan),
+        *_recompute(plan, asked_for),
+        *_unfit(plan, others, failures),
+    ]
     return tuple(lines + _what_would_help(plan))
 
 
@@ -44,6 +51,16 @@ def describe_groups(sizes: Sequence[int]) -> str:
     if len(set(sizes)) == 1:
         return f"{len(sizes)} stages x {sizes[0]} replicas"
     return f"{len(sizes)} stages of {', '.join(map(str, sizes))} replicas"
+
+
+def in_own_words(error: InfeasibleError) -> InfeasibleError:
+    """Say what the cut advises in terms of what a user of plans can ask for; the cut's devices are stages here."""
+    hint = error.hint or ""
+    hint = re.sub(
+        r"use (\d+) devices \(with \d+ more like '.*?' a cut exists\)", r"use \1 stages of such devices", hint
+    )
+    hint = hint.replace("pass recompute='choose'", "leave out recompute=")
+    return InfeasibleError(error.message, hint=hint or None)
 
 
 def _order(plan: Plan) -> str:
@@ -90,16 +107,23 @@ def _cut(plan: Plan) -> list[str]:
     ]
 
 
-def _recompute(plan: Plan, failures: Sequence[Exception]) -> list[str]:
+def _recompute(plan: Plan, asked_for: bool) -> list[str]:
     again = [str(stage.index) for stage in plan.stages if stage.recompute]
     if not again:
         return []
     extra_s = sum(stage.forward_s for stage in plan.stages if stage.recompute)
-    return [f"recompute on stage {', '.join(again)}: {extra_s * 1e3:.3g} ms more a microbatch, as memory asks for it"]
+    why = "as was asked for" if asked_for else "as memory asks for it"
+    return [f"recompute on stage {', '.join(again)}: {extra_s * 1e3:.3g} ms more a microbatch, {why}"]
 
 
 def _unfit(plan: Plan, others: Sequence[Plan], failures: Sequence[Exception]) -> list[str]:
-    """Say what did not fit, if it would have been simpler than the choice."""
+    """Say what did not fit, if it would have been simpler than the choice, and what the model refused."""
+    refused = [error for error in failures if not isinstance(error, InfeasibleError)]
+    lines = [f"left out, as the model refuses it: {type(error).__name__}: {error}" for error in refused[:1]]
+    return [*lines, *_did_not_fit(plan, others, failures)]
+
+
+def _did_not_fit(plan: Plan, others: Sequence[Plan], failures: Sequence[Exception]) -> list[str]:
     if not any(isinstance(error, InfeasibleError) for error in failures):
         return []
     simplest = min(len(candidate.stages) for candidate in (plan, *others))
@@ -120,10 +144,6 @@ def _what_would_help(plan: Plan) -> list[str]:
     no_links = replace(timing, links=free, send_s=0.0, pack_bytes_per_s=None)
     changes = [
         ("links that cost nothing", replace(plan, timing=no_links)),
-        (
-            "links that cost nothing",
-            replace(plan, timing=replace(timing, links=free, send_s=0.0, pack_bytes_per_s=None)),
-        ),
         ("free gradient reductions", replace(plan, timing=replace(timing, reduce_s=(0.0,) * len(timing.reduce_s)))),
         ("stages of equal time", replace(plan, stages=level)),
         ("a core for every worker", replace(plan, timing=replace(timing, n_cores=None))),

@@ -20,7 +20,7 @@ class StageMemory:
         state_bytes: these with gradients and optimizer state.
         saved_bytes: what one microbatch holds from its forward to its backward: what autograd saves, and the values
             that came and went over wires, each storage once.
-        input_bytes: what came over wires, which is all that recompute keeps.
+        input_bytes: what came over wires, which is all that recompute keeps: of a view only what it shows.
         workspace_bytes: the largest of the ops' own needs while they run, of packets on their way in and out, and of
             the loss, for which three times the result is taken (its logarithms, their gradient, the result's gradient).
     """
@@ -56,11 +56,12 @@ def stage_memory(
     stage is the last.
     """
     names = dict.fromkeys(name for op in own for name in ops[op].parameters)
-    incoming, outgoing = _storages(facts, wires_in), _storages(facts, wires_out)
+    incoming, outgoing = _received(ops, facts, wires_in), _storages(facts, wires_out)
     result = _storages(facts, reported)
-    saved: dict[int, int] = {**incoming, **outgoing, **result}
+    saved: dict[int, int] = {**outgoing, **result}
     for op in own:
         saved.update(facts[op].saves)
+    saved.update(incoming)
     return StageMemory(
         parameter_bytes=sum(sizes[name] for name in names),
         state_bytes=sum(sizes[name] * (STATE_COPIES if name in trainable else 1) for name in names),
@@ -72,6 +73,16 @@ def stage_memory(
             _LOSS_COPIES * sum(result.values()),
         ),
     )
+
+
+def _received(ops: Mapping[str, OpNode], facts: Mapping[str, OpFacts], names: Collection[str]) -> dict[int, int]:
+    """Return the bytes that arrive of each storage; every value arrives densely, in memory of its own."""
+    found: dict[int, int] = {}
+    for name in names:
+        holds = facts[name].holds
+        for storage, n_bytes in holds.items():
+            found[storage] = found.get(storage, 0) + (ops[name].output_bytes if len(holds) == 1 else n_bytes)
+    return found
 
 
 def _storages(facts: Mapping[str, OpFacts], names: Collection[str]) -> dict[int, int]:

@@ -108,7 +108,7 @@ def forced_together(
         touching = [name for name in ops if storage in facts[name].touched]
         last_write = max((i for i, name in enumerate(touching) if storage in facts[name].written), default=-1)
         groups.append(touching if storage in everywhere else touching[: last_write + 1])
-    return [group for group in groups if len(group) > 1]
+    return sorted(group for group in groups if len(group) > 1)  # storages come in no order of their own
 
 
 def ties(capture: Capture, ops: Mapping[str, OpNode]) -> dict[str, tuple[str, ...]]:

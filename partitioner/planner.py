@@ -24,7 +24,7 @@ from .configurations import (
 )
 from .cut_result import Cut
 from .cutting import Cutter, Recompute, Stages
-from .explain import describe_groups, describe_shape, reasons
+from .explain import describe_groups, describe_shape, in_own_words, reasons
 from .plan import Alternative, Plan
 from .pricing import Corrections, Priced, Pricer, Progress, silent
 
@@ -55,6 +55,8 @@ def make_plan(
         InfeasibleError: no cut fits the devices' memory, or there are fewer ops than stages.
         ConstraintError: the wishes contradict each other.
     """
+    if wishes.schedule not in (None, *TRAINING_SCHEDULES):
+        raise ConstraintError(f"schedule must be one of {', '.join(TRAINING_SCHEDULES)}, got {wishes.schedule!r}")
     batched = [leaf.batched for leaf in capture.inputs.leaves if leaf.graph_input is not None]
     batch_rows = next(tensor.shape[0] for tensor, cut in zip(tensors, batched) if cut)
     pricer = Pricer(capture, tensors, cluster, wishes.costs, progress, corrections)
@@ -79,15 +81,16 @@ class _Planner:
         self.batch_rows, self.threads_of = batch_rows, threads_of
         self.cutter = Cutter(_SOLVE_S)
         self.failures: list[Exception] = []
+        self.ways = self._ways()
 
     def run(self) -> Plan:
-        candidates = self._candidates(self._ways())
+        candidates = self._candidates(self.ways)
         if not candidates:
-            raise self._why_nothing() or self.failures[0]
+            raise self._why_nothing() or next(filter(_says_what_to_do, self.failures), self.failures[0])
         rivals = self._rivals()
         ranked = sorted(candidates, key=_rank)
         chosen = ranked[0]
-        others = sorted([*ranked[1:], *rivals], key=_rank)[:_KEPT]
+        others = _kept(sorted([*ranked[1:], *rivals], key=_rank))
         alone = [plan.prediction.step_s for plan in (*candidates, *rivals) if len(plan.devices) == 1]
         one_device_s = min([*alone, chosen.prediction.one_device_s])
         chosen = replace(
@@ -95,7 +98,8 @@ class _Planner:
             prediction=replace(chosen.prediction, one_device_s=one_device_s),
             alternatives=tuple(map(_alternative, others)),
         )
-        return replace(chosen, reasons=reasons(chosen, ranked[1:], rivals, self.failures))
+        asked_for = self.wishes.recompute is not None
+        return replace(chosen, reasons=reasons(chosen, ranked[1:], rivals, self.failures, asked_for))
 
     def _ways(self) -> list[Groups]:
         """List the groups of devices to try; pipelines first: one device then reuses sizes that have a price."""
@@ -104,10 +108,13 @@ class _Planner:
             ways = [groups for groups in ways if max(map(len, groups)) == 1] or ways
         ways += [groups for groups in self._unequal_ways() if groups not in ways]
         if not ways:
+            if self.failures:
+                raise next(filter(_says_what_to_do, self.failures), self.failures[0])
+            kinds = ", ".join(kind.name for kind in self.cluster.kinds)
             raise ConstraintError(
-                f"{self.cluster.n_devices} devices of {len(self.cluster.kinds)} kinds do not make "
-                f"{self.wishes.n_stages} stages of equal kinds",
-                hint="nest the devices to say which make a stage: devices=[[0, 1], [2]]",
+                f"{self.cluster.n_devices} devices ({kinds}) do not divide into {self.wishes.n_stages} stages of equally "
+                "many devices of one kind",
+                hint="give the devices of each stage: replicas=[2, 1], or nested: devices=[[0, 1], [2]]",
             )
         return sorted(ways, key=lambda groups: (len(groups) == 1, len(groups), groups))
 
@@ -129,10 +136,13 @@ class _Planner:
             except Exception as error:
                 self.failures.append(error)
                 continue
-            sizes = self.cutter.unequal_groups(priced, cluster, n_stages, n_pieces)
-            if sizes is not None:
-                ends = [sum(sizes[: s + 1]) for s in range(len(sizes))]
-                ways.append(tuple(tuple(range(end - size, end)) for size, end in zip(sizes, ends)))
+            try:
+                sizes = self.cutter.unequal_groups(priced, cluster, n_stages, n_pieces, self._modes())
+            except InfeasibleError as error:
+                self.failures.append(error)
+                continue
+            ends = [sum(sizes[: s + 1]) for s in range(len(sizes))]
+            ways.append(tuple(tuple(range(end - size, end)) for size, end in zip(sizes, ends)))
         return ways
 
     def _candidates(self, ways: Sequence[Groups]) -> list[Plan]:
@@ -172,8 +182,6 @@ class _Planner:
         try:
             priced = self.pricer.at(rows, self.threads_of(cluster.n_devices))
         except Exception as error:
-            if self.wishes.n_microbatches is not None:
-                raise
             self.failures.append(error)
             return []
         n_pieces = n_pieces_of(cluster.groups, count, self.batch_rows)
@@ -211,37 +219,53 @@ class _Planner:
         if state > sum(limits):
             raise InfeasibleError(
                 f"{describe_groups([len(group) for group in cluster.groups])}: parameters with gradients and optimizer "
-                f"state need {state:,.0f} bytes, and {cluster.n_stages} x {max(limits):,.0f} are there",
+                f"state need {state:,.0f} bytes, and its {_count(cluster.n_stages, 'stage')} can hold "
+                f"{sum(limits):,.0f}",
                 hint=f"use at least {-(-state // max(limits)):,.0f} stages of such devices",
             )
 
     def _fitting(self, draft: _Draft) -> Plan:
         """Cut within the limits, without recompute first; with it where nothing else fits."""
-        modes: list[Recompute] = ["never", "choose"]
-        if self.wishes.recompute is not None:
-            modes = ["always"] if self.wishes.recompute else ["never"]
-        for mode in modes:
+        for mode in self._modes():
             try:
                 return self._within_limits(draft, mode)
             except InfeasibleError as error:
                 failure = error
         raise failure
 
+    def _modes(self) -> tuple[Recompute, ...]:
+        """List the ways to recompute that may be tried, in that order."""
+        if self.wishes.recompute is None:
+            return ("never", "choose")
+        return ("always",) if self.wishes.recompute else ("never",)
+
     def _within_limits(self, draft: _Draft, mode: Recompute) -> Plan:
         """Tighten the limits of the cut by what it does not count (values held for wires) until the plan fits."""
-        cluster, limits, plan = draft.cluster, _limits(draft.cluster), draft.plan
-        over = [0.0] * len(limits)
+        cluster, limits = draft.cluster, _limits(draft.cluster)
         allowed = [limit - extra for limit, extra in zip(limits, draft.uncounted_bytes)]
+        closest: tuple[float, list[float], Plan] | None = None
         for _ in range(_MOST_TIGHTENINGS):
-            stages = self._stages(draft.priced, cluster, draft.schedule, draft.n_pieces, mode, allowed)
+            try:
+                stages = self._stages(draft.priced, cluster, draft.schedule, draft.n_pieces, mode, allowed)
+            except InfeasibleError:
+                if closest is None and allowed != limits:
+                    allowed = list(limits)  # another cut may hold less that is not counted
+                    continue
+                if closest is None:
+                    raise
+                break  # nothing is left that holds as much less as the last one was over
             decision = Decision(
                 cluster, stages.stage_of, stages.recompute, draft.schedule, draft.n_microbatches, stages.cut
             )
             plan = assemble(self.capture, draft.priced, decision, self.batch_rows)
             over = [stage.memory_bytes - limit for stage, limit in zip(plan.stages, limits)]
             if max(over) <= 0:
-                return plan
+                return self._spared(draft, decision, plan)
+            if closest is None or max(over) < closest[0]:
+                closest = max(over), over, plan
             allowed = [limit - 1.05 * max(0.0, excess) for limit, excess in zip(allowed, over)]
+        assert closest is not None
+        _, over, plan = closest
         worst = max(range(len(over)), key=over.__getitem__)
         raise InfeasibleError(
             f"{describe_shape(plan)} under {draft.schedule} with {draft.n_microbatches} microbatches: stage {worst} on "
@@ -249,6 +273,18 @@ class _Planner:
             f"{over[worst]:,.0f} more than its {limits[worst]:,.0f}",
             hint=f"raise memory_bytes by {over[worst]:,.0f}, or use more devices or smaller microbatches",
         )
+
+    def _spared(self, draft: _Draft, decision: Decision, plan: Plan) -> Plan:
+        """Let stages that fit without recompute do without: the search only cares about the slowest stage."""
+        if self.wishes.recompute is not None:
+            return plan
+        for s in (stage.index for stage in plan.stages if stage.recompute):
+            again = tuple(on and other != s for other, on in enumerate(decision.recompute))
+            fewer = replace(decision, recompute=again)
+            tried = assemble(self.capture, draft.priced, fewer, self.batch_rows)
+            if tried.stages[s].memory_bytes <= _limits(draft.cluster)[s]:
+                decision, plan = fewer, tried
+        return plan
 
     def _stages(
         self,
@@ -265,22 +301,21 @@ class _Planner:
 
     def _why_nothing(self) -> InfeasibleError | None:
         """Search for what would fit: for the configuration that needs least, most stages and smallest pieces."""
-        groups = max(self._ways(), key=len)
+        groups = max(self.ways, key=len)
         count = microbatch_counts(self.wishes, groups, self.batch_rows, self.capture.inputs.rows is not None)[-1]
         cluster = self.cluster.with_groups(groups)
         rows = rows_of(groups, count, self.batch_rows)
         if self.wishes.assignment is not None or not self.pricer.is_known(rows, self.threads_of(cluster.n_devices)):
             return None
         priced = self.pricer.at(rows, self.threads_of(cluster.n_devices))
-        modes: dict[bool | None, Recompute] = {None: "choose", True: "always", False: "never"}
-        mode = modes[self.wishes.recompute]
+        mode = self._modes()[-1]
         limits = _limits(cluster)
         n_pieces = n_pieces_of(groups, count, self.batch_rows)
         schedule = self.wishes.schedule or "1f1b"
         try:
             self.cutter.cut(priced, cluster, schedule, n_pieces, mode, limits, diagnose=True)
         except InfeasibleError as error:
-            return error
+            return in_own_words(error)
         return None
 
     def _rivals(self) -> list[Plan]:
@@ -291,8 +326,7 @@ class _Planner:
         wanted: list[Groups] = [((0,),)]
         if cluster.n_devices > 1 and self.capture.inputs.rows is None:
             wanted.append((tuple(range(cluster.n_devices)),))
-        tried = self._ways()
-        drafts = [self._drafts(cluster.with_groups(groups), 1) for groups in wanted if groups not in tried]
+        drafts = [self._drafts(cluster.with_groups(groups), 1) for groups in wanted if groups not in self.ways]
         return self._fitted([draft for of_groups in drafts for draft in of_groups])
 
 
@@ -326,6 +360,23 @@ def _limits(cluster: Cluster) -> list[float]:
     """Return the bytes that each stage's devices have."""
     assert cluster.groups is not None
     return [min(cluster.devices[index].kind.memory_bytes for index in group) for group in cluster.groups]
+
+
+def _kept(ranked: Sequence[Plan]) -> list[Plan]:
+    """Leave out what is far behind, except one device and data parallelism, which everything is compared with."""
+    kept = list(ranked[:_KEPT])
+    for plan in ranked[_KEPT:]:
+        if len(plan.stages) == 1 and all(describe_shape(plan) != describe_shape(other) for other in kept):
+            kept.append(plan)
+    return kept
+
+
+def _says_what_to_do(error: Exception) -> bool:
+    return isinstance(error, InfeasibleError) and error.hint is not None
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _rank(plan: Plan) -> tuple[object, ...]:

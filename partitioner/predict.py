@@ -58,12 +58,18 @@ def _microbatch(span: Span, replica: int, n_alike: int) -> int:
     return span.microbatch if span.microbatch < 0 else span.microbatch * n_alike + replica
 
 
-def _simulated(plan: Plan, layout: Layout, n_pieces: int) -> Timeline:
-    timing = plan.timing
+def _packets(plan: Plan, gradients: bool) -> dict[tuple[int, int], float]:
+    """Return, per pair of stages, the bytes of one packet of values, or of their gradients."""
     packets: dict[tuple[int, int], float] = {}
     for wire in plan.wires:
-        for target in wire.targets:
+        for target in wire.targets if wire.gradient or not gradients else ():
             packets[wire.source, target] = packets.get((wire.source, target), 0.0) + wire.n_bytes
+    return packets
+
+
+def _simulated(plan: Plan, layout: Layout, n_pieces: int) -> Timeline:
+    timing = plan.timing
+    packets, back = _packets(plan, False), _packets(plan, True)
     program = lower(plan.schedule, layout, schedule(plan.schedule, layout, n_pieces), n_pieces)
     timeline = simulate(
         program,
@@ -71,6 +77,7 @@ def _simulated(plan: Plan, layout: Layout, n_pieces: int) -> Timeline:
             forward_s=tuple(stage.forward_s for stage in plan.stages),
             backward_s=tuple(stage.backward_s for stage in plan.stages),
             packet_bytes=packets,
+            gradient_bytes=back,
             link=Link(0.0, float("inf"), timing.source),
             links={(r.source, r.target): Link(r.latency_s, r.bytes_per_s, timing.source) for r in timing.links},
             action_overhead_s=timing.action_s,

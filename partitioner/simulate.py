@@ -20,7 +20,8 @@ class StepCosts:
 
     Attributes:
         forward_s, backward_s: per stage, for one microbatch.
-        packet_bytes: per pair of stages, bytes of one activation packet; a gradient packet has as many.
+        packet_bytes: per pair of stages, bytes of one activation packet.
+        gradient_bytes: per pair of stages, bytes of one gradient packet; None if as many as there.
         link: what a packet costs on its way; ``links`` has the pairs of stages for which that differs.
         action_overhead_s: per compute instruction, the runtime's own work.
         send_overhead_s, pack_bytes_per_s: what sending keeps the sender busy for, and how fast it packs.
@@ -42,6 +43,7 @@ class StepCosts:
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
     hosts: tuple[int, ...] = ()
     n_cores: int | None = None
+    gradient_bytes: Mapping[tuple[int, int], float] | None = None
 
 
 def simulate(program: Program, costs: StepCosts) -> Timeline:
@@ -152,7 +154,9 @@ class _Simulation:
         return seconds[i.stage] + self.costs.action_overhead_s
 
     def _bytes(self, i: Instruction) -> float:
-        return self.costs.packet_bytes.get(self._pair(i), 0.0)
+        back = self.costs.gradient_bytes if i.op is Op.SEND_GRAD else None
+        sizes = self.costs.packet_bytes if back is None else back
+        return sizes.get(self._pair(i), 0.0)
 
     @staticmethod
     def _pair(i: Instruction) -> tuple[int, int]:
@@ -173,7 +177,7 @@ class _Simulation:
             return
         i = self.program.workers[worker][self.at[worker]]
         self.at[worker] += 1
-        if now > start:
+        if now > start or i.op in COMPUTE:  # a backward of no time still waits for its packets
             self.spans.append(Span(worker, i.op.value, i.stage, i.microbatch, start, now))
         if i.op in COMPUTE:
             self.done.add((i.op, i.stage, i.microbatch))

@@ -1,0 +1,304 @@
+"""An independent check of plans: plain loops over a plan's own records; no code of the planner or the simulator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from stagecut.partitioner.plan import OpRecord, Plan, StageRecord
+
+CLOSE = 1e-9
+STATE_AT_MOST = 4  # a parameter, its gradient, and two moments of the optimizer
+
+
+@dataclass(frozen=True)
+class PlanScore:
+    """What the plan's records add up to, and what in the plan contradicts it.
+
+    ``step_s`` is the step without sharing of cores; ``shared`` says whether workers share them, in which case the
+    plan's own prediction is between ``step_s`` and ``slowest_s``.
+    """
+
+    step_s: float
+    slowest_s: float
+    shared: bool
+    faults: tuple[str, ...]
+
+
+def score_plan(plan: Plan, *, one_kind: bool = True) -> PlanScore:
+    """Add up a plan's records and compare; ``one_kind`` says that its devices are equally fast."""
+    clock = _Clock(plan)
+    step_s = clock.step_s(1.0)
+    crowd = _crowd(plan)
+    slowest_s = clock.step_s(crowd)
+    faults = [
+        *_places(plan),
+        *_wires(plan),
+        *_stages(plan, one_kind),
+        *_memory(plan, one_kind),
+        *_prediction(plan),
+        *_times(plan, clock, step_s, slowest_s, crowd),
+    ]
+    return PlanScore(step_s, slowest_s, crowd > 1.0, tuple(faults))
+
+
+def _differ(a: float, b: float) -> bool:
+    return abs(a - b) > CLOSE * max(abs(a), abs(b), 1e-12)
+
+
+def _runs_on(op: OpRecord) -> list[int]:
+    return [op.stage, *op.copies]
+
+
+def _places(plan: Plan) -> Iterator[str]:
+    """Ops in order, stages convex and none empty, copies on later stages only and each used there."""
+    stage_of = {op.name: op.stage for op in plan.ops}
+    known = set(plan.graph_inputs)
+    for op in plan.ops:
+        for name in op.inputs:
+            if name not in known:
+                yield f"{op.name} uses {name}, which is not there yet"
+            if stage_of.get(name, 0) > op.stage:
+                yield f"{op.name} of stage {op.stage} uses {name} of stage {stage_of[name]}"
+        known.add(op.name)
+        if list(op.copies) != sorted({s for s in op.copies if op.stage < s < len(plan.stages)}):
+            yield f"{op.name} of stage {op.stage} has copies on {op.copies}"
+        for s in op.copies:
+            if not any(op.name in other.inputs and s in _runs_on(other) for other in plan.ops):
+                yield f"nobody on stage {s} uses the copy of {op.name}"
+    for index, stage in enumerate(plan.stages):
+        if stage.index != index or index not in stage_of.values() or not stage.devices:
+            yield f"stage {index} is numbered {stage.index}, has devices {stage.devices}, or is empty"
+
+
+def _wires(plan: Plan) -> Iterator[str]:
+    """Every used value is local, copied or wired; every wire is used, and has its value's bytes."""
+    ops = {op.name: op for op in plan.ops}
+    wired = {(wire.value, s) for wire in plan.wires for s in wire.targets}
+    if len(wired) != sum(len(wire.targets) for wire in plan.wires):
+        yield "a value crosses twice to one stage"
+    needed = set()
+    for op in plan.ops:
+        for s in _runs_on(op):
+            for name in op.inputs:
+                if name in ops and s not in _runs_on(ops[name]):
+                    needed.add((name, s))
+    for name, s in sorted(needed - wired):
+        yield f"{name} is used on stage {s} and does not get there"
+    last = len(plan.stages) - 1  # results of the model are gathered there
+    for name, s in sorted(wired - needed):
+        if s != last or s in _runs_on(ops[name]):
+            yield f"{name} crosses to stage {s}, which does not need it"
+    for wire in plan.wires:
+        if wire.source != ops[wire.value].stage or wire.n_bytes != ops[wire.value].output_bytes:
+            yield f"the wire of {wire.value} has {wire.n_bytes} bytes from stage {wire.source}"
+
+
+def _stages(plan: Plan, one_kind: bool) -> Iterator[str]:
+    """Seconds of a stage are those of its ops."""
+    for stage in plan.stages:
+        mine = [op for op in plan.ops if stage.index in _runs_on(op)]
+        forward_s = math.fsum(op.forward_s for op in mine)
+        backward_s = math.fsum(op.backward_s for op in mine) + (stage.forward_s if stage.recompute else 0.0)
+        exact = one_kind or not any(op.copies for op in mine)
+        if exact and (_differ(stage.forward_s, forward_s) or _differ(stage.backward_s, backward_s)):
+            yield (
+                f"stage {stage.index} takes {stage.forward_s} + {stage.backward_s} s, "
+                f"and its ops {forward_s} + {backward_s} s"
+            )
+
+
+def _memory(plan: Plan, one_kind: bool) -> Iterator[str]:
+    """Bytes of a stage are what its record says that they are, within the limit."""
+    n_pieces = _n_pieces(plan)
+    for stage in plan.stages:
+        mine = [op for op in plan.ops if stage.index in _runs_on(op)]
+        where = f"stage {stage.index}"
+        if stage.in_flight != _in_flight(plan, stage.index, n_pieces):
+            yield f"{where} has {stage.in_flight} microbatches in flight"
+        held = stage.in_flight * (stage.input_bytes if stage.recompute else stage.saved_bytes)
+        held += (stage.saved_bytes if stage.recompute else 0) + stage.workspace_bytes
+        if held != stage.held_bytes:
+            yield f"{where} says that it holds {stage.held_bytes} bytes, and its parts are {held}"
+        state = stage.memory_bytes - held
+        if not stage.parameter_bytes <= state <= STATE_AT_MOST * stage.parameter_bytes:
+            yield f"{where} has {stage.parameter_bytes} bytes of parameters, and {state} of state"
+        if stage.memory_bytes > stage.memory_limit_bytes:
+            yield f"{where} needs {stage.memory_bytes} bytes of {stage.memory_limit_bytes}"
+        workspace = max(op.workspace_bytes for op in mine)
+        if one_kind and workspace != stage.workspace_bytes:
+            yield f"{where} has a workspace of {stage.workspace_bytes} bytes, and its ops {workspace}"
+        incoming = sum(wire.n_bytes for wire in plan.wires if stage.index in wire.targets)
+        if not stage.input_bytes <= incoming or stage.input_bytes > stage.saved_bytes:
+            yield f"{where} has inputs of {stage.input_bytes} bytes, wires of {incoming}, saves {stage.saved_bytes}"
+        made = sum(op.saved_bytes + op.output_bytes for op in mine)
+        if stage.saved_bytes > made + incoming:
+            yield f"{where} saves {stage.saved_bytes} bytes, more than all that is there ({made} + {incoming})"
+
+
+def _prediction(plan: Plan) -> Iterator[str]:
+    """Bounds are below what they bound."""
+    p = plan.prediction
+    if p.lower_bound_s > p.bottleneck_s * (1 + CLOSE):
+        yield f"bound {p.lower_bound_s} s above the bottleneck {p.bottleneck_s} s"
+    if p.optimal and p.lower_bound_s < p.bottleneck_s * (1 - 1e-6):
+        yield f"called optimal, with the bound {p.lower_bound_s} s below the bottleneck {p.bottleneck_s} s"
+    for stage in plan.stages:
+        own_s = math.fsum(op.forward_s + op.backward_s for op in plan.ops if op.stage == stage.index)
+        own_s += math.fsum(op.forward_s for op in plan.ops if op.stage == stage.index and stage.recompute)
+        if own_s / len(stage.devices) > p.bottleneck_s * (1 + CLOSE):
+            yield f"stage {stage.index} computes for {own_s} s, more than the bottleneck {p.bottleneck_s} s"
+    whole_s = _n_pieces(plan) * math.fsum(op.forward_s + op.backward_s for op in plan.ops)
+    if p.one_device_s > whole_s * (1 + CLOSE):
+        yield f"one device takes {p.one_device_s} s, and the ops of all microbatches take {whole_s} s"
+
+
+def _times(plan: Plan, clock: _Clock, step_s: float, slowest_s: float, crowd: float) -> Iterator[str]:
+    p = plan.prediction
+    if crowd <= 1.0:
+        if _differ(p.step_s, step_s):
+            yield f"a step takes {step_s} s, and {p.step_s} s were predicted"
+        bubble = 1.0 - clock.compute_s() / (step_s * clock.n_workers)
+        if abs(p.bubble - bubble) > 1e-7:
+            yield f"a bubble of {bubble}, and {p.bubble} was predicted"
+        return
+    most_work_s = max(clock.work_s_of(host) for host in set(clock.hosts))
+    assert plan.timing.n_cores is not None
+    least_s = max(step_s, plan.timing.start_s + most_work_s / plan.timing.n_cores)
+    if p.step_s < least_s * (1 - CLOSE) or p.step_s > slowest_s * (1 + CLOSE):
+        yield f"a step takes {least_s} to {slowest_s} s, and {p.step_s} s were predicted"
+
+
+def _n_pieces(plan: Plan) -> int:
+    return min(plan.batch_rows, plan.n_microbatches * max(len(stage.devices) for stage in plan.stages))
+
+
+def _mine(n_pieces: int, replica: int, n_replicas: int) -> list[int]:
+    return [m for m in range(n_pieces) if m % n_replicas == replica]
+
+
+def _warm_up(stages: tuple[StageRecord, ...], s: int) -> int:
+    """PipeDream's rule: as many as keep the workers from here to the end busy."""
+    return math.ceil(sum(len(stage.devices) for stage in stages[s:]) / len(stages[s].devices))
+
+
+def _in_flight(plan: Plan, s: int, n_pieces: int) -> int:
+    mine = len(_mine(n_pieces, 0, len(plan.stages[s].devices)))
+    return mine if plan.schedule == "fill-drain" else min(mine, _warm_up(plan.stages, s))
+
+
+def _crowd(plan: Plan) -> float:
+    """Say how many busy workers there can be for a core of a host; 1 where each has its own."""
+    n_workers = sum(len(stage.devices) for stage in plan.stages)
+    if plan.timing.n_cores is None:
+        return 1.0
+    hosts = (plan.timing.hosts or tuple(range(n_workers)))[:n_workers]
+    return max(1.0, max(hosts.count(host) for host in hosts) / plan.timing.n_cores)
+
+
+def _order(plan: Plan, s: int, replica: int, n_pieces: int) -> list[tuple[str, int]]:
+    """List a replica's forwards and backwards."""
+    waiting = _mine(n_pieces, replica, len(plan.stages[s].devices))
+    most = len(waiting) if plan.schedule == "fill-drain" else _warm_up(plan.stages, s)
+    order: list[tuple[str, int]] = []
+    held: list[int] = []
+    while waiting or held:
+        if waiting and len(held) < most:
+            held.append(waiting.pop(0))
+            order.append(("F", held[-1]))
+        else:
+            order.append(("B", held.pop(0)))
+    return order
+
+
+class _Clock:
+    """A longest path, found by passing over all workers until nobody can proceed."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.n_pieces = plan, _n_pieces(plan)
+        self.owners = [(s, r) for s, stage in enumerate(plan.stages) for r in range(len(stage.devices))]
+        self.n_workers = len(self.owners)
+        self.orders = [_order(plan, s, r, self.n_pieces) for s, r in self.owners]
+        self.hosts = (plan.timing.hosts or tuple(range(self.n_workers)))[: self.n_workers]
+        self.bytes: dict[tuple[int, int], int] = {}
+        self.back: dict[tuple[int, int], int] = {}
+        for wire in plan.wires:
+            for target in wire.targets:
+                self.bytes[wire.source, target] = self.bytes.get((wire.source, target), 0) + wire.n_bytes
+                if wire.gradient:
+                    self.back[wire.source, target] = self.back.get((wire.source, target), 0) + wire.n_bytes
+
+    def compute_s(self) -> float:
+        return math.fsum(self._seconds(kind, s) for (s, _), order in zip(self.owners, self.orders) for kind, _ in order)
+
+    def work_s_of(self, host: int) -> float:
+        """Add up all that keeps the host's workers busy."""
+        total = 0.0
+        for worker, ((s, _), order) in enumerate(zip(self.owners, self.orders)):
+            if self.hosts[worker] != host:
+                continue
+            total += sum(self._seconds(kind, s) + sum(self._sends(kind, s).values()) for kind, _ in order)
+            total += self._end_s(self.plan.timing.reduce_s, s) + self._end_s(self.plan.timing.finish_s, worker)
+        return total
+
+    @staticmethod
+    def _end_s(seconds: tuple[float, ...], index: int) -> float:
+        return seconds[index] if seconds else 0.0
+
+    def _seconds(self, kind: str, s: int) -> float:
+        stage = self.plan.stages[s]
+        return (stage.forward_s if kind == "F" else stage.backward_s) + self.plan.timing.action_s
+
+    def _sends(self, kind: str, s: int) -> dict[int, float]:
+        """Give, per stage that gets a packet, the seconds that sending it keeps the sender busy."""
+        timing = self.plan.timing
+        if kind == "F":
+            pairs = {b: self.bytes[a, b] for a, b in sorted(self.bytes) if a == s}
+        else:
+            pairs = {a: self.back[a, b] for a, b in sorted(self.back) if b == s}
+        pack = timing.pack_bytes_per_s
+        return {peer: timing.send_s + (0.0 if pack is None else n / pack) for peer, n in pairs.items()}
+
+    def _travel_s(self, a: int, b: int) -> float:
+        n_bytes = self.bytes[a, b] if a < b else self.back[b, a]
+        pair = (min(a, b), max(a, b))
+        found = [link for link in self.plan.timing.links if (link.source, link.target) == pair]
+        assert len(found) == 1, f"{len(found)} links between stages {pair}"
+        return found[0].latency_s + n_bytes / found[0].bytes_per_s
+
+    def step_s(self, slower: float) -> float:
+        """Return when the last worker is done, with all that keeps a worker busy ``slower`` times as long."""
+        at, now = [0] * self.n_workers, [0.0] * self.n_workers
+        arrival: dict[tuple[str, int, int, int], float] = {}
+        moved = True
+        while moved:
+            moved = False
+            for worker, (s, _) in enumerate(self.owners):
+                while at[worker] < len(self.orders[worker]):
+                    kind, m = self.orders[worker][at[worker]]
+                    if kind == "F":
+                        needed = [(kind, a, s, m) for a, b in self.bytes if b == s]
+                    else:
+                        needed = [(kind, b, s, m) for a, b in self.back if a == s]
+                    if any(packet not in arrival for packet in needed):
+                        break
+                    begin = max([now[worker], *(arrival[packet] for packet in needed)])
+                    now[worker] = begin + slower * self._seconds(kind, s)
+                    for peer, busy_s in self._sends(kind, s).items():
+                        now[worker] += slower * busy_s
+                        arrival[kind, s, peer, m] = now[worker] + self._travel_s(s, peer)
+                    at[worker] += 1
+                    moved = True
+        assert at == [len(order) for order in self.orders], "workers wait for each other"
+        return self.plan.timing.start_s + self._last_s(now, slower)
+
+    def _last_s(self, now: list[float], slower: float) -> float:
+        """Let each stage reduce once its last replica is there, then every worker finish."""
+        ends = []
+        for worker, (s, _) in enumerate(self.owners):
+            together = max(now[w] for w, (t, _) in enumerate(self.owners) if t == s)
+            finish_s = self._end_s(self.plan.timing.finish_s, worker)
+            reduce_s = self._end_s(self.plan.timing.reduce_s, s)
+            ends.append(together + slower * (reduce_s + finish_s))
+        return max(ends)
