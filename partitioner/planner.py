@@ -112,8 +112,8 @@ class _Planner:
                 raise next(filter(_says_what_to_do, self.failures), self.failures[0])
             kinds = ", ".join(kind.name for kind in self.cluster.kinds)
             raise ConstraintError(
-                f"{self.cluster.n_devices} devices ({kinds}) do not divide into {self.wishes.n_stages} stages of equally "
-                "many devices of one kind",
+                f"{self.cluster.n_devices} devices ({kinds}) do not divide into {self.wishes.n_stages} stages of "
+                "equally many devices of one kind",
                 hint="give the devices of each stage: replicas=[2, 1], or nested: devices=[[0, 1], [2]]",
             )
         return sorted(ways, key=lambda groups: (len(groups) == 1, len(groups), groups))
