@@ -15,6 +15,7 @@ from .calls import Call, map_values, without_memory
 from .numbers import Expr, Ref
 
 _MOST_CALLS = 200
+_UNSEEN = (KeptFunction, ApplyFunction, Scripted)  # they may draw numbers that torch does not see
 _STEPS = {"item": lambda value, key: value[key], "field": getattr}
 
 
@@ -59,9 +60,7 @@ def _needed(calls: Sequence[Call], ref: Ref) -> set[int]:
         call = calls[index]
         if call.op not in ("call_function", "call_method") or call.region.autocast or call.region.cudnn is not None:
             raise _Depends
-        if isinstance(
-            call.target, (KeptFunction, ApplyFunction, Scripted)
-        ):  # it may draw numbers that torch does not see
+        if isinstance(call.target, _UNSEEN):
             raise _Depends
         waiting += _used(call)
     if any(_writes(call) and needed.intersection(_used(call)) for call in calls):
