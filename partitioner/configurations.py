@@ -11,7 +11,7 @@ from .cluster import Cluster
 Groups = tuple[tuple[int, ...], ...]
 # Up to so many devices every number of stages is tried, with unequal replicas; above, the divisors of their number.
 FEW_DEVICES = 8
-MOST_STAGES = 128
+MOST_STAGES = 64
 _PIECES_PER_STAGE = (1, 2, 4)
 _ROWS = (1, 2, 4, 8)  # of a microbatch, on many devices: few sizes, so that few have to be priced
 

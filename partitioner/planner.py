@@ -29,7 +29,7 @@ from .plan import Alternative, Plan
 from .pricing import Corrections, Priced, Pricer, Progress, silent
 
 _SOLVE_S = 20.0
-_MOST_TIGHTENINGS = 6
+_MOST_TIGHTENINGS, _FEWER_TIGHTENINGS = 6, 3
 _WORTH_FITTING = 1.25  # configurations that are slower by more, even if memory did not matter, are not looked into
 _KEPT = 12
 
@@ -235,6 +235,8 @@ class _Planner:
 
     def _modes(self) -> tuple[Recompute, ...]:
         """List the ways to recompute that may be tried, in that order."""
+        if self.wishes.recompute is None and self.cluster.n_devices > FEW_DEVICES:
+            return ("choose",)  # the same answer where nothing is recomputed, and one search less
         if self.wishes.recompute is None:
             return ("never", "choose")
         return ("always",) if self.wishes.recompute else ("never",)
@@ -244,7 +246,7 @@ class _Planner:
         cluster, limits = draft.cluster, _limits(draft.cluster)
         allowed = [limit - extra for limit, extra in zip(limits, draft.uncounted_bytes)]
         closest: tuple[float, list[float], Plan] | None = None
-        for _ in range(_MOST_TIGHTENINGS):
+        for _ in range(_MOST_TIGHTENINGS if self.cluster.n_devices <= FEW_DEVICES else _FEWER_TIGHTENINGS):
             try:
                 stages = self._stages(draft.priced, cluster, draft.schedule, draft.n_pieces, mode, allowed)
             except InfeasibleError:
