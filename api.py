@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .building import Builder, Launcher, check_stages, constant, gradients_on, tensors_of
+from .building import Builder, Launcher, check_stages, check_threads, constant, gradients_on, tensors_of
 from .errors import ConstraintError, DeviceError
 from .partitioner.capture import capture
 from .partitioner.cluster import Cluster
@@ -88,6 +88,7 @@ def compile(
         raise ConstraintError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
     if launch not in LAUNCHES:
         raise ConstraintError(f"launch must be one of {', '.join(LAUNCHES)}, got {launch!r}")
+    check_threads(threads_per_worker)
     if launch == "auto":
         launch = "torchrun" if under_torchrun() else "local"
     known = load(plan) if isinstance(plan, (str, Path)) else plan
@@ -136,6 +137,7 @@ def plan(
 
     Arguments and errors are those of :func:`compile`; costs of devices that are not there are analytic.
     """
+    check_threads(threads_per_worker)
     kwargs = example_kwargs or {}
     cluster = describe(devices, replicas, memory_bytes)
     check_stages(cluster, stages)

@@ -44,6 +44,16 @@ def tensors_of(captured: Capture, args: tuple[Any, ...], kwargs: dict[str, Any])
     return [leaf for known, leaf in zip(captured.inputs.leaves, leaves) if known.graph_input is not None]
 
 
+def check_threads(n_threads: int | None) -> None:
+    """Refuse a number of threads that no worker can compute with.
+
+    Raises:
+        ConstraintError: it is not positive.
+    """
+    if n_threads is not None and n_threads < 1:
+        raise ConstraintError(f"threads_per_worker must be at least 1, got {n_threads}")
+
+
 def constant(n_threads: int) -> Callable[[int], int]:
     """Give every worker so many threads, however many workers there are."""
     return lambda n_workers: n_threads
@@ -97,9 +107,9 @@ class Builder:
         return self._split(captured, tensors, chosen), chosen
 
     def replan(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], timeline: Timeline, gain: float
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], measure: Callable[[], Timeline], gain: float
     ) -> tuple[PipelineSpec, Plan] | None:
-        """Plan again with measured costs, corrected by a measured timeline; None if no plan is faster by ``gain``.
+        """Plan again with measured costs, corrected by what ``measure`` returns; None if no plan is faster by ``gain``.
 
         Raises:
             StagecutError: under torchrun.
@@ -107,9 +117,10 @@ class Builder:
         if self.launch == "torchrun":
             raise StagecutError(
                 "under torchrun every rank owns its stage's weights, so the cut cannot move while it runs",
-                hint="save state_dict(), plan=pm.plan.save(...), and compile again with the new plan",
+                hint="save pm.state_dict(), start again, and load it after stagecut.compile(...), which plans anew",
             )
         assert self.current is not None
+        timeline = measure()
         with gradients_on():
             captured = self._capture(args, kwargs)
             tensors = tensors_of(captured, args, kwargs)

@@ -110,11 +110,18 @@ class Cutter:
         return cut
 
     def unequal_groups(
-        self, priced: Priced, cluster: Cluster, n_stages: int, n_pieces: int, modes: Sequence[Recompute]
+        self,
+        priced: Priced,
+        cluster: Cluster,
+        n_stages: int,
+        n_pieces: int,
+        modes: Sequence[Recompute],
+        *,
+        diagnose: bool = False,
     ) -> tuple[int, ...]:
         """Return the devices of each stage that make the smallest bottleneck with so many stages.
 
-        ``modes`` are tried in turn until one has a cut.
+        ``modes`` are tried in turn until one has a cut; ``diagnose`` searches, where none has, for what would fit.
 
         Raises:
             InfeasibleError: none has.
@@ -135,7 +142,7 @@ class Cutter:
                     n_microbatches=n_pieces,
                     recompute=mode,
                     time_limit_s=self._time_limit_s,
-                    diagnose=False,
+                    diagnose=diagnose and mode == modes[-1],
                 )
             except InfeasibleError as error:
                 failure = error

@@ -35,6 +35,8 @@ def describe(devices: Devices, replicas: Replicas = None, memory_bytes: float | 
     Raises:
         DeviceError: the description is malformed, does not divide into replicas, or names devices that are not there.
     """
+    if memory_bytes is not None and not memory_bytes > 0:
+        raise DeviceError(f"memory_bytes must be positive, got {memory_bytes}")
     cluster, groups = _read(devices)
     if replicas is not None and groups is not None:
         raise DeviceError("give replicas either by nesting devices or by replicas=, not both")

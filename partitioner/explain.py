@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..errors import InfeasibleError, StagecutError
+from ..errors import InfeasibleError
 from .plan import LinkRecord, Plan
 from .predict import predict_column
 
@@ -53,14 +53,19 @@ def describe_groups(sizes: Sequence[int]) -> str:
     return f"{len(sizes)} stages of {', '.join(map(str, sizes))} replicas"
 
 
-def in_own_words(error: InfeasibleError) -> InfeasibleError:
-    """Say what the cut advises in terms of what a user of plans can ask for; the cut's devices are stages here."""
-    hint = error.hint or ""
-    hint = re.sub(
-        r"use (\d+) devices \(with \d+ more like '.*?' a cut exists\)", r"use \1 stages of such devices", hint
-    )
-    hint = hint.replace("pass recompute='choose'", "leave out recompute=")
-    return InfeasibleError(error.message, hint=hint or None)
+def advice_of(error: InfeasibleError) -> list[str]:
+    """List what the cut advises, as far as a user of plans can ask for it; the cut's devices are stages here."""
+    advice = []
+    for line in (error.hint or "").split(", or "):
+        stages = re.match(r"use (\d+) devices (?:for (\d+) stages )?\(with", line)
+        raised = re.match(r"raise every limit by ([\d,]+) bytes", line)
+        if stages:
+            advice.append(f"make {stages[2] or stages[1]} stages of such devices")
+        elif line.startswith("pass recompute='choose'"):
+            advice.append("leave out recompute=")
+        elif raised:
+            advice.append(f"raise memory_bytes by {raised[1]}")
+    return advice
 
 
 def _order(plan: Plan) -> str:
@@ -126,11 +131,12 @@ def _unfit(plan: Plan, others: Sequence[Plan], failures: Sequence[Exception]) ->
 def _did_not_fit(plan: Plan, others: Sequence[Plan], failures: Sequence[Exception]) -> list[str]:
     if not any(isinstance(error, InfeasibleError) for error in failures):
         return []
-    simplest = min(len(candidate.stages) for candidate in (plan, *others))
-    if simplest == 1:
+    if any(len(candidate.devices) == 1 for candidate in (plan, *others)):
         return []
-    error = next(error for error in failures if isinstance(error, InfeasibleError))
-    return [f"did not fit: {error.message if isinstance(error, StagecutError) else error}"]
+    unfit = [error for error in failures if isinstance(error, InfeasibleError)]
+    numbered = [error for error in unfit if error.hint is not None]
+    told = next((error for error in numbered if error.message.startswith("one device")), (numbered or unfit)[0])
+    return [f"did not fit: {told.message}"]
 
 
 def _what_would_help(plan: Plan) -> list[str]:

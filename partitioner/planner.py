@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,14 +26,17 @@ from .configurations import (
 )
 from .cut_result import Cut
 from .cutting import Cutter, Recompute, Stages
-from .explain import describe_groups, describe_shape, in_own_words, reasons
+from .explain import advice_of, describe_groups, describe_shape, reasons
 from .plan import Alternative, Plan
 from .pricing import Corrections, Priced, Pricer, Progress, silent
 
 _SOLVE_S = 20.0
 _MOST_TIGHTENINGS, _FEWER_TIGHTENINGS = 6, 3
+_SLACKS = (1.1, 1.5)  # of the limits, for cuts of which the plan may hold less than the cut says
 _WORTH_FITTING = 1.25  # configurations that are slower by more, even if memory did not matter, are not looked into
 _KEPT = 12
+_MOST_HALVINGS = 10
+_PATIENCE_S = 10.0  # for finding out what would fit
 
 
 def make_plan(
@@ -59,8 +64,22 @@ def make_plan(
         raise ConstraintError(f"schedule must be one of {', '.join(TRAINING_SCHEDULES)}, got {wishes.schedule!r}")
     batched = [leaf.batched for leaf in capture.inputs.leaves if leaf.graph_input is not None]
     batch_rows = next(tensor.shape[0] for tensor, cut in zip(tensors, batched) if cut)
+    if batch_rows < 1:
+        raise ConstraintError("the example batch has no rows", hint="plan with a batch of the size to be trained with")
+    _check_pieces(capture, cluster, wishes)
     pricer = Pricer(capture, tensors, cluster, wishes.costs, progress, corrections)
     return _Planner(capture, pricer, cluster, wishes, batch_rows, threads_of or _share_of_cores(cluster)).run()
+
+
+def _check_pieces(capture: Capture, cluster: Cluster, wishes: Wishes) -> None:
+    """Refuse pieces of a batch that cannot be cut."""
+    n_replicas = 1 if cluster.groups is None else max(map(len, cluster.groups))
+    if capture.inputs.rows is not None and max(n_replicas, wishes.n_microbatches or 1) > 1:
+        raise ConstraintError(
+            f"this model computes with batches of {capture.inputs.rows} rows only, so neither microbatches nor "
+            "replicas can have a part of them",
+            hint="microbatches=1 and no replicas, or write the model without fixed batch sizes",
+        )
 
 
 def _share_of_cores(cluster: Cluster) -> Callable[[int], int]:
@@ -86,7 +105,7 @@ class _Planner:
     def run(self) -> Plan:
         candidates = self._candidates(self.ways)
         if not candidates:
-            raise self._why_nothing() or next(filter(_says_what_to_do, self.failures), self.failures[0])
+            candidates = [self._closest()]
         rivals = self._rivals()
         ranked = sorted(candidates, key=_rank)
         chosen = ranked[0]
@@ -137,9 +156,10 @@ class _Planner:
                 self.failures.append(error)
                 continue
             try:
-                sizes = self.cutter.unequal_groups(priced, cluster, n_stages, n_pieces, self._modes())
+                only = n % n_stages > 0 and self.wishes.n_stages is not None
+                sizes = self.cutter.unequal_groups(priced, cluster, n_stages, n_pieces, self._modes(), diagnose=only)
             except InfeasibleError as error:
-                self.failures.append(error)
+                self.failures.append(InfeasibleError(error.message, hint=", or ".join(advice_of(error)) or None))
                 continue
             ends = [sum(sizes[: s + 1]) for s in range(len(sizes))]
             ways.append(tuple(tuple(range(end - size, end)) for size, end in zip(sizes, ends)))
@@ -156,7 +176,23 @@ class _Planner:
                     if not self.pricer.is_known(rows, self.threads_of(cluster.n_devices)):
                         continue  # it fits in larger pieces: smaller ones would have to be measured for little
                 drafts += self._drafts(cluster, count)
+            drafts += self._in_larger_pieces(drafts, groups)
         return self._fitted(drafts)
+
+    def _in_larger_pieces(self, drafts: Sequence[_Draft], groups: Groups) -> list[_Draft]:
+        """Halve the count of pieces until the model takes them, where it refuses all that were tried."""
+        cluster = self.cluster.with_groups(groups)
+        if self.wishes.n_microbatches is not None or any(draft.cluster == cluster for draft in drafts):
+            return []
+        count = microbatch_counts(self.wishes, groups, self.batch_rows, self.capture.inputs.rows is not None)[0]
+        while count > 1 and not self.pricer.is_known(
+            rows_of(groups, count, self.batch_rows), self.threads_of(cluster.n_devices)
+        ):
+            count //= 2
+            found = self._drafts(cluster, count)
+            if found:
+                return found
+        return []
 
     def _fitted(self, drafts: Sequence[_Draft]) -> list[Plan]:
         """Make drafts fit in memory, best first; those that lose to a fitting one by far are left out."""
@@ -169,7 +205,7 @@ class _Planner:
             try:
                 plan = draft.plan if draft.fits else self._fitting(draft)
             except InfeasibleError as error:
-                self.failures.append(error)
+                self.failures.append(_of_shape(draft.cluster, error))
                 continue
             found.append(plan)
             best_s = min(best_s, plan.prediction.step_s)
@@ -192,7 +228,7 @@ class _Planner:
                 self._check_state(priced, cluster)
                 stages = self._stages(priced, cluster, schedule, n_pieces, mode, [float("inf")] * cluster.n_stages)
             except InfeasibleError as error:
-                self.failures.append(error)
+                self.failures.append(_of_shape(cluster, error))
                 continue
             decision = Decision(cluster, stages.stage_of, stages.recompute, schedule, count, stages.cut)
             plan = assemble(self.capture, priced, decision, self.batch_rows)
@@ -218,20 +254,24 @@ class _Planner:
         state += sum(entry["memory_bytes"] for entry in graph.graph["shared"])
         if state > sum(limits):
             raise InfeasibleError(
-                f"{describe_groups([len(group) for group in cluster.groups])}: parameters with gradients and optimizer "
-                f"state need {state:,.0f} bytes, and its {_count(cluster.n_stages, 'stage')} can hold "
-                f"{sum(limits):,.0f}",
+                f"parameters with gradients and optimizer state need {state:,.0f} bytes, and "
+                f"{_count(cluster.n_stages, 'stage')} can hold {sum(limits):,.0f}",
                 hint=f"use at least {-(-state // max(limits)):,.0f} stages of such devices",
             )
 
     def _fitting(self, draft: _Draft) -> Plan:
-        """Cut within the limits, without recompute first; with it where nothing else fits."""
-        for mode in self._modes():
-            try:
-                return self._within_limits(draft, mode)
-            except InfeasibleError as error:
-                failure = error
-        raise failure
+        """Cut within the limits, without recompute first; with it where nothing else fits.
+
+        The cut counts some bytes that a plan does not hold (views of what arrived, say): larger limits are tried too.
+        """
+        failures: list[InfeasibleError] = []
+        for slack in (1.0, *_SLACKS) if self.cluster.n_devices <= FEW_DEVICES else (1.0,):
+            for mode in self._modes():
+                try:
+                    return self._within_limits(draft, mode, slack)
+                except InfeasibleError as error:
+                    failures.append(error)
+        raise failures[len(self._modes()) - 1]
 
     def _modes(self) -> tuple[Recompute, ...]:
         """List the ways to recompute that may be tried, in that order."""
@@ -241,16 +281,16 @@ class _Planner:
             return ("never", "choose")
         return ("always",) if self.wishes.recompute else ("never",)
 
-    def _within_limits(self, draft: _Draft, mode: Recompute) -> Plan:
+    def _within_limits(self, draft: _Draft, mode: Recompute, slack: float = 1.0) -> Plan:
         """Tighten the limits of the cut by what it does not count (values held for wires) until the plan fits."""
         cluster, limits = draft.cluster, _limits(draft.cluster)
-        allowed = [limit - extra for limit, extra in zip(limits, draft.uncounted_bytes)]
+        allowed = [slack * limit - extra for limit, extra in zip(limits, draft.uncounted_bytes)]
         closest: tuple[float, list[float], Plan] | None = None
         for _ in range(_MOST_TIGHTENINGS if self.cluster.n_devices <= FEW_DEVICES else _FEWER_TIGHTENINGS):
             try:
                 stages = self._stages(draft.priced, cluster, draft.schedule, draft.n_pieces, mode, allowed)
             except InfeasibleError:
-                if closest is None and allowed != limits:
+                if closest is None and slack == 1.0 and allowed != limits:
                     allowed = list(limits)  # another cut may hold less that is not counted
                     continue
                 if closest is None:
@@ -260,7 +300,7 @@ class _Planner:
                 cluster, stages.stage_of, stages.recompute, draft.schedule, draft.n_microbatches, stages.cut
             )
             plan = assemble(self.capture, draft.priced, decision, self.batch_rows)
-            over = [stage.memory_bytes - limit for stage, limit in zip(plan.stages, limits)]
+            over = _over(plan, limits)
             if max(over) <= 0:
                 return self._spared(draft, decision, plan)
             if closest is None or max(over) < closest[0]:
@@ -270,7 +310,7 @@ class _Planner:
         _, over, plan = closest
         worst = max(range(len(over)), key=over.__getitem__)
         raise InfeasibleError(
-            f"{describe_shape(plan)} under {draft.schedule} with {draft.n_microbatches} microbatches: stage {worst} on "
+            f"under {draft.schedule} with {draft.n_microbatches} microbatches stage {worst} on "
             f"{', '.join(cluster.stages[worst])} needs {plan.stages[worst].memory_bytes:,.0f} bytes, "
             f"{over[worst]:,.0f} more than its {limits[worst]:,.0f}",
             hint=f"raise memory_bytes by {over[worst]:,.0f}, or use more devices or smaller microbatches",
@@ -301,24 +341,76 @@ class _Planner:
             return Stages(dict(self.wishes.assignment), (mode == "always",) * cluster.n_stages)
         return self.cutter.cut(priced, cluster, schedule, n_pieces, mode, limits)
 
-    def _why_nothing(self) -> InfeasibleError | None:
-        """Search for what would fit: for the configuration that needs least, most stages and smallest pieces."""
-        groups = max(self.ways, key=len)
-        count = microbatch_counts(self.wishes, groups, self.batch_rows, self.capture.inputs.rows is not None)[-1]
-        cluster = self.cluster.with_groups(groups)
-        rows = rows_of(groups, count, self.batch_rows)
-        if self.wishes.assignment is not None or not self.pricer.is_known(rows, self.threads_of(cluster.n_devices)):
-            return None
-        priced = self.pricer.at(rows, self.threads_of(cluster.n_devices))
-        mode = self._modes()[-1]
-        limits = _limits(cluster)
-        n_pieces = n_pieces_of(groups, count, self.batch_rows)
-        schedule = self.wishes.schedule or "1f1b"
-        try:
-            self.cutter.cut(priced, cluster, schedule, n_pieces, mode, limits, diagnose=True)
-        except InfeasibleError as error:
-            return in_own_words(error)
+    def _closest(self) -> Plan:
+        """Search for what would fit, in the configuration that is closest to it with the smallest pieces.
+
+        Raises:
+            InfeasibleError: nothing fits; it says what would.
+        """
+        ways = self.ways if self.wishes.assignment is None else []
+        drafts = [draft for groups in ways if (draft := self._frugal(groups)) is not None]
+        if not drafts:
+            raise next(filter(_says_what_to_do, self.failures), self.failures[0])
+        return self._with_least_more(min(drafts, key=self._least_over))
+
+    def _least_over(self, draft: _Draft) -> float:
+        """Return by how much the draft is over its limits, with all the recompute that it may have."""
+        again = (self.wishes.recompute is not False,) * len(draft.plan.stages)
+        decision = Decision(draft.cluster, draft.plan.stage_of, again, draft.schedule, draft.n_microbatches)
+        return max(_over(assemble(self.capture, draft.priced, decision, self.batch_rows), _limits(draft.cluster)))
+
+    def _frugal(self, groups: Groups) -> _Draft | None:
+        """Cut for groups of devices, without memory limits, in the smallest pieces that have a price."""
+        counts = microbatch_counts(self.wishes, groups, self.batch_rows, self.capture.inputs.rows is not None)
+        raised = _with_more_memory(self.cluster.with_groups(groups), float("inf"))
+        for count in reversed(counts):
+            if self.pricer.is_known(rows_of(groups, count, self.batch_rows), self.threads_of(raised.n_devices)):
+                for draft in self._drafts(raised, count):
+                    return replace(draft, cluster=self.cluster.with_groups(groups))
         return None
+
+    def _with_least_more(self, draft: _Draft) -> Plan:
+        """Halve what every limit is raised by while a plan is still found; it may turn out to fit as they are.
+
+        Raises:
+            InfeasibleError: it does not; it advises what was found to be enough.
+        """
+        limits, deadline = _limits(draft.cluster), time.monotonic() + _PATIENCE_S
+        low, high = 0, math.ceil(max(_over(draft.plan, limits)))
+        plan = draft.plan
+        found = False
+        for _ in range(_MOST_HALVINGS):
+            extra = (low + high) // 2 if found else high
+            if found and (high - low <= high // 64 or time.monotonic() > deadline):
+                break
+            try:
+                plan = self._fitting(replace(draft, cluster=_with_more_memory(draft.cluster, extra)))
+                high, found = extra, True
+            except InfeasibleError:
+                low, high = extra, high if found else 2 * high
+        over = _over(plan, limits)
+        if max(over) <= 0:
+            stages = (replace(stage, memory_limit_bytes=limit) for stage, limit in zip(plan.stages, limits))
+            return replace(plan, stages=tuple(stages))
+        worst = max(range(len(over)), key=over.__getitem__)
+        more = [f"raise memory_bytes by {high:,}"] if found else []
+        raise InfeasibleError(
+            f"no plan was found that fits in memory: the closest one, {describe_shape(plan)} under {plan.schedule} in "
+            f"{_count(plan.n_microbatches, 'microbatch')}, puts {plan.stages[worst].memory_bytes:,} bytes on stage "
+            f"{worst} on {', '.join(plan.stages[worst].devices)}, {math.ceil(over[worst]):,} more than its "
+            f"{limits[worst]:,.0f}",
+            hint=", or ".join([*more, *self._advice(draft)]) or None,
+        )
+
+    def _advice(self, draft: _Draft) -> list[str]:
+        """Ask the cut what else would fit."""
+        limits = _limits(draft.cluster)
+        mode = self._modes()[-1]
+        try:
+            self.cutter.cut(draft.priced, draft.cluster, draft.schedule, draft.n_pieces, mode, limits, diagnose=True)
+        except InfeasibleError as error:
+            return [line for line in advice_of(error) if not line.startswith("raise")]
+        return []
 
     def _rivals(self) -> list[Plan]:
         """Plan for one device and for plain data parallelism where the user's wishes leave them out, to compare."""
@@ -358,6 +450,17 @@ class _Draft:
         return all(stage.memory_bytes <= limit for stage, limit in zip(self.plan.stages, _limits(self.cluster)))
 
 
+def _over(plan: Plan, limits: Sequence[float]) -> list[float]:
+    """Return how many bytes each stage is over its limit."""
+    return [stage.memory_bytes - limit for stage, limit in zip(plan.stages, limits)]
+
+
+def _with_more_memory(cluster: Cluster, extra: float) -> Cluster:
+    """Give every device so many bytes more."""
+    kinds = {kind: replace(kind, memory_bytes=kind.memory_bytes + extra) for kind in cluster.kinds}
+    return replace(cluster, devices=tuple(replace(device, kind=kinds[device.kind]) for device in cluster.devices))
+
+
 def _limits(cluster: Cluster) -> list[float]:
     """Return the bytes that each stage's devices have."""
     assert cluster.groups is not None
@@ -373,12 +476,20 @@ def _kept(ranked: Sequence[Plan]) -> list[Plan]:
     return kept
 
 
+def _of_shape(cluster: Cluster, error: InfeasibleError) -> InfeasibleError:
+    """Say of which stages an error speaks."""
+    assert cluster.groups is not None
+    shape = describe_groups([len(group) for group in cluster.groups])
+    return InfeasibleError(f"{shape}: {error.message}", hint=error.hint)
+
+
 def _says_what_to_do(error: Exception) -> bool:
     return isinstance(error, InfeasibleError) and error.hint is not None
 
 
 def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+    plural = f"{what}es" if what.endswith("h") else f"{what}s"
+    return f"{n} {what if n == 1 else plural}"
 
 
 def _rank(plan: Plan) -> tuple[object, ...]:

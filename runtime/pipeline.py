@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..errors import ShapeError, StagecutError, StageError
+from ..errors import ConstraintError, ShapeError, StagecutError, StageError
 from ..structure import flatten, unflatten
 from .attach import Pending, attach
 from .batch import (
@@ -38,9 +38,9 @@ class Build(Protocol):
         """Return what to launch, and the plan that it came from."""
 
     def replan(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], timeline: Timeline, gain: float
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], measure: Callable[[], Timeline], gain: float
     ) -> tuple[PipelineSpec, Any] | None:
-        """Plan again with what a timeline measured; None if no plan is faster by ``gain``."""
+        """Plan again with what ``measure`` returns; None if no plan is faster by ``gain``."""
 
 
 class Pipeline(nn.Module):
@@ -196,6 +196,8 @@ class Pipeline(nn.Module):
 
     def profile(self, *args: Any, target: Any = None, steps: int = 5, **kwargs: Any) -> Profile:
         """Measure ``steps`` training steps on one batch after a warm-up; gradients and buffers stay as they were."""
+        if steps < 1:
+            raise ConstraintError(f"steps must be at least 1, got {steps}")
         measured: list[tuple[float, Timeline]] = []
         with preserved(self.model):
             self._step(args, kwargs, target, profile=False)
@@ -224,8 +226,12 @@ class Pipeline(nn.Module):
         Raises:
             StagecutError: under torchrun, where ranks own their stages' weights.
         """
-        measured = self.profile(*args, target=target, steps=steps, **kwargs)
-        found = self._build.replan(args, kwargs, measured.timeline, gain)
+        self.prepare(*args, **kwargs)
+
+        def measure() -> Timeline:
+            return self.profile(*args, target=target, steps=steps, **kwargs).timeline
+
+        found = self._build.replan(args, kwargs, measure, gain)
         if found is not None:
             if self._engine is not None:
                 self._engine.close()

@@ -77,20 +77,30 @@ class VerifyReport:
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Leave gradients, buffers and random state as they were before the body."""
-    gradients = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     random_state = torch.get_rng_state()
-    for parameter, _ in gradients:
+    for parameter, _, _ in gradients:
         parameter.grad = None
     try:
         yield
     finally:
-        for parameter, gradient in gradients:
+        for parameter, gradient, before in gradients:
+            _put_back(gradient, before)
             parameter.grad = gradient
         for buffer, before in buffers:
             buffer.data = buffer.data.new_empty(before.shape) if buffer.shape != before.shape else buffer.data
             buffer.copy_(before)
         torch.set_rng_state(random_state)
+
+
+def _put_back(gradient: torch.Tensor | None, before: torch.Tensor | None) -> None:
+    """Give a gradient its values again: it may lie in memory that workers hand gradients over in."""
+    if gradient is None or before is None or gradient.layout is not torch.strided:
+        return
+    if not torch.equal(gradient, before):
+        with torch.no_grad():
+            gradient.copy_(before)
 
 
 @contextmanager
