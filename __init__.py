@@ -2,7 +2,7 @@
 
 >>> import torch, stagecut
 >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
->>> plan = stagecut.plan(model, ["cpu", "cpu"], example_inputs=(torch.randn(8, 4),), costs="analytic")
+>>> plan = stagecut.plan(model, ["cpu", "cpu"], example_inputs=(torch.randn(8, 4),), stages=2)
 >>> len(plan.stages)
 2
 """

@@ -153,7 +153,7 @@ def test_the_check_of_plans_finds_what_is_wrong_with_one() -> None:
         "above the bottleneck": replace(made, prediction=replace(p, lower_bound_s=2 * p.bottleneck_s)),
         "were predicted": replace(made, prediction=replace(p, step_s=p.step_s * 1.001)),
         "a bubble of": replace(made, prediction=replace(p, bubble=p.bubble + 0.01)),
-        "of stage 1 uses": replace(made, ops=(replace(made.ops[0], stage=1), *made.ops[1:])),
+        "of stage 0 uses": replace(made, ops=(replace(made.ops[0], stage=1), *made.ops[1:])),
     }
     for words, bad in wrong.items():
         assert any(words in fault for fault in score_plan(bad).faults), words
