@@ -2,7 +2,8 @@
 
 >>> import torch, stagecut
 >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
->>> plan = stagecut.plan(model, ["cpu", "cpu"], example_inputs=(torch.randn(8, 4),), stages=2, costs="analytic")
+>>> x = torch.randn(8, 4)
+>>> plan = stagecut.plan(model, ["cpu", "cpu"], example_inputs=(x,), stages=2, costs="analytic")
 >>> len(plan.stages)
 2
 """

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,35 @@ def refused_for_a_reason(error: StagecutError, wishes: dict[str, Any]) -> None:
         assert re.search(r"\d stages were asked for, but the graph has \d", text), text
 
 
+def test_the_check_of_plans_finds_what_is_wrong_with_one() -> None:
+    model, x = on_meta(4)
+    made = plan(model, "sim:2xA100-80GB", x, stages=2, microbatches=4)
+    sound(made, "sim")
+    longer, x = on_meta(6)
+    three = plan(longer, "sim:3xA100-80GB", x, stages=3, microbatches=4)
+    first, second = made.stages
+    wire, p = made.wires[0], made.prediction
+    wrong = {
+        "does not get there": replace(made, wires=()),
+        "crosses twice": replace(made, wires=(wire, wire)),
+        "which does not need it": replace(
+            three, wires=(*three.wires, replace(three.wires[0], value=three.ops[0].name))
+        ),
+        "the wire of": replace(made, wires=(replace(wire, n_bytes=1),)),
+        "and its ops": replace(made, stages=(replace(first, forward_s=1.0), second)),
+        "in flight": replace(made, stages=(replace(first, in_flight=1), second)),
+        "of state": replace(made, stages=(replace(first, memory_bytes=0), second)),
+        "needs": replace(made, stages=(replace(first, memory_limit_bytes=1.0), second)),
+        "called optimal": replace(made, prediction=replace(p, lower_bound_s=p.bottleneck_s / 2, optimal=True)),
+        "above the bottleneck": replace(made, prediction=replace(p, lower_bound_s=2 * p.bottleneck_s)),
+        "were predicted": replace(made, prediction=replace(p, step_s=p.step_s * 1.001)),
+        "a bubble of": replace(made, prediction=replace(p, bubble=p.bubble + 0.01)),
+        "of stage 0 uses": replace(made, ops=(replace(made.ops[0], stage=1), *made.ops[1:])),
+    }
+    for words, bad in wrong.items():
+        assert any(words in fault for fault in score_plan(bad).faults), words
+
+
 @property_test
 @given(st.integers(0, 10_000), st.sampled_from([(1, 1), (2, 1), (1, 2), (1, 1, 1), (3, 1), (1, 3), (2, 2)]))
 def test_fixed_replicas_add_up(seed: int, sizes: tuple[int, ...]) -> None:
@@ -173,12 +203,11 @@ def test_recompute_is_said_to_be_asked_for_where_it_was() -> None:
 
 
 def test_equal_calls_give_equal_plans() -> None:
-    for seed in (1, 2, 3):
-        model, args, kwargs = random_problem(seed)
-        made, again = (
-            stagecut.plan(model, "sim:4xA100-80GB", example_inputs=args, example_kwargs=kwargs) for _ in range(2)
-        )
-        assert made == again
+    model, args, kwargs = random_problem(1)
+    made, again = (
+        stagecut.plan(model, "sim:4xA100-80GB", example_inputs=args, example_kwargs=kwargs) for _ in range(2)
+    )
+    assert made == again
 
 
 SCRIPT = """
@@ -187,7 +216,7 @@ warnings.simplefilter("ignore")
 import stagecut
 from stagecut.records import to_json
 from test_planner import random_problem
-for seed in (1, 2, 3):
+for seed in (1, 2):
     model, args, kwargs = random_problem(seed)
     made = stagecut.plan(model, "sim:4xA100-80GB", example_inputs=args, example_kwargs=kwargs)
     print(json.dumps(to_json(made)))
@@ -206,13 +235,13 @@ def test_other_processes_with_other_hashes_make_the_same_plans() -> None:
         for seed in ("0", "12345")
     ]  # fmt: skip
     assert given[0] == given[1]
-    assert len(given[0].splitlines()) == 3
+    assert len(given[0].splitlines()) == 2
 
 
 def test_memory_limits_are_met_and_tighter_ones_cost_time() -> None:
     """Ever tighter limits: other stages, then recompute, then nothing, with what would have been enough."""
-    model = chain(*[64] * 9)
-    x = torch.randn(1024, 64)
+    model = chain(*[16] * 5)
+    x = torch.randn(256, 16)
     limit, steps, seen = 2.0**40, [], set()
     while True:
         try:

@@ -88,8 +88,7 @@ def test_a_wrong_cut_is_moved_and_training_goes_on_exactly(launch: str) -> None:
         after = pm.replan(x, target=y, steps=3)
         assert after is pm.plan
         assert after is not before
-        assert after.stage_of != before.stage_of
-        assert after.prediction.step_s < before.prediction.step_s * 10
+        assert 3 <= sum(stage == 0 for stage in after.stage_of.values()) <= 2 * DEPTH - 3
         for p, (identity, _, value), (grad_identity, gradient) in zip(pm.parameters(), parameters, gradients):
             assert id(p) == identity
             assert torch.equal(p, value)
@@ -118,7 +117,7 @@ def test_the_plan_of_the_planner_itself_stays() -> None:
         twins.train(0)
         before = pm.plan
         x, y = batch(7)
-        assert pm.replan(x, target=y, steps=2, gain=0.3) is before
+        assert pm.replan(x, target=y, steps=2, gain=0.5) is before
 
 
 def test_replanning_before_the_first_step_plans_first() -> None:
