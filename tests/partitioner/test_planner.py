@@ -240,8 +240,8 @@ def test_other_processes_with_other_hashes_make_the_same_plans() -> None:
 
 def test_memory_limits_are_met_and_tighter_ones_cost_time() -> None:
     """Ever tighter limits: other stages, then recompute, then nothing, with what would have been enough."""
-    model = chain(*[16] * 5)
-    x = torch.randn(256, 16)
+    model = chain(64, 64, 64, 64, 64, 64, 64, 64, 2)
+    x = torch.randn(2048, 64)
     limit, steps, seen = 2.0**40, [], set()
     while True:
         try:
@@ -257,7 +257,8 @@ def test_memory_limits_are_met_and_tighter_ones_cost_time() -> None:
         seen.add((len(made.stages), any(stage.recompute for stage in made.stages)))
         limit = 0.9 * largest
     assert steps == sorted(steps)
-    assert {(4, False), (2, True)} <= seen
+    assert {again for _, again in seen} == {False, True}
+    assert len({stages for stages, _ in seen}) > 1
 
 
 @pytest.mark.parametrize("seed", range(12))
