@@ -31,7 +31,7 @@ from .plan import Alternative, Plan
 from .pricing import Corrections, Priced, Pricer, Progress, silent
 
 _SOLVE_S = 20.0
-_MOST_TIGHTENINGS, _FEWER_TIGHTENINGS = 6, 3
+_MOST_TIGHTENINGS = 6
 _SLACKS = (1.1, 1.5)  # of the limits, for cuts of which the plan may hold less than the cut says
 _WORTH_FITTING = 1.25  # configurations that are slower by more, even if memory did not matter, are not looked into
 _KEPT = 12
@@ -286,7 +286,7 @@ class _Planner:
         cluster, limits = draft.cluster, _limits(draft.cluster)
         allowed = [slack * limit - extra for limit, extra in zip(limits, draft.uncounted_bytes)]
         closest: tuple[float, list[float], Plan] | None = None
-        for _ in range(_MOST_TIGHTENINGS if self.cluster.n_devices <= FEW_DEVICES else _FEWER_TIGHTENINGS):
+        for _ in range(_MOST_TIGHTENINGS):
             try:
                 stages = self._stages(draft.priced, cluster, draft.schedule, draft.n_pieces, mode, allowed)
             except InfeasibleError:
