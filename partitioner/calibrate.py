@@ -18,8 +18,8 @@ from .cpu import (
     cpu_kind,
     dtype_name,
     kept_calibration,
-    one_thread,
     this_cpu,
+    threads,
 )
 
 _SIZES = (256, 512, 1024, 2048)
@@ -47,7 +47,7 @@ def calibrate(
         raise ValueError(f"seconds must be above 0, got {seconds}")
     total = len(DTYPES) + 2
     rates: dict[str, float] = {}
-    with one_thread():
+    with threads(1):
         for done, dtype in enumerate(DTYPES):
             progress("calibrating the CPU", done, total)
             rates[dtype_name(dtype)] = _rate(dtype, seconds * _PRODUCTS / len(DTYPES))

@@ -16,9 +16,10 @@ from .chunk_exact import MOST_ROWS, best_below
 from .chunk_rows import TooManyRows
 from .chunk_search import Schedule, anneal
 from .cut_input import pinned_pairs
-from .cut_search import TOLERANCE, OutOfTime
+from .cut_search import OutOfTime
 from .dispatch import search
 from .filling import Grouping, any_order
+from .proving import TOLERANCE
 from .reduction import Ints, contract
 
 _FEW_PLACEMENTS = 2e6  # devices ** nodes up to which listing them comes before annealing

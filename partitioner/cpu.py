@@ -31,7 +31,7 @@ def this_cpu() -> DeviceKind:
 
 
 def _quick() -> DeviceKind:
-    with one_thread():
+    with threads(1):
         rates = {}
         for dtype in DTYPES:
             matrix = torch.ones(_QUICK_SIZE, _QUICK_SIZE, dtype=dtype)
@@ -54,10 +54,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread while the body runs."""
+def threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads while the body runs."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -81,8 +81,7 @@ def best_s(function: Callable[[], object], repeats: int = 5, budget_s: float = m
 
 def calibration_file() -> Path:
     """Return where calibrations are kept: next to the measured costs."""
-    folder = Path(os.environ.get("STAGECUT_CACHE") or Path.home() / ".cache" / "stagecut")
-    return folder / _FILE
+    return cache_folder() / _FILE
 
 
 def calibration_key() -> str:
@@ -127,3 +126,8 @@ def usable_cores() -> int:
 def machine_memory_bytes() -> int:
     """Return the bytes of memory in this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cache_folder() -> Path:
+    """Return where measured costs and the calibration are kept: ``$STAGECUT_CACHE`` or ``~/.cache/stagecut``."""
+    return Path(os.environ.get("STAGECUT_CACHE") or Path.home() / ".cache" / "stagecut")

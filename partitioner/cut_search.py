@@ -10,7 +10,6 @@ import numpy as np
 
 from .chain import Chain, best_chain
 from .downsets import (
-    TooManyDownsets,
     enumerate_downsets,
     inseparable,
     neighbours,
@@ -18,13 +17,12 @@ from .downsets import (
     prefixes,
     topological_orders,
 )
+from .proving import FEW, TOLERANCE, is_closed, prove
 from .reduction import Dag, contract
 from .slots import Slots, windows
 
-TOLERANCE = 1e-9  # relative: a cut that is better by less is not looked for
 _SAMPLE = 512
 _MAX_ROUNDS = 12
-FEW = 20_000
 _MOST_VALUES = 1 << 27  # a value per state and downset: a gigabyte
 _FINE = 2e-3  # bisect for a lower bound down to this part of the upper bound
 
@@ -65,7 +63,7 @@ def search(dag: Dag, slots: Slots, deadline: float, max_downsets: int) -> Outcom
     state = _Search(dag, slots, deadline, max_downsets)
     try:
         state.sample()
-        state.prove()
+        prove(state, _FINE)
     except OutOfTime:
         pass
     return Outcome(state.best, state.lower_bound_s, state.proven, state.n_downsets)
@@ -77,7 +75,7 @@ def any_solution(dag: Dag, slots: Slots, time_limit_s: float) -> Outcome:
     try:
         state.sample(first_only=True)
         if state.best is None:
-            state.prove()
+            prove(state, _FINE)
     except OutOfTime:
         pass
     return Outcome(state.best, state.lower_bound_s, state.proven, state.n_downsets)
@@ -108,46 +106,12 @@ class _Search:
         for order in topological_orders(self.dag):
             for masks in _thin(prefixes(order)):
                 self._try(masks)
-            if self._closed() or (first_only and self.best is not None):
+            if is_closed(self) or (first_only and self.best is not None):
                 return
         for _ in range(_MAX_ROUNDS):
             near = {far for mask in self.boundaries for at in neighbours(self.dag, mask) for far in (mask, at)}
             if not self.boundaries or not self._try(near):
                 return
-
-    def prove(self) -> None:
-        """List every downset that a better cut could use; where these are many, first raise the lower bound.
-
-        With a limit below the upper bound there are fewer downsets: if a chain of them is found it is the optimum,
-        and if none is, the limit is a lower bound.
-        """
-        self.proven = self._closed()
-        most = min(FEW, self.max_downsets)
-        while not self.proven:
-            self._bisect(most)
-            if most == self.max_downsets:
-                return
-            most = min(8 * most, self.max_downsets)
-
-    def _bisect(self, most: int) -> None:
-        """Try the upper bound, then limits below it, with a number of downsets that can be looked at."""
-        high = limit = self.limit_s
-        while True:
-            try:
-                found = self._exact(limit, most)
-            except TooManyDownsets:
-                high = limit
-            else:
-                if found is not None or limit >= self.limit_s:
-                    self.best, self.proven = found or self.best, True
-                    return
-                self.lower_bound_s = limit
-            if high - self.lower_bound_s <= _FINE * high:
-                return
-            limit = (self.lower_bound_s + high) / 2
-
-    def _closed(self) -> bool:
-        return self.best is not None and self.limit_s <= self.lower_bound_s
 
     def _try(self, masks: Iterable[int]) -> bool:
         """Look for a better chain among some downsets."""
@@ -161,7 +125,7 @@ class _Search:
         self.boundaries = [inside := inside | sum(1 << v for v in stage) for stage in found.stages]
         return True
 
-    def _exact(self, limit_s: float, most: int) -> Solution | None:
+    def exact(self, limit_s: float, most: int) -> Solution | None:
         dag = merge_inseparable(self.dag, self.slots, limit_s)
         if not np.isfinite(dag.least_s).all():
             return None  # nodes that a cut below the limit would put together have no kind in common

@@ -7,6 +7,7 @@ import time
 from . import cut_search
 from .cut_search import Outcome, OutOfTime
 from .large_search import search_large
+from .proving import FEW
 from .reduction import Dag
 from .slots import Slots
 
@@ -26,7 +27,7 @@ def any_solution(dag: Dag, slots: Slots, time_limit_s: float) -> Outcome:
     if not _by_segments(dag, slots):
         return cut_search.any_solution(dag, slots, time_limit_s)
     clock = _Clock(time.monotonic() + time_limit_s + _NODE_S * len(dag))
-    return search_large(dag, slots, cut_search.FEW, clock, first_only=True)
+    return search_large(dag, slots, FEW, clock, first_only=True)
 
 
 def _by_segments(dag: Dag, slots: Slots) -> bool:

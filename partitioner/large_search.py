@@ -9,9 +9,10 @@ import numpy as np
 
 from .block_chain import RowChain, best_row_chain
 from .boundaries import Boundaries, Columns, columns_of, tabulate
-from .cut_search import FEW, TOLERANCE, Outcome, OutOfTime, Solution, ceiling_s, simple_bound_s
+from .cut_search import Outcome, OutOfTime, Solution, ceiling_s, simple_bound_s
 from .dominance import can_stand_in, undominated
 from .downsets import TooManyDownsets, Words
+from .proving import TOLERANCE, is_closed, prove
 from .reduction import Dag, Floats, Ints
 from .sampling import Sampler
 from .segments import Segments, split, sure_nets
@@ -40,7 +41,7 @@ def search_large(
     try:
         state.sample(first_only=first_only)
         if not first_only or state.best is None:
-            state.prove()
+            prove(state, _FINE)
     except OutOfTime:
         pass
     return Outcome(state.best, state.lower_bound_s, state.proven, state.n_downsets)
@@ -71,37 +72,8 @@ class LargeSearch:
             return
         for found in Sampler(self.segments, self.slots, self.check_time).improve(self.limit_s):
             self.best = named(found.table, found.chain)
-            if first_only or self._closed():
+            if first_only or is_closed(self):
                 return
-
-    def prove(self) -> None:
-        """Search exactly below the best known load; where that is too much, below lower limits, to raise the bound."""
-        self.proven |= self._closed()
-        most = min(FEW, self.max_downsets)
-        while not self.proven:
-            self._bisect(most)
-            if most == self.max_downsets:
-                return
-            most = min(8 * most, self.max_downsets)
-
-    def _closed(self) -> bool:
-        return self.best is not None and self.limit_s <= self.lower_bound_s
-
-    def _bisect(self, most: int) -> None:
-        high = limit = self.limit_s
-        while True:
-            try:
-                found = self.exact(limit, most)
-            except TooManyDownsets:
-                high = limit
-            else:
-                if found is not None or limit >= self.limit_s:
-                    self.best, self.proven = found or self.best, True
-                    return
-                self.lower_bound_s = limit
-            if high - self.lower_bound_s <= _FINE * high:
-                return
-            limit = (self.lower_bound_s + high) / 2
 
     def exact(self, limit_s: float, most: int) -> Solution | None:
         """Find the best cut below the limit; None if there is none."""

@@ -234,12 +234,16 @@ class Plan:
         """Write the plan as JSON."""
         Path(path).write_text(json.dumps(to_json(self), indent=1) + "\n")
 
+    def _pieces(self) -> str:
+        shared = " a replica" if self.layout().n_replicas > 1 else ""
+        return f"{_count(self.batch_rows, 'row')} in {_count(self.n_microbatches, 'microbatch')}{shared}"
+
     def __str__(self) -> str:
         p = self.prediction
         proof = "proven optimal" if p.optimal else f"proven bound {_ms(p.lower_bound_s)}"
         lines = [
-            f"{self.model}: {_stages(len(self.stages))}, {self.schedule}, {self.n_microbatches} microbatches of "
-            f"{self.batch_rows} rows, predicted step {_ms(p.step_s)} ({p.cost_source}), bubble {p.bubble:.0%}, "
+            f"{self.model}: {_count(len(self.stages), 'stage')}, {self.schedule}, {self._pieces()}, "
+            f"predicted step {_ms(p.step_s)} ({p.cost_source}), bubble {p.bubble:.0%}, "
             f"bottleneck {_ms(p.bottleneck_s)} ({proof}); one device {_ms(p.one_device_s)}",
             f"{'stage':>5}  {'devices':<16} {'ops':>5} {'forward':>10} {'backward':>10} {'params':>9} {'memory':>9}",
         ]
@@ -255,8 +259,9 @@ class Plan:
         return "\n".join(lines)
 
 
-def _stages(count: int) -> str:
-    return "1 stage" if count == 1 else f"{count} stages"
+def _count(n: int, what: str) -> str:
+    plural = f"{what}es" if what.endswith("h") else f"{what}s"
+    return f"{n} {what if n == 1 else plural}"
 
 
 def _ms(seconds: float) -> str:

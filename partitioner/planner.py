@@ -68,7 +68,8 @@ def make_plan(
         raise ConstraintError("the example batch has no rows", hint="plan with a batch of the size to be trained with")
     _check_pieces(capture, cluster, wishes)
     pricer = Pricer(capture, tensors, cluster, wishes.costs, progress, corrections)
-    return _Planner(capture, pricer, cluster, wishes, batch_rows, threads_of or _share_of_cores(cluster)).run()
+    threads_of = threads_of or _share_of_cores(cluster)
+    return _Planner(capture, pricer, cluster, wishes, batch_rows, threads_of, progress).run()
 
 
 def _check_pieces(capture: Capture, cluster: Cluster, wishes: Wishes) -> None:
@@ -95,9 +96,10 @@ class _Planner:
         wishes: Wishes,
         batch_rows: int,
         threads_of: Callable[[int], int],
+        progress: Progress,
     ) -> None:
         self.capture, self.pricer, self.cluster, self.wishes = capture, pricer, cluster, wishes
-        self.batch_rows, self.threads_of = batch_rows, threads_of
+        self.batch_rows, self.threads_of, self.progress = batch_rows, threads_of, progress
         self.cutter = Cutter(_SOLVE_S)
         self.failures: list[Exception] = []
         self.ways = self._ways()
@@ -168,7 +170,8 @@ class _Planner:
     def _candidates(self, ways: Sequence[Groups]) -> list[Plan]:
         """Cut every configuration without regard to memory; then make those fit that may still be the best."""
         drafts: list[_Draft] = []
-        for groups in ways:
+        for done, groups in enumerate(ways):
+            self.progress("cutting for groups of devices", done, len(ways))
             for count in microbatch_counts(self.wishes, groups, self.batch_rows, self.capture.inputs.rows is not None):
                 cluster = self.cluster.with_groups(groups)
                 if len(groups) == 1 and any(draft.fits and draft.cluster == cluster for draft in drafts):
@@ -177,6 +180,7 @@ class _Planner:
                         continue  # it fits in larger pieces: smaller ones would have to be measured for little
                 drafts += self._drafts(cluster, count)
             drafts += self._in_larger_pieces(drafts, groups)
+        self.progress("cutting for groups of devices", len(ways), len(ways))
         return self._fitted(drafts)
 
     def _in_larger_pieces(self, drafts: Sequence[_Draft], groups: Groups) -> list[_Draft]:
@@ -199,7 +203,8 @@ class _Planner:
         found: list[Plan] = []
         best_s = float("inf")
         worth = _WORTH_FITTING if self.cluster.n_devices <= FEW_DEVICES else 1.0
-        for draft in sorted(drafts, key=lambda draft: _rank(draft.plan)):
+        for done, draft in enumerate(sorted(drafts, key=lambda draft: _rank(draft.plan)), 1):
+            self.progress("fitting plans into memory", done, len(drafts))
             if draft.plan.prediction.step_s > best_s * worth and not draft.fits:
                 continue  # memory only makes it slower
             try:

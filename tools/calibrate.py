@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from ..partitioner.calibrate import calibrate
 from ..partitioner.cpu import calibration_file
 from ..progress import shown_progress
+from .arguments import positive
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Calibrate, say what was found and where it is kept, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m stagecut.tools.calibrate", description=__doc__)
-    parser.add_argument("--seconds", type=_seconds, default=5.0, help="how long to measure (default: 5)")
+    parser.add_argument("--seconds", type=positive, default=5.0, help="how long to measure (default: 5)")
     seconds = parser.parse_args(arguments).seconds
     try:
         with shown_progress() as progress:
@@ -28,13 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print(f"kept in {calibration_file()}")
     return 0
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ..errors import CaptureError, InfeasibleError, StagecutError
 from ..partitioner.plan import Plan, load
 from ..records import to_json
 from ..runtime.schedules import TRAINING_SCHEDULES
+from .arguments import count, positive
 from .solve import add_solve, solve_text
 
 # What imports torch is imported where it is used: help and wrong arguments answer in a tenth of a second, not in three.
@@ -173,29 +174,15 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--devices", metavar="N|LIST", help=f"N CPU workers, or names: cpu,cpu (default: {_WORKERS})")
     place.add_argument("--cluster", metavar="KIND", help="devices that need not exist: sim:4xA100-80GB, cluster.toml")
-    parser.add_argument("--stages", type=_positive, metavar="N", help="stages of the pipeline (default: chosen)")
-    parser.add_argument("--replicas", type=_positive, metavar="N", help="copies of every stage (default: chosen)")
-    parser.add_argument("--microbatches", type=_positive, metavar="M", help="pieces of the batch (default: chosen)")
+    parser.add_argument("--stages", type=count, metavar="N", help="stages of the pipeline (default: chosen)")
+    parser.add_argument("--replicas", type=count, metavar="N", help="copies of every stage (default: chosen)")
+    parser.add_argument("--microbatches", type=count, metavar="M", help="pieces of the batch (default: chosen)")
     parser.add_argument("--schedule", choices=list(TRAINING_SCHEDULES), help="order of compute (default: chosen)")
-    parser.add_argument("--batch", type=_positive, metavar="N", help="rows of the example batch (default: the model's)")
+    parser.add_argument("--batch", type=count, metavar="N", help="rows of the example batch (default: the model's)")
     parser.add_argument(
         "--costs", choices=["analytic", "measured"], help="roofline, or each op timed on this CPU (default: analytic)"
     )
-    parser.add_argument("--memory-gib", type=_gibibytes, metavar="X", help="memory limit of each worker")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
-def _gibibytes(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
+    parser.add_argument("--memory-gib", type=positive, metavar="X", help="memory limit of each worker")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConstraintError, StagecutError
+from .arguments import count, positive
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -42,10 +43,10 @@ def add_solve(commands: Any) -> None:
     parser.add_argument("graph", metavar="GRAPH.json", type=Path, help="a cost graph as node-link JSON")
     parser.add_argument("--json", action="store_true", help="print the cut as JSON instead of a table")
     parser.add_argument(
-        "--max-chunks", type=_count, default=1, metavar="Q", help="stages that a device may hold (default: 1)"
+        "--max-chunks", type=count, default=1, metavar="Q", help="stages that a device may hold (default: 1)"
     )
     parser.add_argument(
-        "--time-limit-s", type=_seconds, default=20.0, metavar="T", help="when to stop, in seconds (default: 20)"
+        "--time-limit-s", type=positive, default=20.0, metavar="T", help="when to stop, in seconds (default: 20)"
     )
 
 
@@ -221,17 +222,3 @@ def _table(graph: nx.DiGraph, cut: Cut) -> str:
         f"{len(graph)} nodes; largest device load {cut.max_load:.6g} s ({proof}); {cut.seconds:.2f} s of search",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value

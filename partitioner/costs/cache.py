@@ -6,7 +6,8 @@ import json
 import os
 import sys
 from contextlib import suppress
-from pathlib import Path
+
+from ..cpu import cache_folder
 
 _CACHE_VERSION = 6
 
@@ -18,8 +19,7 @@ class Cache:
     """
 
     def __init__(self) -> None:
-        folder = Path(os.environ.get("STAGECUT_CACHE") or Path.home() / ".cache" / "stagecut")
-        self.path = folder / f"costs-{_CACHE_VERSION}.json"
+        self.path = cache_folder() / f"costs-{_CACHE_VERSION}.json"
         self.known: dict[str, tuple[float, float, float]] = {}
         with suppress(OSError, ValueError, TypeError):
             found = json.loads(self.path.read_text()).items()

@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import fx
 from ...structure import map_leaves, tensors_in
 from ..analysis import OpFacts
 from ..cluster import DeviceKind
+from ..cpu import processor_name, threads
 from ..recording.state import untouched
 from .analytic import analytic_costs, from_parameters
 from .cache import Cache
@@ -78,7 +78,7 @@ def measured_costs(
     signatures = {name: own.signature(f"{context}/weights at {places[name]}") for name, own in work.items()}
     fresh = {signatures[name]: isolated for name, isolated in work.items() if signatures[name] not in cache.known}
     failed: set[str] = set()
-    with _threads(n_threads), untouched(graph_module):
+    with threads(n_threads), untouched(graph_module):
         stopwatch = _Stopwatch(device, block_bytes)
         for done, (signature, isolated) in enumerate(fresh.items()):
             progress(done, len(fresh))
@@ -118,27 +118,16 @@ def _name_of(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    with suppress(OSError), open("/proc/cpuinfo") as file:
-        return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "cpu")
-    return "cpu"
-
-
-@contextmanager
-def _threads(count: int) -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return processor_name()
 
 
 def _made_up(like: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Make a tensor of the same layout: normal numbers, zeros where integers may be indices, true for masks."""
-    made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride())) if like.numel() else 0
+    memory = torch.empty(reach, dtype=like.dtype, device=device)  # filled flat: what is expanded lies over itself
     if like.is_floating_point() or like.is_complex():
-        return made.normal_().requires_grad_(like.requires_grad)
-    return made.fill_(like.dtype is torch.bool)
+        return memory.normal_().as_strided(like.shape, like.stride()).requires_grad_(like.requires_grad)
+    return memory.fill_(like.dtype is torch.bool).as_strided(like.shape, like.stride())
 
 
 class _Stopwatch:

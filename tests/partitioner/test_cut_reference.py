@@ -55,7 +55,7 @@ def check(graph: nx.DiGraph, cut: Cut, max_chunks: int) -> None:
 )
 def test_two_chunks_per_device_reach_the_best_known_value(name: str, best: float) -> None:
     graph = nx.node_link_graph(read(name), edges="edges")
-    cut = solve(graph, max_chunks=2, time_limit_s=4.0)
+    cut = solve(graph, max_chunks=2, time_limit_s=20.0)
     check(graph, cut, 2)
     assert cut.max_load <= best + 1e-4
     assert cut.lower_bound <= cut.max_load

@@ -18,8 +18,9 @@ from stagecut.partitioner import dispatch, large_search
 from stagecut.partitioner.cut import Cut, CutDevice, solve
 from stagecut.partitioner.cut_options import read_options
 from stagecut.partitioner.cut_problem import prepare
-from stagecut.partitioner.cut_search import TOLERANCE, OutOfTime, search
+from stagecut.partitioner.cut_search import OutOfTime, search
 from stagecut.partitioner.downsets import masks_of
+from stagecut.partitioner.proving import TOLERANCE, prove
 from stagecut.partitioner.reduction import Dag
 from stagecut.partitioner.segments import split
 from stagecut.partitioner.slots import Slots
@@ -197,7 +198,7 @@ def test_few_of_the_downsets_of_eight_experts_are_left() -> None:
     dag, slots = read(graph, gpus(2), {"ordered": False, "in_flight": [1, 1]})
     state = large_search.LargeSearch(dag, slots, 20_000, lambda: None)
     state.sample(first_only=True)
-    state.prove()
+    prove(state, 1e-4)
     assert state.proven
     assert 0 < state.n_downsets < 20_000  # a layer alone has 390,000
 

@@ -106,7 +106,9 @@ def test_the_layout_numbers_workers_stage_by_stage_and_keeps_gradient_wires_apar
 
 def test_a_plan_prints_its_decision_and_prediction() -> None:
     lines = str(make_plan()).splitlines()
-    assert lines[0].startswith("Net: 3 stages, 1f1b, 4 microbatches of 64 rows, predicted step 12.5 ms (measured)")
+    assert lines[0].startswith(
+        "Net: 3 stages, 1f1b, 64 rows in 4 microbatches a replica, predicted step 12.5 ms (measured)"
+    )
     assert "bubble 25%" in lines[0]
     assert "proven bound 700 ms" in lines[0]
     assert lines[3].split() == ["1", "cpu,cuda:1", "1", "250", "ms", "500", "ms", "3", "MiB", "5", "GiB"]

@@ -1,0 +1,68 @@
+"""Measured costs: every op that runs on made-up inputs is timed once, and kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from stagecut.partitioner.analysis import analyse
+from stagecut.partitioner.capture import capture
+from stagecut.partitioner.costs.measured import measured_costs
+from stagecut.partitioner.costs.op_cost import OpCost
+from stagecut.partitioner.cpu import this_cpu
+
+
+class Mixed(nn.Module):
+    """A weight used by a function, a layer, an expanded value, integers and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 16)
+        self.weight = nn.Parameter(torch.randn(16, 16))
+        self.token = nn.Parameter(torch.randn(1, 1, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.linear(self.embed(x), self.weight)  # (B, T, C)
+        h = torch.cat([self.token.expand(h.shape[0], -1, -1), h], 1)
+        return h.masked_fill(h < 0, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGECUT_CACHE", str(tmp_path))
+
+
+def costs_of(model: nn.Module, x: torch.Tensor) -> dict[str, OpCost]:
+    caught = capture(model, (x,))
+    facts = analyse(caught, [x], x.shape[0])
+    return measured_costs(caught.graph_module, facts, this_cpu(), 1)
+
+
+def test_every_op_is_timed_expanded_inputs_included() -> None:
+    costs = costs_of(Mixed(), torch.randint(7, (64, 12)))
+    timed = {name: cost for name, cost in costs.items() if cost.source == "measured"}
+    assert timed.keys() >= {"embed", "linear", "cat", "masked_fill"}
+    assert {cost.source for name, cost in costs.items() if name not in timed} == {"none"}
+    assert all(cost.forward_s > 0 for cost in timed.values())
+
+
+def test_the_part_for_parameters_is_a_part_of_the_backward() -> None:
+    costs = costs_of(Mixed(), torch.randint(7, (64, 12)))
+    assert all(0 <= cost.backward_weight_s <= cost.backward_s for cost in costs.values())
+    assert costs["embed"].backward_weight_s == costs["embed"].backward_s > 0, "integers have no gradient"
+    assert costs["masked_fill"].backward_weight_s == 0 < costs["masked_fill"].backward_s
+
+
+def test_what_was_measured_is_kept_and_equal_layers_are_measured_once() -> None:
+    x = torch.randn(8, 16)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(5)))
+    costs, again = costs_of(model, x), costs_of(model, x)
+    layers = [name for name, cost in costs.items() if cost.source == "measured"]
+    assert len(layers) == 5
+    # The input of the first needs no gradient, so its backward is another one.
+    assert len({costs[name].forward_s for name in layers}) <= 2
+    assert all(again[name].source == "cached" for name in layers)
+    assert all(again[name].forward_s == costs[name].forward_s for name in layers)
