@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .building import Builder, Launcher, check_stages, check_threads, constant, gradients_on, tensors_of
+from .building import (
+    Builder,
+    Launcher,
+    check_stages,
+    check_threads,
+    constant,
+    gradients_on,
+    loss_of_batch,
+    tensors_of,
+)
 from .errors import ConstraintError, DeviceError
 from .partitioner.capture import capture
 from .partitioner.cluster import Cluster
@@ -44,13 +53,15 @@ def compile(
     loss_weight: Callable[[Any], float] | None = None,
     example_inputs: tuple[Any, ...] | None = None,
     example_kwargs: dict[str, Any] | None = None,
+    example_target: Any = None,
     launch: str = "auto",
     threads_per_worker: int | None = None,
     timeout_s: float = 300.0,
 ) -> Pipeline:
     """Compile ``model`` into a pipelined, replicated training program.
 
-    The model is captured and planned at the first call, from its arguments' shapes (or now, from ``example_inputs``).
+    The model is captured and planned at the first call, from its arguments' shapes (or now, from ``example_inputs``;
+    ``example_target`` is what ``loss_fn`` would compare the result with, so that the loss is priced too).
 
     Args:
         model: any module; its parameters become the pipeline's, and stay the same objects.
@@ -97,7 +108,8 @@ def compile(
     _check_cluster(cluster, known, launch)
     _announce(devices, cluster)
     wishes = Wishes(microbatches, schedule, costs, None, stages, recompute, all_devices=launch == "torchrun")
-    builder = Builder(model, cluster, wishes, known, opaque, threads_per_worker, launch)
+    builder = Builder(model, cluster, wishes, known, opaque, threads_per_worker, launch, loss_fn)
+    builder.target = example_target
     launcher = Launcher(model, loss_fn, launch, threads_per_worker, timeout_s, cluster.n_devices)
     pipeline = Pipeline(
         model,
@@ -123,6 +135,8 @@ def plan(
     *,
     example_inputs: tuple[Any, ...],
     example_kwargs: dict[str, Any] | None = None,
+    loss_fn: Callable[..., Any] | None = None,
+    example_target: Any = None,
     stages: int | None = None,
     replicas: Replicas = None,
     microbatches: int | None = None,
@@ -146,7 +160,8 @@ def plan(
         captured = capture(model, example_inputs, kwargs, opaque=opaque)
         tensors = tensors_of(captured, example_inputs, kwargs)
         threads_of = None if threads_per_worker is None else constant(threads_per_worker)
-        return make_plan(captured, tensors, cluster, wishes, threads_of=threads_of, progress=progress)
+        loss = loss_of_batch(loss_fn, example_target, captured, tensors)
+        return make_plan(captured, tensors, cluster, wishes, threads_of=threads_of, progress=progress, loss=loss)
 
 
 def _check_cluster(cluster: Cluster, known: Plan | None, launch: str) -> None:

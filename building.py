@@ -17,6 +17,7 @@ from .partitioner.capture import Capture, capture
 from .partitioner.cluster import Cluster
 from .partitioner.configurations import Wishes
 from .partitioner.cpu import usable_cores
+from .partitioner.loss import Loss
 from .partitioner.plan import Plan, parse
 from .partitioner.planner import make_plan, random_ops
 from .partitioner.replan import better_plan, stage_seconds
@@ -42,6 +43,16 @@ def tensors_of(captured: Capture, args: tuple[Any, ...], kwargs: dict[str, Any])
     """List the tensors among a call's arguments that are inputs of the captured graph."""
     leaves, _ = call_leaves(captured.model.forward, args, kwargs)
     return [leaf for known, leaf in zip(captured.inputs.leaves, leaves) if known.graph_input is not None]
+
+
+def loss_of_batch(
+    loss_fn: Callable[..., Any] | None, target: Any, captured: Capture, tensors: Sequence[torch.Tensor]
+) -> Loss | None:
+    """Describe the loss of a batch for the planner, if it is known what it compares with."""
+    if loss_fn is None or target is None:
+        return None
+    batched = [leaf.batched for leaf in captured.inputs.leaves if leaf.graph_input is not None]
+    return Loss(loss_fn, target, next(tensor.shape[0] for tensor, cut in zip(tensors, batched) if cut))
 
 
 def check_threads(n_threads: int | None) -> None:
@@ -84,11 +95,13 @@ class Builder:
         opaque: Sequence[str],
         n_threads: int | None,
         launch: str,
+        loss_fn: Callable[..., Any] | None,
     ) -> None:
         if known is not None and n_threads is not None:
             known = replace(known, n_threads=n_threads)
         self.model, self.cluster, self.wishes, self.known = model, cluster, wishes, known
-        self.opaque, self.n_threads, self.launch = opaque, n_threads, launch
+        self.opaque, self.n_threads, self.launch, self.loss_fn = opaque, n_threads, launch, loss_fn
+        self.target: Any = None  # an example of what the loss compares with
         self.current: Plan | None = None
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Plan]:
@@ -103,7 +116,7 @@ class Builder:
             chosen = parse(json.loads(share_text(lambda: json.dumps(to_json(self._plan(captured, tensors))))))
         else:
             chosen = self._plan(captured, tensors)
-        self.current = chosen
+        self.current, self.target = chosen, None
         return self._split(captured, tensors, chosen), chosen
 
     def replan(
@@ -124,11 +137,21 @@ class Builder:
         with gradients_on():
             captured = self._capture(args, kwargs)
             tensors = tensors_of(captured, args, kwargs)
+            loss, self.target = loss_of_batch(self.loss_fn, self.target, captured, tensors), None
             seconds = stage_seconds(timeline, self.current.timing.action_s)
             wishes = replace(self.wishes, costs="measured")
             with shown_progress() as progress:
                 chosen = better_plan(
-                    captured, tensors, self.cluster, wishes, self.current, seconds, gain, self._threads_of(), progress
+                    captured,
+                    tensors,
+                    self.cluster,
+                    wishes,
+                    self.current,
+                    seconds,
+                    gain,
+                    self._threads_of(),
+                    progress,
+                    loss,
                 )
             if chosen is None:
                 return None
@@ -150,7 +173,13 @@ class Builder:
             return self.known
         with shown_progress() as progress:
             return make_plan(
-                captured, tensors, self.cluster, self.wishes, threads_of=self._threads_of(), progress=progress
+                captured,
+                tensors,
+                self.cluster,
+                self.wishes,
+                threads_of=self._threads_of(),
+                progress=progress,
+                loss=loss_of_batch(self.loss_fn, self.target, captured, tensors),
             )
 
 

@@ -1,12 +1,13 @@
 """Predicted against measured: step time and peak memory of several configurations of several models.
 
-Costs are measured and all plans are made before anything runs; then the configurations run in turn, round by round,
-so that a slower minute of the machine hits all of them. Run on an otherwise idle machine:
+All plans are made before anything runs. Then come several sittings: costs are measured afresh, every plan's step is
+predicted from them, and the configurations run in turn, round by round, so that a slower minute of the machine hits
+all of them. A prediction is compared with the steps of its own sitting. Run on an otherwise idle machine:
 
-    python benchmarks/prediction.py --rounds 12
+    python benchmarks/prediction.py
 
-The first table has the median step of each configuration beside its prediction, and the peak resident memory of its
-workers beside what the plan says. The second has the planner's own choice against the best of them.
+The table has the median step of each configuration beside its prediction, and the peak resident memory of its workers
+beside what the plan says; the lines above it have the planner's own choice against the best of them.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import statistics
+import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +32,12 @@ from torch.nn import functional as F
 
 import stagecut
 from stagecut.models.transformer import GPT, next_token_loss
+from stagecut.partitioner.assemble import Decision, assemble
+from stagecut.partitioner.configurations import rows_of
+from stagecut.partitioner.describe import describe
+from stagecut.partitioner.loss import Loss
 from stagecut.partitioner.plan import Plan
+from stagecut.partitioner.pricing import Pricer
 from stagecut.vision_compat import import_torchvision
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -60,14 +70,18 @@ def models() -> dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]]:
 
 @dataclass
 class Row:
-    """One configuration of one model: seconds of a step and bytes of its workers, predicted and measured."""
+    """One configuration of one model: seconds of a step and bytes of its workers, predicted and measured.
+
+    Seconds are medians over the sittings; ``error`` is the median of the sittings' own errors.
+    """
 
     model: str
     configuration: str
     predicted_s: float
     measured_s: float
-    low_s: float
-    high_s: float
+    error: float
+    least_error: float
+    most_error: float
     predicted_bytes: float
     measured_bytes: float
 
@@ -98,55 +112,116 @@ def predicted_bytes(plan: Plan, base: float) -> float:
     return base + max(stage.worker_bytes for stage in plan.stages)
 
 
-def run(name: str, rounds: int) -> tuple[list[Row], Plan]:
-    """Plan all configurations of a model, then step each in turn."""
+class Predictor:
+    """Predicts the step of plans from costs that it measures afresh each time."""
+
+    def __init__(
+        self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss_fn: Any, plans: dict[str, Plan]
+    ) -> None:
+        self.captured = stagecut.capture(model, (x,))
+        self.loss, self.x, self.plans = Loss(loss_fn, y, len(x)), x, plans
+
+    def measure(self) -> dict[str, float]:
+        """Measure the costs of every op and the loss, and return the predicted seconds by configuration."""
+        with tempfile.TemporaryDirectory() as folder, environment(STAGECUT_CACHE=folder):
+            return {what: self._step_s(plan) for what, plan in self.plans.items()}
+
+    def _step_s(self, plan: Plan) -> float:
+        cluster = describe([list(stage.devices) for stage in plan.stages])
+        assert cluster.groups is not None
+        pricer = Pricer(self.captured, [self.x], cluster, loss=self.loss)
+        priced = pricer.at(rows_of(cluster.groups, plan.n_microbatches, plan.batch_rows), plan.n_threads)
+        recompute = tuple(stage.recompute for stage in plan.stages)
+        decision = Decision(cluster, plan.stage_of, recompute, plan.schedule, plan.n_microbatches)
+        return assemble(self.captured, priced, decision, plan.batch_rows).prediction.step_s
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def run(name: str, sittings: int, rounds: int) -> tuple[list[Row], Plan]:
+    """Plan all configurations of a model; then, several times, measure costs, predict, and step each in turn.
+
+    A shared machine is faster now and slower then, so costs and steps are compared within a sitting.
+    """
     model, x, y = models()[name]
+    loss_fn = LOSSES.get(name, F.cross_entropy)
     base = base_bytes()
-    plans = {what: stagecut.plan(model, example_inputs=(x,), **wishes) for what, wishes in CONFIGURATIONS.items()}
-    chosen = stagecut.plan(model, ["cpu", "cpu"], example_inputs=(x,))
+    example = {"example_inputs": (x,), "loss_fn": loss_fn, "example_target": y}
+    plans = {what: stagecut.plan(model, **wishes, **example) for what, wishes in CONFIGURATIONS.items()}
+    chosen = stagecut.plan(model, ["cpu", "cpu"], **example)
+    predictor = Predictor(copy.deepcopy(model), x, y, loss_fn, plans)
     pipelines = {}
     for what, plan in plans.items():
-        pm = stagecut.compile(
-            copy.deepcopy(model),
-            [list(stage.devices) for stage in plan.stages],
-            loss_fn=LOSSES.get(name, F.cross_entropy),
-            plan=plan,
-            example_inputs=(x,),
-        )
-        pipelines[what] = pm
-    times: dict[str, list[float]] = {what: [] for what in plans}
-    for turn in range(rounds + 2):
-        for what, pm in pipelines.items():
-            pm.zero_grad(set_to_none=True)
-            start = time.perf_counter()
-            pm.step(x, target=y)
-            if turn >= 2:
-                times[what].append(time.perf_counter() - start)
+        devices = [list(stage.devices) for stage in plan.stages]
+        pipelines[what] = stagecut.compile(copy.deepcopy(model), devices, loss_fn=loss_fn, plan=plan)
+        for _ in range(2):
+            timed_step(pipelines[what], x, y)
+    predicted: dict[str, list[float]] = {what: [] for what in plans}
+    times: dict[str, list[list[float]]] = {what: [] for what in plans}
+    for _ in range(sittings):
+        for what, seconds in predictor.measure().items():
+            predicted[what].append(seconds)
+            times[what].append([])
+        for _ in range(rounds):
+            for what, pm in pipelines.items():
+                times[what][-1].append(timed_step(pm, x, y))
     rows = []
     for what, plan in plans.items():
-        quartiles = statistics.quantiles(times[what], n=4)
-        held = max(peak_bytes(pipelines[what]))
-        predicted = predicted_bytes(plan, base)
-        rows.append(Row(name, what, plan.prediction.step_s, quartiles[1], quartiles[0], quartiles[2], predicted, held))
+        medians = [statistics.median(sitting) for sitting in times[what]]
+        errors = sorted(p / m - 1 for p, m in zip(predicted[what], medians))
+        rows.append(
+            Row(
+                name,
+                what,
+                statistics.median(predicted[what]),
+                statistics.median(medians),
+                statistics.median(errors),
+                errors[0],
+                errors[-1],
+                predicted_bytes(plan, base),
+                max(peak_bytes(pipelines[what])),
+            )
+        )
     for pm in pipelines.values():
         pm.close()
     return rows, chosen
 
 
+def timed_step(pm: Any, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Return the seconds of one training step without the optimizer."""
+    pm.zero_grad(set_to_none=True)
+    start = time.perf_counter()
+    pm.step(x, target=y)
+    return time.perf_counter() - start
+
+
 def table(rows: list[Row]) -> str:
     """Write the rows as a Markdown table."""
     lines = [
-        "| model | configuration | predicted | measured (quartiles) | error | memory predicted | measured | error |",
+        "| model | configuration | predicted | measured | error (single sittings) | memory predicted | measured | error |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
-            f"| {row.model} | {row.configuration} | {row.predicted_s * 1e3:.1f} ms | {row.measured_s * 1e3:.1f} ms "
-            f"({row.low_s * 1e3:.1f} to {row.high_s * 1e3:.1f}) | {row.predicted_s / row.measured_s - 1:+.1%} | "
+            f"| {row.model} | {row.configuration} | {row.predicted_s * 1e3:.1f} ms | {row.measured_s * 1e3:.1f} ms | "
+            f"{row.error:+.1%} ({row.least_error:+.1%} to {row.most_error:+.1%}) | "
             f"{row.predicted_bytes / 2**20:.0f} MiB | {row.measured_bytes / 2**20:.0f} MiB | "
             f"{row.predicted_bytes / row.measured_bytes - 1:+.1%} |"
         )
-    errors = sorted(abs(row.predicted_s / row.measured_s - 1) for row in rows)
+    errors = sorted(abs(row.error) for row in rows)
     held = sorted(abs(row.predicted_bytes / row.measured_bytes - 1) for row in rows)
     lines.append("")
     lines.append(
@@ -159,14 +234,15 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--sittings", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4, help="steps of each configuration in a sitting")
     parser.add_argument("--model", action="append", choices=["transformer", "resnet50", "mlp"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows: list[Row] = []
     for name in options.model or ["transformer", "resnet50", "mlp"]:
-        found, chosen = run(name, options.rounds)
+        found, chosen = run(name, options.sittings, options.rounds)
         rows += found
         best = min(found, key=lambda row: row.measured_s)
         print(

@@ -81,6 +81,7 @@ class _Assembly:
         self.sizes = state_bytes(capture)
         self.trainable = {name for name, p in capture.model.named_parameters() if p.requires_grad}
         self.workspace = [{name: cost.workspace_bytes for name, cost in costs.items()} for costs in self.costs]
+        self.loss_s = priced.loss_s.get(self._kind_of(self.n_stages - 1), (0.0, 0.0))
         self.wire_bytes_per_s = self._wire_bytes_per_s()
         first = self._crossing({})
         self.copies = choose_copies(
@@ -139,14 +140,14 @@ class _Assembly:
             prediction=Prediction(0.0, 0.0, 0.0, 0.0, False, 0.0, ""),
             alternatives=(),
             n_threads=self.priced.n_threads,
-            timing=timing_of(self.cluster, stages, wires),
+            timing=timing_of(self.cluster, stages, wires, self.loss_s),
         )
         return replace(plan, prediction=self._prediction(plan))
 
     def _prediction(self, plan: Plan) -> Prediction:
         timeline = predict_column(plan)
         cut = self.decision.cut
-        work_s = sum(op.forward_s + op.backward_s for op in plan.ops)  # without copies, and computed once
+        once_s = sum(op.forward_s + op.backward_s for op in plan.ops)  # without copies, and computed once
         loads = self._loads_s()
         return Prediction(
             step_s=timeline.makespan_s,
@@ -154,7 +155,7 @@ class _Assembly:
             bottleneck_s=max(loads) if cut is None else cut.max_load,
             lower_bound_s=self._least_load_s() if cut is None else cut.lower_bound,
             optimal=self.n_stages == 1 if cut is None else cut.optimal,
-            one_device_s=self.n_pieces * work_s,
+            one_device_s=self.n_pieces * (once_s + sum(self.loss_s)),
             cost_source=_source(self.costs),
         )
 
@@ -173,6 +174,7 @@ class _Assembly:
             touched = {self.stage_of[name] for name in transfer["nodes"]}
             for s in touched if len(touched) > 1 else ():
                 loads[s] += transfer["seconds"]
+        loads[-1] += sum(self.loss_s)
         return [load / len(group) for load, group in zip(loads, self.decision.groups)]
 
     def _op(self, op: OpNode) -> OpRecord:
@@ -201,12 +203,13 @@ class _Assembly:
         in_flight = in_flight_of(self.decision.layout(), self.decision.schedule, self.n_pieces)[s]
         again = self.decision.recompute[s]
         forward_s = sum(cost.forward_s for cost in costs)
+        loss_s = self.loss_s if s == self.n_stages - 1 else (0.0, 0.0)  # not computed again
         limits = [self.cluster.devices[index].kind.memory_bytes for index in self.decision.groups[s]]
         return StageRecord(
             index=s,
             devices=self.cluster.stages[s],
-            forward_s=forward_s,
-            backward_s=sum(cost.backward_s for cost in costs) + (forward_s if again else 0.0),
+            forward_s=forward_s + loss_s[0],
+            backward_s=sum(cost.backward_s for cost in costs) + (forward_s if again else 0.0) + loss_s[1],
             parameter_bytes=memory.parameter_bytes,
             saved_bytes=memory.saved_bytes,
             in_flight=in_flight,

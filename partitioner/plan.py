@@ -113,6 +113,8 @@ class Timing:
         action_s: the runtime's own work per compute instruction.
         send_s, pack_bytes_per_s: what sending keeps the sender busy for; None packs at once.
         reduce_s: per stage, the part of the gradient reduction over its replicas that no backward hides.
+        accumulate_s: per stage, by how much a replica's backwards after its first are longer: gradients are added up.
+        loss_s: of a microbatch's loss, forward and backward; both are part of the last stage's seconds.
         start_s: before the workers begin; finish_s: per worker, after its last instruction (() for nothing).
         hosts: per worker, its machine (() for one each); n_cores: workers that a machine runs at full speed at once.
         source: where these numbers come from.
@@ -123,6 +125,8 @@ class Timing:
     send_s: float = 0.0
     pack_bytes_per_s: float | None = None
     reduce_s: tuple[float, ...] = ()
+    accumulate_s: tuple[float, ...] = ()
+    loss_s: tuple[float, float] = (0.0, 0.0)
     start_s: float = 0.0
     finish_s: tuple[float, ...] = ()
     hosts: tuple[int, ...] = ()

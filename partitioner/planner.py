@@ -27,6 +27,7 @@ from .configurations import (
 from .cut_result import Cut
 from .cutting import Cutter, Recompute, Stages
 from .explain import advice_of, describe_groups, describe_shape, reasons
+from .loss import Loss
 from .plan import Alternative, Plan
 from .pricing import Corrections, Priced, Pricer, Progress, silent
 
@@ -48,13 +49,15 @@ def make_plan(
     threads_of: Callable[[int], int] | None = None,
     progress: Progress = silent,
     corrections: Corrections | None = None,
+    loss: Loss | None = None,
 ) -> Plan:
     """Choose stages, replicas, microbatches, schedule and recompute for ``cluster``.
 
     ``tensors`` are the tensor leaves of an example call; the rows of the batched ones are the batch that the plan is
     for. ``threads_of`` gives the CPU threads of each worker for a number of workers; by default they share the cores of
-    their host; ``corrections`` multiply the costs of ops. Deterministic for equal costs. A
-    microbatch count of the planner's own that the model refuses (BatchNorm wants more than one row) is left out.
+    their host; ``corrections`` multiply the costs of ops; ``loss`` is priced on the last stage. Deterministic for equal
+    costs. A microbatch count of the planner's own that the model refuses (BatchNorm wants more than one row) is left
+    out.
 
     Raises:
         InfeasibleError: no cut fits the devices' memory, or there are fewer ops than stages.
@@ -67,7 +70,7 @@ def make_plan(
     if batch_rows < 1:
         raise ConstraintError("the example batch has no rows", hint="plan with a batch of the size to be trained with")
     _check_pieces(capture, cluster, wishes)
-    pricer = Pricer(capture, tensors, cluster, wishes.costs, progress, corrections)
+    pricer = Pricer(capture, tensors, cluster, wishes.costs, progress, corrections, loss)
     threads_of = threads_of or _share_of_cores(cluster)
     return _Planner(capture, pricer, cluster, wishes, batch_rows, threads_of, progress).run()
 

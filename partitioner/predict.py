@@ -84,6 +84,7 @@ def _simulated(plan: Plan, layout: Layout, n_pieces: int) -> Timeline:
             send_overhead_s=timing.send_s,
             pack_bytes_per_s=float("inf") if timing.pack_bytes_per_s is None else timing.pack_bytes_per_s,
             reduce_s=timing.reduce_s,
+            accumulate_s=timing.accumulate_s,
             finish_s=timing.finish_s[: layout.n_workers],
             hosts=timing.hosts[: layout.n_workers],
             n_cores=timing.n_cores,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 import torch
+from torch import fx
 
 from ..errors import ConstraintError
 from ..structure import is_encodable
@@ -16,8 +17,9 @@ from .captured import Capture
 from .cluster import Cluster, DeviceKind
 from .copies import cone, copyable
 from .costs.analytic import analytic_costs
-from .costs.measured import can_measure, measured_costs
+from .costs.measured import can_measure, measured_costs, touched_bytes
 from .costs.op_cost import FREE, OpCost
+from .loss import Loss, loss_seconds
 from .opgraph import OpNode, op_graph
 
 Progress = Callable[[str, int, int], None]
@@ -39,6 +41,7 @@ class Priced:
         facts: what each op does.
         costs: per name of a device kind, the cost of each op.
         graph: what the cut is searched on.
+        loss_s: per name of a device kind, seconds of the loss's forward and backward.
     """
 
     rows: int
@@ -46,6 +49,7 @@ class Priced:
     facts: dict[str, OpFacts]
     costs: dict[str, dict[str, OpCost]]
     graph: nx.DiGraph
+    loss_s: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def ops(self) -> dict[str, OpNode]:
@@ -54,7 +58,7 @@ class Priced:
 
     def work_s(self, kind: str) -> float:
         """Return the seconds that one microbatch takes on one device of a kind."""
-        return sum(map(_seconds, self.costs[kind].values()))
+        return sum(map(_seconds, self.costs[kind].values())) + sum(self.loss_s.get(kind, ()))
 
 
 class Pricer:
@@ -68,10 +72,11 @@ class Pricer:
         source: str = "measured",
         progress: Progress = silent,
         corrections: Corrections | None = None,
+        loss: Loss | None = None,
     ) -> None:
         """Take the tensor leaves of an example call.
 
-        ``corrections`` multiply the costs of ops, as a profile of whole stages asks for.
+        ``corrections`` multiply the costs of ops, as a profile of whole stages asks for; ``loss`` is priced too.
 
         Raises:
             ConstraintError: ``source`` is not ``"measured"`` or ``"analytic"``.
@@ -80,6 +85,7 @@ class Pricer:
             raise ConstraintError(f"costs must be 'measured' or 'analytic', got {source!r}")
         self._capture, self._tensors, self._cluster = capture, list(tensors), cluster
         self._source, self._progress, self._corrections = source, progress, corrections or {}
+        self._loss = loss
         self._facts: dict[int, dict[str, OpFacts]] = {}
         self._known: dict[tuple[int, int], Priced] = {}
         self._warned: set[str] = set()
@@ -93,10 +99,11 @@ class Pricer:
         if (rows, n_threads) not in self._known:
             facts = self.facts(rows)
             costs = {kind.name: self._corrected(facts, rows, kind, n_threads) for kind in self._cluster.kinds}
+            loss_s = {kind.name: self._loss_s(facts, rows, kind, n_threads) for kind in self._cluster.kinds}
             travels = {name: is_encodable(own.value) for name, own in facts.items()}
-            graph = op_graph(self._capture, facts, costs, self._cluster, travels)
+            graph = op_graph(self._capture, facts, self._with_loss(costs, loss_s), self._cluster, travels)
             _price_copies(self._capture, facts, costs, graph)
-            self._known[rows, n_threads] = Priced(rows, n_threads, facts, costs, graph)
+            self._known[rows, n_threads] = Priced(rows, n_threads, facts, costs, graph, loss_s)
         return self._known[rows, n_threads]
 
     def is_known(self, rows: int, n_threads: int) -> bool:
@@ -109,10 +116,38 @@ class Pricer:
             self._facts[rows] = analyse(self._capture, self._tensors, rows)
         return self._facts[rows]
 
+    def _loss_s(self, facts: Mapping[str, OpFacts], rows: int, kind: DeviceKind, n_threads: int) -> tuple[float, float]:
+        if self._loss is None:
+            return 0.0, 0.0
+        touched = touched_bytes(self._capture.graph_module, facts)
+
+        def price(own: Capture, known: dict[str, OpFacts]) -> Mapping[str, OpCost]:
+            return self._costs(own.graph_module, known, rows, kind, n_threads, touched)
+
+        return loss_seconds(self._loss, self._capture, facts, rows, price)
+
+    def _with_loss(
+        self, costs: Mapping[str, dict[str, OpCost]], loss_s: Mapping[str, tuple[float, float]]
+    ) -> dict[str, dict[str, OpCost]]:
+        """Add the loss to the last op of the result, where the cut will find it."""
+        results = {leaf.node for leaf in self._capture.outputs if leaf.node is not None}
+        named = {kind: [name for name in own if name in results] for kind, own in costs.items()}
+        changed = {}
+        for kind, own in costs.items():
+            forward_s, backward_s = loss_s[kind]
+            changed[kind] = dict(own)
+            if named[kind] and forward_s + backward_s > 0:
+                last = own[named[kind][-1]]
+                changed[kind][named[kind][-1]] = replace(
+                    last, forward_s=last.forward_s + forward_s, backward_s=last.backward_s + backward_s
+                )
+        return changed
+
     def _corrected(
         self, facts: Mapping[str, OpFacts], rows: int, kind: DeviceKind, n_threads: int
     ) -> dict[str, OpCost]:
-        costs = self._costs(facts, rows, kind, n_threads)
+        module = self._capture.graph_module
+        costs = self._costs(module, facts, rows, kind, n_threads, touched_bytes(module, facts))
         for name, (forward, backward) in self._corrections.items():
             if name in costs:
                 own = costs[name]
@@ -124,8 +159,15 @@ class Pricer:
                 )
         return costs
 
-    def _costs(self, facts: Mapping[str, OpFacts], rows: int, kind: DeviceKind, n_threads: int) -> dict[str, OpCost]:
-        module = self._capture.graph_module
+    def _costs(
+        self,
+        module: fx.GraphModule,
+        facts: Mapping[str, OpFacts],
+        rows: int,
+        kind: DeviceKind,
+        n_threads: int,
+        touched: int,
+    ) -> dict[str, OpCost]:
         why = self._why_analytic(kind)
         if why is None:
 
@@ -133,7 +175,7 @@ class Pricer:
                 threads = "" if n_threads == 1 else f" with {n_threads} threads"
                 self._progress(f"measuring ops at {rows} rows{threads}", done, total)
 
-            return measured_costs(module, dict(facts), kind, n_threads, progress=tell)
+            return measured_costs(module, dict(facts), kind, n_threads, touched_bytes=touched, progress=tell)
         if self._source == "measured" and not self._cluster.simulated and why not in self._warned:
             self._warned.add(why)
             warnings.warn(f"stagecut: {why}; costs are the roofline of {kind.name}", stacklevel=2)

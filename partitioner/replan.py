@@ -13,6 +13,7 @@ from .assemble import Decision, assemble
 from .captured import Capture
 from .cluster import Cluster
 from .configurations import Wishes, rows_of
+from .loss import Loss
 from .plan import Plan
 from .planner import make_plan
 from .pricing import Corrections, Pricer, Progress, silent
@@ -40,6 +41,7 @@ def better_plan(
     gain: float,
     threads_of: Callable[[int], int] | None = None,
     progress: Progress = silent,
+    loss: Loss | None = None,
 ) -> Plan | None:
     """Return the best plan under corrected costs, if it is faster than ``current`` by ``gain``; None if not.
 
@@ -51,7 +53,7 @@ def better_plan(
     groups = _groups_of(current, cluster)
     own = cluster.with_groups(groups)
     rows = rows_of(groups, current.n_microbatches, current.batch_rows)
-    priced = Pricer(capture, tensors, own, wishes.costs, progress).at(rows, current.n_threads)
+    priced = Pricer(capture, tensors, own, wishes.costs, progress, loss=loss).at(rows, current.n_threads)
     decision = Decision(
         own,
         current.stage_of,
@@ -61,9 +63,9 @@ def better_plan(
     )
     corrections = _corrections(assemble(capture, priced, decision, current.batch_rows), measured)
     best = make_plan(
-        capture, tensors, cluster, wishes, threads_of=threads_of, progress=progress, corrections=corrections
+        capture, tensors, cluster, wishes, threads_of=threads_of, progress=progress, corrections=corrections, loss=loss
     )
-    known = Pricer(capture, tensors, own, wishes.costs, progress, corrections).at(rows, current.n_threads)
+    known = Pricer(capture, tensors, own, wishes.costs, progress, corrections, loss).at(rows, current.n_threads)
     now_s = assemble(capture, known, decision, current.batch_rows).prediction.step_s
     return best if best.prediction.step_s < (1 - gain) * now_s else None
 
@@ -72,10 +74,11 @@ def _corrections(plan: Plan, measured: StageSeconds) -> Corrections:
     factors = []
     for stage in plan.stages:
         forward_s, backward_s = measured.get(stage.index, (0.0, 0.0))
+        planned_s = stage.backward_s + plan.timing.accumulate_s[stage.index]
         factors.append(
             (
                 forward_s / stage.forward_s if forward_s and stage.forward_s else 1.0,
-                backward_s / stage.backward_s if backward_s and stage.backward_s else 1.0,
+                backward_s / planned_s if backward_s and planned_s else 1.0,
             )
         )
     return {op.name: factors[op.stage] for op in plan.ops}

@@ -26,6 +26,7 @@ class StepCosts:
         action_overhead_s: per compute instruction, the runtime's own work.
         send_overhead_s, pack_bytes_per_s: what sending keeps the sender busy for, and how fast it packs.
         reduce_s: per stage, the part of the gradient reduction that no backward hides.
+        accumulate_s: per stage, by how much a worker's backwards after its first are longer; () for nothing.
         finish_s: per worker, its own work after its last instruction.
         hosts: per worker, the machine that it runs on; () for one each.
         n_cores: workers that a machine can run at once; None for all. Where more are busy they share in equal parts.
@@ -39,6 +40,7 @@ class StepCosts:
     send_overhead_s: float = 0.0
     pack_bytes_per_s: float = float("inf")
     reduce_s: tuple[float, ...] = ()
+    accumulate_s: tuple[float, ...] = ()
     finish_s: tuple[float, ...] = ()
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
     hosts: tuple[int, ...] = ()
@@ -100,6 +102,7 @@ class _Simulation:
         self.arrival: dict[Packet, float] = {}
         self.done: set[tuple[Op, int, int]] = set()
         self.reached: dict[int, set[int]] = {}
+        self.has_gradients: set[tuple[int, int]] = set()  # worker, stage
         self.wakes: list[tuple[float, int]] = []
         self.spans: list[Span] = []
         self.finished = [False] * n_workers
@@ -136,7 +139,7 @@ class _Simulation:
             if i.op in COMPUTE and not self._has_inputs(worker, i, now):
                 return
             if i.op in COMPUTE or i.op in SENDS:
-                self._start(worker, self._seconds(i), now)
+                self._start(worker, self._seconds(worker, i), now)
             else:
                 assert i.op in RECEIVES or i.op is Op.FREE
                 self.at[worker] += 1
@@ -147,11 +150,15 @@ class _Simulation:
             self.finished[worker] = True
             self._start(worker, self.costs.finish_s[worker], now)
 
-    def _seconds(self, i: Instruction) -> float:
+    def _seconds(self, worker: int, i: Instruction) -> float:
+        costs = self.costs
         if i.op in SENDS:
-            return self.costs.send_overhead_s + self._bytes(i) / self.costs.pack_bytes_per_s
-        seconds = self.costs.forward_s if i.op is Op.FORWARD else self.costs.backward_s
-        return seconds[i.stage] + self.costs.action_overhead_s
+            return costs.send_overhead_s + self._bytes(i) / costs.pack_bytes_per_s
+        if i.op is Op.FORWARD:
+            return costs.forward_s[i.stage] + costs.action_overhead_s
+        adds = costs.accumulate_s and (worker, i.stage) in self.has_gradients
+        self.has_gradients.add((worker, i.stage))
+        return costs.backward_s[i.stage] + (costs.accumulate_s[i.stage] if adds else 0.0) + costs.action_overhead_s
 
     def _bytes(self, i: Instruction) -> float:
         back = self.costs.gradient_bytes if i.op is Op.SEND_GRAD else None

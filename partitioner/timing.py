@@ -19,15 +19,18 @@ STEP_S = 2e-3
 REDUCE_BYTES_PER_S = 0.69e9
 
 
-def timing_of(cluster: Cluster, stages: Sequence[StageRecord], wires: Sequence[WireRecord]) -> Timing:
-    """Describe the runtime on the devices of ``cluster``, whose groups are the stages."""
+def timing_of(
+    cluster: Cluster, stages: Sequence[StageRecord], wires: Sequence[WireRecord], loss_s: tuple[float, float]
+) -> Timing:
+    """Describe the runtime on the devices of ``cluster``, whose groups are the stages, with the loss's seconds."""
     assert cluster.groups is not None
     pairs = sorted({(wire.source, target) for wire in wires for target in wire.targets})
     links = tuple(_record(cluster, source, target) for source, target in pairs)
     on_cpu = all(device.kind.name == "cpu" for device in cluster.devices)
     reduce_s = tuple(_reduce_s(stage, cluster, group, on_cpu) for stage, group in zip(stages, cluster.groups))
+    accumulate_s = tuple(_accumulate_s(stage, cluster, group) for stage, group in zip(stages, cluster.groups))
     if not on_cpu:
-        return Timing(links, reduce_s=reduce_s, source=cluster.inside.source)
+        return Timing(links, reduce_s=reduce_s, accumulate_s=accumulate_s, loss_s=loss_s, source=cluster.inside.source)
     finish_s = [0.0] * cluster.n_devices
     for stage, group in zip(stages, cluster.groups):
         bandwidth = cluster.devices[group[0]].kind.bytes_per_s
@@ -38,6 +41,8 @@ def timing_of(cluster: Cluster, stages: Sequence[StageRecord], wires: Sequence[W
         send_s=SEND_S,
         pack_bytes_per_s=PACK_BYTES_PER_S,
         reduce_s=reduce_s,
+        accumulate_s=accumulate_s,
+        loss_s=loss_s,
         start_s=STEP_S,
         finish_s=tuple(finish_s),
         hosts=tuple(device.host for device in cluster.devices),
@@ -52,6 +57,11 @@ def _record(cluster: Cluster, source: int, target: int) -> LinkRecord:
     if set(cluster.groups[source]) == set(cluster.groups[target]):
         link = Link(0.0, 2.0**62, "the same worker")
     return LinkRecord(source, target, link.latency_s, link.bytes_per_s)
+
+
+def _accumulate_s(stage: StageRecord, cluster: Cluster, group: Sequence[int]) -> float:
+    """Price adding the gradients of a microbatch to older ones: two reads and a write."""
+    return 3 * stage.parameter_bytes / min(cluster.devices[index].kind.bytes_per_s for index in group)
 
 
 def _reduce_s(stage: StageRecord, cluster: Cluster, group: Sequence[int], on_cpu: bool) -> float:

@@ -32,7 +32,12 @@ from .verify import VerifyReport, compare, gradients_of, preserved, reference_st
 
 
 class Build(Protocol):
-    """Capture, plan and cut the model for the arguments of a first call."""
+    """Capture, plan and cut the model for the arguments of a first call.
+
+    ``target`` is an example of what the loss compares with, where there is one.
+    """
+
+    target: Any
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Any]:
         """Return what to launch, and the plan that it came from."""
@@ -226,6 +231,7 @@ class Pipeline(nn.Module):
         Raises:
             StagecutError: under torchrun, where ranks own their stages' weights.
         """
+        self._build.target = target
         self.prepare(*args, **kwargs)
 
         def measure() -> Timeline:
@@ -276,6 +282,8 @@ class Pipeline(nn.Module):
         want_outputs: bool = False,
         profile: bool = False,
     ) -> tuple[StepRequest, list[int]]:
+        if self._spec is None and target is not None:
+            self._build.target = target
         self.prepare(*args, **kwargs)
         spec = self._spec
         assert spec is not None

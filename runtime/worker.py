@@ -20,6 +20,7 @@ import torch.distributed as dist
 from ..vision_compat import import_torchvision
 from .arena import Arena, parameter_over
 from .executor import Executor
+from .heap import keep_freed_memory
 from .instructions import Instruction
 from .local_messages import Done, Exit, Failed, Forget, Ready, Run, Setup
 from .pickling import dumps, loads
@@ -35,6 +36,7 @@ _PARENT_POLL_S = 0.5
 def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> None:
     """Serve commands until told to leave, or until the parent is gone."""
     threading.Thread(target=_follow_parent, args=(lifeline_fd, parent_pid), daemon=True).start()
+    keep_freed_memory()
     torch.set_num_threads(n_threads)
     connection = Connection(command_fd)
     connection.send_bytes(dumps(Ready()))

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from ..cpu import cache_folder
 
-_CACHE_VERSION = 6
+_CACHE_VERSION = 7
 
 
 class Cache:

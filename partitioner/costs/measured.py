@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,22 +16,23 @@ from ...structure import map_leaves, tensors_in
 from ..analysis import OpFacts
 from ..cluster import DeviceKind
 from ..cpu import processor_name, threads
+from ..meter import bytes_of, storage_of
 from ..recording.state import untouched
 from .analytic import analytic_costs, from_parameters
 from .cache import Cache
 from .isolated import Isolated, cloned
 from .op_cost import FREE, OpCost, is_free
 
-_REPEATS = 4
+_MIN_RUNS = 4
 _MIN_TIMED_S = 5e-3  # per op; quick ops are repeated until they have run for so long
+_MOST_RUNS = 64
 _SLOW_S = 0.1  # slower ops are timed twice only, once warm
 _MIB = 1 << 20
-# In a real stage other ops have used the caches since an op last ran, but its inputs were only just made. So before
-# each timed forward a block is written and the inputs are read again. How large a block depends on what a step touches
-# (model state and what it saves). Against whole forwards and backwards of a transformer, ResNet-50, an MLP and a small
-# convolutional net no block came out 3 to 17 % too fast, 4 MiB for all 46 % too slow for the small net, and 16 MiB 13 %
-# too fast for the transformer's forward at 4 rows.
-_EVICTED_BYTES = ((3 * _MIB, 0), (12 * _MIB, 4 * _MIB), (48 * _MIB, 16 * _MIB), (math.inf, 40 * _MIB))
+# In a real stage an op writes memory that was last used a microbatch ago, reads weights from then, and its inputs were
+# only just made. So an op is timed on several sets of inputs, weights and results in turn, which together are as large
+# as what a step touches, up to so many bytes; and inputs are read just before. Against whole forwards and backwards of
+# a transformer, ResNet-50 and an MLP, rings of 16 MiB came out 3 to 28 % too fast, of 256 MiB 7 % too fast to 4 % slow.
+_RING_BYTES = 256 * _MIB
 # A machine that is shared stalls now and then: repeats that differ by more are done again, and the calmest are taken.
 _CALM = 1.3
 _MOST_TRIES = 3
@@ -52,23 +53,31 @@ def _device_of(kind: DeviceKind) -> torch.device | None:
     return None
 
 
+def touched_bytes(graph_module: fx.GraphModule, facts: Mapping[str, OpFacts]) -> int:
+    """Return the memory that a microbatch touches: the model's state, and what is saved for the backward."""
+    state = (*graph_module.parameters(), *graph_module.buffers())
+    return sum(map(bytes_of, state)) + sum(own.saved_bytes for own in facts.values())
+
+
 def measured_costs(
     graph_module: fx.GraphModule,
     facts: dict[str, OpFacts],
     kind: DeviceKind,
     n_threads: int,
     *,
+    touched_bytes: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, OpCost]:
     """Time every distinct op once on this machine's device of ``kind``, by itself: the memory of one op at a time.
 
+    ``touched_bytes`` is the memory that a microbatch touches, all ops together: an op finds the caches accordingly.
     Results are kept on disk (``$STAGECUT_CACHE``, by default ``~/.cache/stagecut``) by op, shapes, dtypes, strides,
     device, threads and torch version. Ops that do not run on made-up inputs are priced analytically.
     """
     device = _device_of(kind)
     assert device is not None, can_measure(kind)
-    block_bytes = _evicted_bytes(graph_module, facts)
-    context = f"{_name_of(device)}/{n_threads}/{torch.__version__}/{block_bytes}"
+    ring_bytes = min(_RING_BYTES, 1 << max(0, touched_bytes - 1).bit_length())  # coarse: like models share costs
+    context = f"{_name_of(device)}/{n_threads}/{torch.__version__}/{ring_bytes}"
     cache = Cache()
     nodes = [n for n in graph_module.graph.nodes if n.op != "output"]
     work = {n.name: Isolated(n, graph_module, facts) for n in nodes if not is_free(facts[n.name])}
@@ -79,7 +88,7 @@ def measured_costs(
     fresh = {signatures[name]: isolated for name, isolated in work.items() if signatures[name] not in cache.known}
     failed: set[str] = set()
     with threads(n_threads), untouched(graph_module):
-        stopwatch = _Stopwatch(device, block_bytes)
+        stopwatch = _Stopwatch(device, ring_bytes)
         for done, (signature, isolated) in enumerate(fresh.items()):
             progress(done, len(fresh))
             try:
@@ -105,14 +114,6 @@ def measured_costs(
     return costs
 
 
-def _evicted_bytes(graph_module: fx.GraphModule, facts: dict[str, OpFacts]) -> int:
-    state = sum(
-        tensor.numel() * tensor.element_size() for tensor in (*graph_module.parameters(), *graph_module.buffers())
-    )
-    touched = state + sum(own.saved_bytes for own in facts.values())
-    return next(block for most, block in _EVICTED_BYTES if touched < most)
-
-
 def _name_of(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -121,52 +122,66 @@ def _name_of(device: torch.device) -> str:
     return processor_name()
 
 
-def _made_up(like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Make a tensor of the same layout: normal numbers, zeros where integers may be indices, true for masks."""
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride())) if like.numel() else 0
-    memory = torch.empty(reach, dtype=like.dtype, device=device)  # filled flat: what is expanded lies over itself
-    if like.is_floating_point() or like.is_complex():
-        return memory.normal_().as_strided(like.shape, like.stride()).requires_grad_(like.requires_grad)
-    return memory.fill_(like.dtype is torch.bool).as_strided(like.shape, like.stride())
+class _Memory:
+    """Makes tensors of the same layout as others; those that share memory share it here too."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Fill with normal numbers, zeros where integers may be indices, true for masks."""
+        key = (storage_of(tensor), tensor.dtype)
+        if key not in self._made:
+            self._made[key] = self._filled(tensor)
+        made = self._made[key].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return made.detach().requires_grad_(tensor.requires_grad)
+
+    def _filled(self, tensor: torch.Tensor) -> torch.Tensor:
+        size = tensor.untyped_storage().nbytes() // tensor.element_size()
+        memory = torch.empty(size, dtype=tensor.dtype, device=self._device)
+        if tensor.is_floating_point() or tensor.is_complex():
+            return memory.normal_()
+        return memory.fill_(tensor.dtype is torch.bool)
 
 
 class _Stopwatch:
-    """Times single ops on a device, warm."""
+    """Times single ops on a device, warm, on memory as cold as in a step that touches ``ring_bytes``."""
 
-    def __init__(self, device: torch.device, block_bytes: int) -> None:
+    def __init__(self, device: torch.device, ring_bytes: int) -> None:
         self.device = device
-        self.block = torch.empty(block_bytes // 4) if device.type == "cpu" else None
+        self.ring_bytes = ring_bytes if device.type == "cpu" else 0
 
     def time(self, isolated: Isolated, weights: Sequence[str]) -> tuple[float, float, float]:
         """Return median seconds of the forward, of the backward, and of that the part for parameters' gradients.
 
         ``weights`` names the inputs that come from parameters alone.
         """
-        of_weights = {id(t) for name in weights for t in tensors_in(isolated.facts[name].value)}
-        given: list[torch.Tensor] = []
-        own: list[torch.Tensor] = []
+        first = _Run(isolated, weights, self)
+        first.once(weights_too=True)  # libraries set themselves up in a first run
+        start = self.now()
+        first.once(weights_too=True)
+        n_runs = _runs(self.now() - start)
+        n_sets = max(1, min(n_runs, math.ceil(self.ring_bytes / max(1, first.held_bytes))))
+        ring = [first, *(_Run(isolated, weights, self) for _ in range(n_sets - 1))]
+        n_rounds = math.ceil(n_runs / n_sets)
+        forwards, backwards = self._calmest(ring, n_rounds, weights_too=True)
+        if not first.own or not backwards:
+            return forwards, backwards, 0.0
+        inputs_only = self._calmest(ring, n_rounds, weights_too=False)[1] if first.given else 0.0
+        return forwards, backwards, max(0.0, backwards - inputs_only)
 
-        def make(like: torch.Tensor) -> torch.Tensor:
-            made = _made_up(like, self.device)
-            if made.requires_grad:
-                (own if id(like) in of_weights else given).append(made)
-            return made
-
-        args, kwargs = isolated.inputs(make)
-        function, parameters = isolated.standalone(self.device)
-        own += [parameter for parameter in parameters if parameter.requires_grad]
-        run = _Run(isolated, function, args, kwargs, given, own, self)
-        run.once()  # libraries set themselves up in a first run
+    def _calmest(self, ring: Sequence[_Run], n_rounds: int, *, weights_too: bool) -> tuple[float, float]:
+        """Time forwards and backwards in turn around the ring, and take the medians of the calmest of a few tries."""
         tries = []
         for _ in range(_MOST_TRIES):
-            times = [run.once()]
-            times += [run.once() for _ in range(_repeats(sum(times[0])))]
+            times = [pair for _ in range(n_rounds) for pair in _around(ring, weights_too)]
             tries.append(tuple(statistics.median(column) for column in zip(*times)))
             totals = sorted(map(sum, times))
             if totals[len(totals) // 2] <= _CALM * totals[0]:
                 break
-        forward_s, backward_s, input_s = min(tries, key=sum)
-        return forward_s, backward_s, max(0.0, backward_s - input_s)
+        forward_s, backward_s = min(tries, key=sum)
+        return forward_s, backward_s
 
     def now(self) -> float:
         """Read the clock when the device has done all that it was told."""
@@ -174,55 +189,82 @@ class _Stopwatch:
             torch.accelerator.synchronize()
         return time.perf_counter()
 
-    def disturb(self, inputs: Any) -> None:
-        """Leave the caches as other ops would: their data in, the inputs just made."""
-        if self.block is None or not self.block.numel():
-            return
-        self.block.fill_(1.0)
-        for tensor in tensors_in(inputs):
-            if tensor.is_floating_point():
-                tensor.detach().sum()
+
+def _around(ring: Sequence[_Run], weights_too: bool) -> list[tuple[float, float]]:
+    """Run the forwards of all, then the backwards of all."""
+    forwards = [run.forward() for run in ring]
+    return [(forward_s, run.backward(weights_too)) for forward_s, run in zip(forwards, ring)]
 
 
-def _repeats(seconds: float) -> int:
-    """Say how often to repeat a run that takes so long: quick ones often, as they vary most."""
+def _runs(seconds: float) -> int:
+    """Say how often to run what takes so long: quick ops often, as they vary most."""
     if seconds > _SLOW_S:
-        return 1
-    return min(40, max(_REPEATS, math.ceil(_MIN_TIMED_S / max(seconds, 1e-7)))) - 1
+        return 2
+    return min(_MOST_RUNS, max(_MIN_RUNS, math.ceil(_MIN_TIMED_S / max(seconds, 1e-7))))
 
 
-@dataclass
 class _Run:
-    """An op with its inputs and parameters, to be run again and again."""
+    """An op with inputs and parameters of its own, to be run again and again."""
 
-    isolated: Isolated
-    function: Callable[..., Any]
-    args: Any
-    kwargs: Any
-    given: list[torch.Tensor]
-    own: list[torch.Tensor]
-    stopwatch: _Stopwatch
+    def __init__(self, isolated: Isolated, weights: Sequence[str], stopwatch: _Stopwatch) -> None:
+        self.isolated, self.stopwatch = isolated, stopwatch
+        of_weights = {id(t) for name in weights for t in tensors_in(isolated.facts[name].value)}
+        self.given: list[torch.Tensor] = []
+        self.own: list[torch.Tensor] = []
 
-    def once(self) -> tuple[float, float, float]:
-        """Return the seconds of one forward, of its backward, and of a backward to the inputs alone."""
+        memory = _Memory(stopwatch.device)
+
+        def make(like: torch.Tensor) -> torch.Tensor:
+            made = memory.like(like)
+            if made.requires_grad:
+                (self.own if id(like) in of_weights else self.given).append(made)
+            return made
+
+        self.args, self.kwargs = isolated.inputs(make)
+        self.function, parameters = isolated.standalone(stopwatch.device)
+        self.own += [parameter for parameter in parameters if parameter.requires_grad]
+        self.roots: list[torch.Tensor] = []
+        self.gradients: Sequence[torch.Tensor | None] = ()
+        self.held_bytes = 0
+
+    def once(self, *, weights_too: bool) -> None:
+        """Run a forward and its backward, and note how much memory they touch."""
+        self.forward()
+        touched = (*tensors_in((self.args, self.kwargs)), *self.own, *self.roots)
+        self.backward(weights_too)
+        touched += tuple(gradient for gradient in self.gradients if gradient is not None)
+        self.held_bytes = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in touched}.values())
+
+    def forward(self) -> float:
+        """Return the seconds of one forward; its results are held until the backward."""
         args, kwargs = self.args, self.kwargs
         if self.isolated.writes_inputs:
             args, kwargs = map_leaves(cloned, (args, kwargs))
-        self.stopwatch.disturb((args, kwargs))
+        if self.stopwatch.ring_bytes:
+            _read((args, kwargs))
         start = self.stopwatch.now()
         outputs = self.function(*args, **kwargs)
-        forward_s = self.stopwatch.now() - start
-        roots = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
-        if not roots or not (self.given or self.own):
-            return forward_s, 0.0, 0.0
-        if not self.own:
-            seconds = self._backward(roots, self.given, again=False)
-            return forward_s, seconds, seconds
-        backward_s = self._backward(roots, [*self.given, *self.own], again=bool(self.given))
-        return forward_s, backward_s, self._backward(roots, self.given, again=False) if self.given else 0.0
+        seconds = self.stopwatch.now() - start
+        self.gradients = ()
+        self.roots = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
+        self.outputs = outputs
+        return seconds
 
-    def _backward(self, roots: list[torch.Tensor], wanted: list[torch.Tensor], *, again: bool) -> float:
-        gradients = [torch.ones_like(root) for root in roots]
+    def backward(self, weights_too: bool) -> float:
+        """Return the seconds of the backward of the last forward, to the inputs and to the parameters if wanted."""
+        wanted = [*self.given, *self.own] if weights_too else self.given
+        roots, self.roots, self.outputs = self.roots, [], None
+        if not roots or not wanted:
+            return 0.0
+        incoming = [torch.ones_like(root) for root in roots]
         start = self.stopwatch.now()
-        torch.autograd.grad(roots, wanted, gradients, retain_graph=again, allow_unused=True)
+        self.gradients = torch.autograd.grad(roots, wanted, incoming, allow_unused=True)
+        del roots
         return self.stopwatch.now() - start
+
+
+def _read(inputs: Any) -> None:
+    """Bring into the caches what the op before has just written."""
+    for tensor in tensors_in(inputs):
+        if tensor.is_floating_point():
+            tensor.detach().sum()

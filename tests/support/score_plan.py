@@ -99,8 +99,10 @@ def _stages(plan: Plan, one_kind: bool) -> Iterator[str]:
     """Seconds of a stage are those of its ops."""
     for stage in plan.stages:
         mine = [op for op in plan.ops if stage.index in _runs_on(op)]
+        loss_s = plan.timing.loss_s if stage.index == len(plan.stages) - 1 else (0.0, 0.0)
         forward_s = math.fsum(op.forward_s for op in mine)
-        backward_s = math.fsum(op.backward_s for op in mine) + (stage.forward_s if stage.recompute else 0.0)
+        backward_s = math.fsum(op.backward_s for op in mine) + (forward_s if stage.recompute else 0.0) + loss_s[1]
+        forward_s += loss_s[0]
         exact = one_kind or not any(op.copies for op in mine)
         if exact and (_differ(stage.forward_s, forward_s) or _differ(stage.backward_s, backward_s)):
             yield (
@@ -149,7 +151,7 @@ def _prediction(plan: Plan) -> Iterator[str]:
         own_s += math.fsum(op.forward_s for op in plan.ops if op.stage == stage.index and stage.recompute)
         if own_s / len(stage.devices) > p.bottleneck_s * (1 + CLOSE):
             yield f"stage {stage.index} computes for {own_s} s, more than the bottleneck {p.bottleneck_s} s"
-    whole_s = _n_pieces(plan) * math.fsum(op.forward_s + op.backward_s for op in plan.ops)
+    whole_s = _n_pieces(plan) * (sum(plan.timing.loss_s) + math.fsum(op.forward_s + op.backward_s for op in plan.ops))
     if p.one_device_s > whole_s * (1 + CLOSE):
         yield f"one device takes {p.one_device_s} s, and the ops of all microbatches take {whole_s} s"
 
@@ -230,7 +232,7 @@ class _Clock:
                     self.back[wire.source, target] = self.back.get((wire.source, target), 0) + wire.n_bytes
 
     def compute_s(self) -> float:
-        return math.fsum(self._seconds(kind, s) for (s, _), order in zip(self.owners, self.orders) for kind, _ in order)
+        return math.fsum(sum(self._all_seconds(s, order)) for (s, _), order in zip(self.owners, self.orders))
 
     def work_s_of(self, host: int) -> float:
         """Add up all that keeps the host's workers busy."""
@@ -238,7 +240,8 @@ class _Clock:
         for worker, ((s, _), order) in enumerate(zip(self.owners, self.orders)):
             if self.hosts[worker] != host:
                 continue
-            total += sum(self._seconds(kind, s) + sum(self._sends(kind, s).values()) for kind, _ in order)
+            total += sum(self._all_seconds(s, order))
+            total += sum(sum(self._sends(kind, s).values()) for kind, _ in order)
             total += self._end_s(self.plan.timing.reduce_s, s) + self._end_s(self.plan.timing.finish_s, worker)
         return total
 
@@ -246,9 +249,16 @@ class _Clock:
     def _end_s(seconds: tuple[float, ...], index: int) -> float:
         return seconds[index] if seconds else 0.0
 
-    def _seconds(self, kind: str, s: int) -> float:
-        stage = self.plan.stages[s]
-        return (stage.forward_s if kind == "F" else stage.backward_s) + self.plan.timing.action_s
+    def _all_seconds(self, s: int, order: list[tuple[str, int]]) -> list[float]:
+        return [self._seconds(order, position, s) for position in range(len(order))]
+
+    def _seconds(self, order: list[tuple[str, int]], position: int, s: int) -> float:
+        """Give the seconds of one compute; a worker's backwards after its first add their gradients to older ones."""
+        stage, timing = self.plan.stages[s], self.plan.timing
+        if order[position][0] == "F":
+            return stage.forward_s + timing.action_s
+        adds = any(kind == "B" for kind, _ in order[:position])
+        return stage.backward_s + timing.action_s + (self._end_s(timing.accumulate_s, s) if adds else 0.0)
 
     def _sends(self, kind: str, s: int) -> dict[int, float]:
         """Give, per stage that gets a packet, the seconds that sending it keeps the sender busy."""
@@ -284,7 +294,7 @@ class _Clock:
                     if any(packet not in arrival for packet in needed):
                         break
                     begin = max([now[worker], *(arrival[packet] for packet in needed)])
-                    now[worker] = begin + slower * self._seconds(kind, s)
+                    now[worker] = begin + slower * self._seconds(self.orders[worker], at[worker], s)
                     for peer, busy_s in self._sends(kind, s).items():
                         now[worker] += slower * busy_s
                         arrival[kind, s, peer, m] = now[worker] + self._travel_s(s, peer)
