@@ -10,6 +10,7 @@ from .large_search import search_large
 from .proving import FEW
 from .reduction import Dag
 from .slots import Slots
+from .together import search_together
 
 LARGE = 400  # nodes, once reduced
 _NODE_S = 1e-5  # time to read a node's costs into tables
@@ -17,9 +18,13 @@ _NODE_S = 1e-5  # time to read a node's costs into tables
 
 def search(dag: Dag, slots: Slots, deadline: float, max_downsets: int) -> Outcome:
     """Find the best cut, or the best known with a proven lower bound where time or downsets run out."""
-    if not _by_segments(dag, slots):
-        return cut_search.search(dag, slots, deadline, max_downsets)
-    return search_large(dag, slots, max_downsets, _Clock(deadline))
+
+    def by_size(dag: Dag, slots: Slots, deadline: float) -> Outcome:
+        if not _by_segments(dag, slots):
+            return cut_search.search(dag, slots, deadline, max_downsets)
+        return search_large(dag, slots, max_downsets, _Clock(deadline))
+
+    return search_together(dag, slots, deadline, by_size)
 
 
 def any_solution(dag: Dag, slots: Slots, time_limit_s: float) -> Outcome:

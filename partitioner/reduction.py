@@ -16,6 +16,7 @@ from .burdens import Burdens
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+_ROUNDING = 1e-13  # relative: sums of the same seconds in another order may differ by this
 
 
 @dataclass(frozen=True)
@@ -170,22 +171,32 @@ def _transitive_reduction(n: int, edges: Iterable[tuple[int, int]]) -> tuple[tup
 
 
 def merge_idle(dag: Dag, *, memory_limited: bool) -> Dag:
-    """Merge every node that takes no time into a neighbour, where no cut can lose by it.
+    """Merge every node that takes no time into a neighbour, where no cut can lose by it (see ``merge_cheap``)."""
+    return _merge(dag, memory_limited, idle_only=True)
 
-    Let ``x`` be the only predecessor (or the only successor) of an idle node ``v`` in the transitive reduction.
-    Moving ``v`` to the stage of ``x`` keeps every edge forward.  Nets with both nodes cost no stage more than
-    before; a net with ``v`` but not ``x`` may, so these must sum to at most the net of exactly ``{v, x}``, which both
-    stages paid and no longer pay.  A node with bytes moves only where no memory limit can bind, a node with other
-    burdens not at all, and ``v`` must run wherever ``x`` does.
+
+def merge_cheap(dag: Dag, *, memory_limited: bool) -> Dag:
+    """Merge every node that takes no longer than its wire into the neighbour at the other end, where no cut can lose.
+
+    Let ``x`` be the only predecessor (or the only successor) of a node ``v`` in the transitive reduction.  Moving
+    ``v`` to the stage of ``x`` keeps every edge forward.  Nets with both nodes cost no stage more than before; a net
+    with ``v`` but not ``x`` may, so these and the time of ``v`` must sum to at most the net of exactly ``{v, x}``,
+    which both stages paid and no longer pay.  Where ``v`` takes time, every device must pay for transfers, and the
+    stage that ``v`` leaves may be left without work.  A node with bytes moves only where no memory limit can bind, a
+    node with other burdens not at all, and ``v`` must run wherever ``x`` does.
     """
+    return _merge(dag, memory_limited, idle_only=False)
+
+
+def _merge(dag: Dag, memory_limited: bool, idle_only: bool) -> Dag:
     while True:
-        pairs = _idle_pairs(dag, memory_limited)
+        pairs = _cheap_pairs(dag, memory_limited, idle_only)
         if not pairs:
             return dag
         dag = contract(dag, pairs)
 
 
-def _idle_pairs(dag: Dag, memory_limited: bool) -> list[tuple[int, int]]:
+def _cheap_pairs(dag: Dag, memory_limited: bool, idle_only: bool) -> list[tuple[int, int]]:
     sources: list[list[int]] = [[] for _ in range(len(dag))]
     targets: list[list[int]] = [[] for _ in range(len(dag))]
     for u, v in dag.edges:
@@ -195,16 +206,17 @@ def _idle_pairs(dag: Dag, memory_limited: bool) -> list[tuple[int, int]]:
     for t, net in enumerate(dag.nets):
         for v in net:
             nets_of[v].append(t)
+    busy = dag.time_s.any(axis=1) | (dag.working > 0)
     moved: set[int] = set()
     hosts: set[int] = set()
     pairs = []
     for v in range(len(dag)):
-        if dag.time_s[v].any() or v in hosts or (memory_limited and dag.static_bytes[v] + dag.stash_bytes[v] > 0):
+        if (idle_only and busy[v]) or v in hosts or (memory_limited and dag.static_bytes[v] + dag.stash_bytes[v] > 0):
             continue
-        if dag.working[v] or (dag.burdens is not None and dag.burdens.weighs(v)):
+        if dag.burdens is not None and dag.burdens.weighs(v):
             continue
         for x in _hosts(v, sources[v], targets[v], len(dag)):
-            if x not in moved and _welcomes(dag, x, v) and _loses_nothing(dag, nets_of[v], x):
+            if x not in moved and _welcomes(dag, x, v) and _loses_nothing(dag, nets_of[v], x, v):
                 pairs.append((x, v))
                 moved.add(v)
                 hosts.add(x)
@@ -225,7 +237,8 @@ def _welcomes(dag: Dag, x: int, v: int) -> bool:
     return dag.pins[v] <= dag.pins[x] and bool(((dag.barred[v] == 0) | (dag.barred[x] > 0)).all())
 
 
-def _loses_nothing(dag: Dag, nets_of_v: Sequence[int], x: int) -> bool:
+def _loses_nothing(dag: Dag, nets_of_v: Sequence[int], x: int, v: int) -> bool:
+    own = float(np.where(dag.barred[x] > 0, 0.0, dag.time_s[v]).max(initial=0.0))
     outside = sum(float(dag.net_s[t]) for t in nets_of_v if x not in dag.nets[t])
     between = sum(float(dag.net_s[t]) for t in nets_of_v if x in dag.nets[t] and len(dag.nets[t]) == 2)
-    return outside <= between
+    return own + outside <= between * (1 + _ROUNDING)
