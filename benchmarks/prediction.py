@@ -211,7 +211,7 @@ def timed_step(pm: Any, x: torch.Tensor, y: torch.Tensor) -> float:
 def table(rows: list[Row]) -> str:
     """Write the rows as a Markdown table."""
     lines = [
-        "| model | configuration | predicted | measured | error (single sittings) | memory predicted | measured | error |",
+        "| model | configuration | predicted | measured | error (sittings) | memory predicted | measured | error |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

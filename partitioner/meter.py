@@ -38,7 +38,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags and not _drops_nothing(func, args, kwargs)
         inputs, outputs = _tensors_in(args, kwargs), _tensors_in(result)
         self._note_writes(func, args, kwargs)
         if _is_kernel(func) and outputs:
@@ -108,6 +108,13 @@ def _tensors_in(*values: Any) -> list[torch.Tensor]:
         elif isinstance(value, dict):
             found += _tensors_in(*value.values())
     return found
+
+
+def _drops_nothing(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Say whether an op that may draw random numbers is told not to: attention without dropout, for one."""
+    given = {a.name: a.default_value for a in func._schema.arguments} | kwargs
+    given |= {a.name: value for a, value in zip(func._schema.arguments, args)}
+    return bool(given.get("dropout_p", 1.0) == 0.0)
 
 
 def _is_kernel(func: Any) -> bool:

@@ -1,16 +1,19 @@
-"""The memory allocator of worker processes: what a step frees stays at hand for the next one."""
+"""The C library's heap: what a training step frees stays at hand for the next one."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 
 # malloc.h
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _NEVER = -1
-_MOST_BYTES = 32 << 20  # glibc takes no larger threshold
+_MOST_BYTES = 32 << 20  # glibc takes no larger threshold for blocks of their own
 _CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -21,8 +24,36 @@ def keep_freed_memory() -> None:
     that each step touches fresh pages: 5 to 10 % of the backwards of ResNet-50 and of an MLP on one thread. Peak memory
     stays what it is (mallopt(3)). Choices made by environment variables, and other C libraries, are left alone.
     """
-    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _CHOSEN):
+    if _is_ours():
+        _set(_NEVER)
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Keep freed memory for a while, then give it back.
+
+    Afterwards glibc's thresholds are those that it arrives at by itself once a block of 32 MiB was freed.
+    """
+    if not _is_ours():
+        yield
         return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
-    libc.mallopt(_M_MMAP_THRESHOLD, _MOST_BYTES)
+    _set(_NEVER)
+    try:
+        yield
+    finally:
+        _set(2 * _MOST_BYTES)
+        _libc().malloc_trim(0)
+
+
+def _is_ours() -> bool:
+    return platform.libc_ver()[0] == "glibc" and not any(name in os.environ for name in _CHOSEN)
+
+
+def _set(trim_threshold: int) -> None:
+    _libc().mallopt(_M_TRIM_THRESHOLD, trim_threshold)
+    _libc().mallopt(_M_MMAP_THRESHOLD, _MOST_BYTES)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...runtime.heap import freed_memory_kept
 from ...structure import map_leaves, tensors_in
 from ..analysis import OpFacts
 from ..cluster import DeviceKind
@@ -87,7 +88,7 @@ def measured_costs(
     signatures = {name: own.signature(f"{context}/weights at {places[name]}") for name, own in work.items()}
     fresh = {signatures[name]: isolated for name, isolated in work.items() if signatures[name] not in cache.known}
     failed: set[str] = set()
-    with threads(n_threads), untouched(graph_module):
+    with threads(n_threads), freed_memory_kept(), untouched(graph_module):
         stopwatch = _Stopwatch(device, ring_bytes)
         for done, (signature, isolated) in enumerate(fresh.items()):
             progress(done, len(fresh))
@@ -224,7 +225,6 @@ class _Run:
         self.function, parameters = isolated.standalone(stopwatch.device)
         self.own += [parameter for parameter in parameters if parameter.requires_grad]
         self.roots: list[torch.Tensor] = []
-        self.gradients: Sequence[torch.Tensor | None] = ()
         self.held_bytes = 0
 
     def once(self, *, weights_too: bool) -> None:
@@ -232,7 +232,6 @@ class _Run:
         self.forward()
         touched = (*tensors_in((self.args, self.kwargs)), *self.own, *self.roots)
         self.backward(weights_too)
-        touched += tuple(gradient for gradient in self.gradients if gradient is not None)
         self.held_bytes = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in touched}.values())
 
     def forward(self) -> float:
@@ -245,7 +244,6 @@ class _Run:
         start = self.stopwatch.now()
         outputs = self.function(*args, **kwargs)
         seconds = self.stopwatch.now() - start
-        self.gradients = ()
         self.roots = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
         self.outputs = outputs
         return seconds
@@ -258,8 +256,7 @@ class _Run:
             return 0.0
         incoming = [torch.ones_like(root) for root in roots]
         start = self.stopwatch.now()
-        self.gradients = torch.autograd.grad(roots, wanted, incoming, allow_unused=True)
-        del roots
+        torch.autograd.grad(roots, wanted, incoming, allow_unused=True)
         return self.stopwatch.now() - start
 
 
