@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from dag_models import random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_planner import random_problem
 
 import stagecut
 from stagecut.partitioner import ranking
@@ -55,7 +55,7 @@ def test_no_step_is_shorter_than_its_bound(seed: int, replicas: list[int], n_mic
     assert 0 < bound_s <= made.prediction.step_s
 
 
-@property_test
+@settings(property_test, max_examples=3)
 @given(seed=st.integers(0, 10**6))
 def test_the_best_plan_is_found_without_drafting_all(seed: int) -> None:
     model, args, kwargs = random_problem(seed, max_ops=12)
