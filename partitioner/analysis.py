@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -207,7 +208,7 @@ class _Interpreter(fx.Interpreter):
         self.owned = {storage_of(tensor) for tensor in state.values()}
         self._alive = set(self.owned)
         self._saved: set[int] = set()
-        self._names_in_model = _names_by_identity(capture)
+        self._parameters = parameters_read(capture)
         self._current: OpFacts | None = None
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -231,7 +232,7 @@ class _Interpreter(fx.Interpreter):
         value = super().run_node(n)
         meter = self.meter
         facts.kernels, facts.random = tuple(meter.kernels), meter.random
-        facts.parameters = self._parameters_of(n)
+        facts.parameters = self._parameters[n.name]
         facts.value = value
         tensors = tensors_in(value)
         storages = {storage_of(tensor) for tensor in tensors}
@@ -244,17 +245,22 @@ class _Interpreter(fx.Interpreter):
         facts.touched = storages | read | facts.written
         return value
 
-    def _parameters_of(self, n: fx.Node) -> tuple[str, ...]:
-        if n.op == "call_module":
-            module = self.fetch_attr(str(n.target))
-            names = [f"{n.target}.{name}" for name, _ in (*module.named_parameters(), *module.named_buffers())]
-        elif n.op == "get_attr":
-            value = self.fetch_attr(str(n.target))
+
+def parameters_read(capture: Capture) -> dict[str, tuple[str, ...]]:
+    """Return, per node of the graph, the parameters and buffers of the model that it reads, by their first names."""
+    names_in_model = _names_by_identity(capture)
+    module = capture.graph_module
+    read: dict[str, tuple[str, ...]] = {}
+    for n in module.graph.nodes:
+        names: list[str] = []
+        if n.op in ("call_module", "get_attr"):
+            value = reduce(getattr, str(n.target).split("."), module)
             inner = (*value.named_parameters(), *value.named_buffers()) if isinstance(value, nn.Module) else ()
-            names = [f"{n.target}.{name}" for name, _ in inner] or [str(n.target)]
-        else:
-            return ()
-        return tuple(dict.fromkeys(self._names_in_model[name] for name in names if name in self._names_in_model))
+            names = [f"{n.target}.{name}" for name, _ in inner]
+        if n.op == "get_attr":
+            names = names or [str(n.target)]
+        read[n.name] = tuple(dict.fromkeys(names_in_model[name] for name in names if name in names_in_model))
+    return read
 
 
 def _names_by_identity(capture: Capture) -> dict[str, str]:

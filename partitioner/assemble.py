@@ -70,6 +70,11 @@ def assemble(capture: Capture, priced: Priced, decision: Decision, batch_rows: i
     return _Assembly(capture, priced, decision, batch_rows).plan()
 
 
+def stage_records(capture: Capture, priced: Priced, decision: Decision, batch_rows: int) -> tuple[StageRecord, ...]:
+    """Return the stages of the plan that :func:`assemble` makes, without simulating its step."""
+    return _Assembly(capture, priced, decision, batch_rows).stages()
+
+
 class _Assembly:
     def __init__(self, capture: Capture, priced: Priced, decision: Decision, batch_rows: int) -> None:
         self.capture, self.priced, self.decision, self.batch_rows = capture, priced, decision, batch_rows
@@ -118,8 +123,11 @@ class _Assembly:
                 targets.setdefault(name, []).append(target)
         return {name: tuple(targets[name]) for name in self.ops if name in targets}
 
+    def stages(self) -> tuple[StageRecord, ...]:
+        return tuple(self._stage(s) for s in range(self.n_stages))
+
     def plan(self) -> Plan:
-        stages = tuple(self._stage(s) for s in range(self.n_stages))
+        stages = self.stages()
         wires = tuple(
             WireRecord(
                 name, self.stage_of[name], to, self.ops[name].output_bytes, carries_gradient(self.priced.facts[name])

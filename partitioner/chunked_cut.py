@@ -21,7 +21,9 @@ from .slots import CutDevice
 _PUNCTUAL = 0.92  # the part of the time limit at which the search with several chunks is told to stop
 
 
-def check_chunks(max_chunks: int, *, ordered: bool, n_stages: int | None, max_replicas: int, recompute: str) -> None:
+def check_chunks(
+    max_chunks: int, *, ordered: bool, n_stages: int | None, max_replicas: int, recompute: str, at_least_s: float
+) -> None:
     """Refuse options that several chunks per device do not go with.
 
     Raises:
@@ -40,6 +42,7 @@ def check_chunks(max_chunks: int, *, ordered: bool, n_stages: int | None, max_re
         ("n_stages", n_stages is not None),
         ("max_replicas", max_replicas > 1),
         ("recompute", recompute != "never"),
+        ("at_least_s", at_least_s > 0),
     ):
         if is_set:
             raise ConstraintError(

@@ -38,6 +38,7 @@ def solve(
     time_limit_s: float = 20.0,
     max_downsets: int = 200_000,
     diagnose: bool = True,
+    at_least_s: float = 0.0,
 ) -> Cut:
     """Cut a DAG into contiguous stages, minimising the largest load of a device.
 
@@ -86,6 +87,8 @@ def solve(
         time_limit_s: when to stop, in seconds.
         max_downsets: how many downsets to list at once.
         diagnose: where nothing fits, search for how much is missing and what would fit, for the error's message.
+        at_least_s: a lower bound that the caller has proven, such as the ``lower_bound`` of the same problem with wider
+            limits; a cut that meets it is optimal, and ends the search.
 
     Returns:
         The best cut found.  Its ``optimal`` is True only if no better one exists.  The same input gives the same cut,
@@ -111,7 +114,14 @@ def solve(
     ({'a': 0, 'b': 0, 'c': 1}, 6.0, True)
     """
     start = time.monotonic()
-    check_chunks(max_chunks, ordered=ordered, n_stages=n_stages, max_replicas=max_replicas, recompute=recompute)
+    check_chunks(
+        max_chunks,
+        ordered=ordered,
+        n_stages=n_stages,
+        max_replicas=max_replicas,
+        recompute=recompute,
+        at_least_s=at_least_s,
+    )
     devices = read_devices(graph, devices)
     if max_chunks > 1:
         return solve_chunks(graph, devices, in_flight, max_chunks, start, time_limit_s)
@@ -125,7 +135,7 @@ def solve(
         recompute=recompute,
     )
     problem = prepare(graph, devices, options)
-    outcome = search(problem.dag, problem.slots, start + time_limit_s, max_downsets)
+    outcome = search(problem.dag, problem.slots, start + time_limit_s, max_downsets, at_least_s)
     if outcome.solution is None:
         if not diagnose:
             raise InfeasibleError("no cut fits" if outcome.proven else "no cut that fits was found in time")

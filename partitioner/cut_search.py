@@ -10,6 +10,7 @@ import numpy as np
 
 from .chain import Chain, best_chain
 from .downsets import (
+    TooManyDownsets,
     enumerate_downsets,
     inseparable,
     neighbours,
@@ -23,6 +24,7 @@ from .slots import Slots, windows
 
 _SAMPLE = 512
 _MAX_ROUNDS = 12
+_FEW_PER_NODE = 4  # downsets that are listed before more samples are taken
 _MOST_VALUES = 1 << 27  # a value per state and downset: a gigabyte
 _FINE = 2e-3  # bisect for a lower bound down to this part of the upper bound
 
@@ -58,9 +60,12 @@ def ceiling_s(dag: Dag) -> float:
     return (float(dag.time_s.max(axis=1).sum()) + float(dag.net_s.sum()) + burdens_s) * (1 + 1e-6) or 1.0
 
 
-def search(dag: Dag, slots: Slots, deadline: float, max_downsets: int) -> Outcome:
-    """Find the best cut, or the best known with a proven lower bound where time or downsets run out."""
-    state = _Search(dag, slots, deadline, max_downsets)
+def search(dag: Dag, slots: Slots, deadline: float, max_downsets: int, at_least_s: float = 0.0) -> Outcome:
+    """Find the best cut, or the best known with a proven lower bound where time or downsets run out.
+
+    ``at_least_s`` is a lower bound that is known already.
+    """
+    state = _Search(dag, slots, deadline, max_downsets, at_least_s)
     try:
         state.sample()
         prove(state, _FINE)
@@ -84,12 +89,13 @@ def any_solution(dag: Dag, slots: Slots, time_limit_s: float) -> Outcome:
 class _Search:
     """The best solution so far, and the bound below which there is none."""
 
-    def __init__(self, dag: Dag, slots: Slots, deadline: float, max_downsets: int) -> None:
+    def __init__(self, dag: Dag, slots: Slots, deadline: float, max_downsets: int, at_least_s: float = 0.0) -> None:
         self.dag, self.slots, self.deadline, self.max_downsets = dag, slots, deadline, max_downsets
         self.best: Solution | None = None
         self.boundaries: list[int] = []
-        self.lower_bound_s = simple_bound_s(dag, slots)
+        self.lower_bound_s = max(simple_bound_s(dag, slots), at_least_s)
         self.proven = False
+        self.tried_exact = False
         self.n_downsets = 0
 
     def check_time(self) -> None:
@@ -102,16 +108,33 @@ class _Search:
         return ceiling_s(self.dag) if self.best is None else self.best.max_load_s * (1 - TOLERANCE)
 
     def sample(self, *, first_only: bool = False) -> None:
-        """Lower the upper bound along topological orders, then around the boundaries of the best cut."""
+        """Lower the upper bound along topological orders, then around the boundaries of the best cut.
+
+        A graph that is almost a chain has few downsets: after one order they are all looked at, which settles it.
+        """
         for order in topological_orders(self.dag):
             for masks in _thin(prefixes(order)):
                 self._try(masks)
-            if is_closed(self) or (first_only and self.best is not None):
+                if is_closed(self):
+                    return
+            if (first_only and self.best is not None) or self._is_settled():
                 return
         for _ in range(_MAX_ROUNDS):
             near = {far for mask in self.boundaries for at in neighbours(self.dag, mask) for far in (mask, at)}
             if not self.boundaries or not self._try(near):
                 return
+
+    def _is_settled(self) -> bool:
+        """Search exactly, once, if there are few downsets to look at."""
+        if self.tried_exact:
+            return False
+        self.tried_exact = True
+        try:
+            self.best = self.exact(self.limit_s, _FEW_PER_NODE * len(self.dag)) or self.best
+        except TooManyDownsets:
+            return False
+        self.proven = True
+        return True
 
     def _try(self, masks: Iterable[int]) -> bool:
         """Look for a better chain among some downsets."""

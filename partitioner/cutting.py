@@ -27,12 +27,38 @@ class Stages:
     cut: Cut | None = None
 
 
+@dataclass(frozen=True)
+class _Question:
+    """A cut that is asked for: the same graph on the same kinds of devices, within limits."""
+
+    about: tuple[object, ...]  # the priced graph, and per stage its kind and replicas
+    held: tuple[int, ...]
+    limits: tuple[float, ...]
+    recompute: Recompute
+
+    def is_relaxed_by(self, other: _Question) -> bool:
+        """Say whether every cut that answers this one answers ``other`` too, with no larger load.
+
+        So it is where ``other`` has nowhere a lower limit or more microbatches in flight, and may recompute as this one
+        does: where it has no limits it never has to, and where it may choose, a stage that fits without recompute does
+        without, and one that does not pays for it what it would pay here.
+        """
+        if self.about != other.about:
+            return False
+        unlimited = min(other.limits) == float("inf")
+        if not unlimited and any(wider > own for own, wider in zip(self.held, other.held)):
+            return False
+        if any(wider < own for own, wider in zip(self.limits, other.limits)):
+            return False
+        return other.recompute in (self.recompute, "choose") or (unlimited and other.recompute == "never")
+
+
 class Cutter:
-    """Cuts for groups of devices; the same question is answered once."""
+    """Cuts for groups of devices; the same question is answered once, and what answers bound is handed on."""
 
     def __init__(self, time_limit_s: float) -> None:
         self._time_limit_s = time_limit_s
-        self._known: dict[tuple[object, ...], Cut | InfeasibleError] = {}
+        self._known: dict[_Question, Cut | InfeasibleError] = {}  # loads of all replicas of a stage together
 
     def cut(
         self,
@@ -53,61 +79,60 @@ class Cutter:
             InfeasibleError: no cut fits.
         """
         assert cluster.groups is not None
-        held = in_flight_of(Layout(cluster.groups, (), ()), schedule, n_pieces)
+        held = tuple(in_flight_of(Layout(cluster.groups, (), ()), schedule, n_pieces))
         most_bytes = _most_bytes(priced.graph, max(held))
-        limits = [limit if limit < most_bytes else float("inf") for limit in limits]
+        limits = tuple(limit if limit < most_bytes else float("inf") for limit in limits)
         binding = min(limits) < float("inf")
         kinds = tuple(_kind(priced, cluster, group) for group in cluster.groups)
         sizes = tuple(len(group) for group in cluster.groups)
         if not binding and recompute == "choose":
             recompute = "never"
-        key = (id(priced), kinds, sizes, tuple(held) if binding else None, tuple(limits), recompute)
-        cut = self._known.get(key)
+        asked = _Question((id(priced), kinds, sizes), held if binding else (), limits, recompute)
+        cut = self._known.get(asked)
         if cut is None or (diagnose and isinstance(cut, InfeasibleError)):
             try:
-                cut = self._solve(priced.graph, _names(cluster), kinds, sizes, limits, held, recompute, diagnose)
+                cut = self._answer(priced.graph, _names(cluster), kinds, sizes, asked, held, diagnose)
             except InfeasibleError as error:
                 cut = error
-            self._known[key] = cut
+            self._known[asked] = cut
         if isinstance(cut, InfeasibleError):
             raise cut
         stage_of = {str(op): stage for op, stage in cut.stage_of.items()}
-        return Stages(stage_of, cut.recompute, cut)
+        return Stages(stage_of, cut.recompute, _of_one_replica(cut, sizes))
 
-    def _solve(
+    def _answer(
         self,
         graph: nx.DiGraph,
         stages: Sequence[str],
         kinds: Sequence[str],
         sizes: Sequence[int],
-        limits: Sequence[float],
+        asked: _Question,
         held: Sequence[int],
-        recompute: Recompute,
         diagnose: bool,
     ) -> Cut:
+        """Cut, unless a cut within wider limits is good here too; such cuts bound what this one can reach."""
+        wider = {
+            other: cut for other, cut in self._known.items() if isinstance(cut, Cut) and asked.is_relaxed_by(other)
+        }
+        for other, cut in wider.items():
+            same = (other.held, other.recompute) == (asked.held, asked.recompute)
+            if same and cut.optimal and all(n_bytes <= limit for n_bytes, limit in zip(cut.memory_bytes, asked.limits)):
+                return cut
         graph, names = _shared_by_replicas(graph, kinds, sizes)
         devices = [
             CutDevice(stage, name, None if limit == float("inf") else limit)
-            for stage, name, limit in zip(stages, names, limits)
+            for stage, name, limit in zip(stages, names, asked.limits)
         ]
-        cut = solve(
+        return solve(
             graph,
             devices,
             ordered=True,
             in_flight=held,
-            recompute=recompute,
+            recompute=asked.recompute,
             time_limit_s=self._time_limit_s,
             diagnose=diagnose,
+            at_least_s=max((cut.lower_bound for cut in wider.values()), default=0.0),
         )
-        if len(set(sizes)) == 1:
-            n = sizes[0]
-            cut = replace(
-                cut,
-                loads_s=tuple(load / n for load in cut.loads_s),
-                max_load=cut.max_load / n,
-                lower_bound=cut.lower_bound / n,
-            )
-        return cut
 
     def unequal_groups(
         self,
@@ -149,6 +174,19 @@ class Cutter:
             else:
                 return cut.replicas
         raise InfeasibleError(f"{n_stages} stages of unequal replicas: {failure.message}", hint=failure.hint)
+
+
+def _of_one_replica(cut: Cut, sizes: Sequence[int]) -> Cut:
+    """Share the loads of the cut by the replicas, if all stages have as many; else its kinds are so much faster."""
+    if len(set(sizes)) > 1:
+        return cut
+    n = sizes[0]
+    return replace(
+        cut,
+        loads_s=tuple(load / n for load in cut.loads_s),
+        max_load=cut.max_load / n,
+        lower_bound=cut.lower_bound / n,
+    )
 
 
 def _kind(priced: Priced, cluster: Cluster, group: Sequence[int]) -> str:

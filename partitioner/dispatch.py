@@ -16,15 +16,19 @@ LARGE = 400  # nodes, once reduced
 _NODE_S = 1e-5  # time to read a node's costs into tables
 
 
-def search(dag: Dag, slots: Slots, deadline: float, max_downsets: int) -> Outcome:
-    """Find the best cut, or the best known with a proven lower bound where time or downsets run out."""
+def search(dag: Dag, slots: Slots, deadline: float, max_downsets: int, at_least_s: float = 0.0) -> Outcome:
+    """Find the best cut, or the best known with a proven lower bound where time or downsets run out.
 
-    def by_size(dag: Dag, slots: Slots, deadline: float) -> Outcome:
-        if not _by_segments(dag, slots):
-            return cut_search.search(dag, slots, deadline, max_downsets)
-        return search_large(dag, slots, max_downsets, _Clock(deadline))
+    ``at_least_s`` is a lower bound that is known already.
+    """
 
-    return search_together(dag, slots, deadline, by_size)
+    def by_size(part: Dag, filled: Slots, deadline: float) -> Outcome:
+        known_s = at_least_s if filled is slots else 0.0  # it says nothing of cuts with empty stages
+        if not _by_segments(part, filled):
+            return cut_search.search(part, filled, deadline, max_downsets, known_s)
+        return search_large(part, filled, max_downsets, _Clock(deadline), at_least_s=known_s)
+
+    return search_together(dag, slots, deadline, by_size, at_least_s)
 
 
 def any_solution(dag: Dag, slots: Slots, time_limit_s: float) -> Outcome:

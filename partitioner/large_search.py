@@ -27,17 +27,25 @@ _MAX_CELLS = 100_000_000  # rows x states of a table
 
 
 def search_large(
-    dag: Dag, slots: Slots, max_downsets: int, check_time: Callable[[], None], *, first_only: bool = False
+    dag: Dag,
+    slots: Slots,
+    max_downsets: int,
+    check_time: Callable[[], None],
+    *,
+    first_only: bool = False,
+    at_least_s: float = 0.0,
 ) -> Outcome:
     """Find the best cut, or the best known with a proven lower bound where time or downsets run out.
 
     The graph is taken apart at its hubs (``segments``), so that a downset is a place and a small set.  A first cut
     comes from ever closer samples; then all boundaries that a better cut can have are listed: those that the windows
-    admit and the sieve leaves.  If no better chain leads through them, the cut is optimal.
+    admit and the sieve leaves.  If no better chain leads through them, the cut is optimal.  ``at_least_s`` is a lower
+    bound that is known already.
 
     O((nodes + pins) log pins) beside the listed downsets, whose pairs decide the time.
     """
     state = LargeSearch(dag, slots, max_downsets, check_time)
+    state.lower_bound_s = max(state.lower_bound_s, at_least_s)
     try:
         state.sample(first_only=first_only)
         if not first_only or state.best is None:

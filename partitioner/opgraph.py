@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ..runtime.program.calls import ModeSwitch
 from ..structure import tensors_in
-from .analysis import OpFacts
+from .analysis import OpFacts, parameters_read
 from .captured import Capture, has_modes
 from .cluster import Cluster
 from .costs.op_cost import FREE, OpCost
@@ -82,6 +82,23 @@ def state_bytes(capture: Capture) -> dict[str, int]:
     return {name: tensor.numel() * tensor.element_size() for name, tensor in named}
 
 
+def held_state_bytes(capture: Capture) -> int:
+    """Return the bytes of all that ops read of the model, each once, with gradients and optimizer state."""
+    module, sizes, read = capture.graph_module, state_bytes(capture), parameters_read(capture)
+    used: set[str] = set()
+    for node in capture.graph.nodes:
+        if node.op not in ("placeholder", "output") and not is_replicable(node, module):
+            borrowed = [i.name for i in node.all_input_nodes if is_replicable(i, module)]
+            used.update(name for own in (node.name, *borrowed) for name in read[own])
+    trainable = _trainable(capture)
+    return sum(sizes[name] * (STATE_COPIES if name in trainable else 1) for name in used)
+
+
+def _trainable(capture: Capture) -> set[str]:
+    named = capture.model.named_parameters()
+    return {name for name, p in named if isinstance(p, nn.Parameter) and p.requires_grad}
+
+
 def forced_together(
     capture: Capture, facts: Mapping[str, OpFacts], ops: Mapping[str, OpNode], travels: Mapping[str, bool]
 ) -> list[list[str]]:
@@ -139,9 +156,7 @@ def op_graph(
     """
     ops = op_nodes(capture, facts)
     sizes = state_bytes(capture)
-    trainable = {
-        name for name, p in capture.model.named_parameters() if isinstance(p, nn.Parameter) and p.requires_grad
-    }
+    trainable = _trainable(capture)
     graph = nx.DiGraph()
     shared = _shared(ops, facts, sizes, trainable)
     common = {name for entry in shared for name in entry.names}

@@ -17,13 +17,14 @@ _MOST_STATES = 128  # skipping stages makes steps between any two states
 Search = Callable[[Dag, Slots, float], Outcome]
 
 
-def search_together(dag: Dag, slots: Slots, deadline: float, search: Search) -> Outcome:
+def search_together(dag: Dag, slots: Slots, deadline: float, search: Search, at_least_s: float = 0.0) -> Outcome:
     """Search the graph after ``merge_cheap``, which loses nothing but, where every stage needs work, a stage.
 
     Where no stage may be without work, a cut of the smaller graph can be worse than one of the given graph only if
     the latter has a stage whose work can move to its neighbours' stages without loss; that leaves a cut of the smaller
     graph with empty stages and the same largest load, or a smaller one.  If no such cut is below the one found, that
-    is the best; else the given graph is searched.
+    is the best; else the given graph is searched.  ``at_least_s`` is a lower bound for the given graph that is known
+    already; a cut that meets it is the best.
     """
     if not _may_merge(slots):
         return search(dag, slots, deadline)
@@ -31,7 +32,8 @@ def search_together(dag: Dag, slots: Slots, deadline: float, search: Search) -> 
     if len(small) == len(dag):
         return search(dag, slots, deadline)
     found = search(small, slots, deadline)
-    if not slots.exact:
+    is_met = found.solution is not None and found.solution.max_load_s * (1 - TOLERANCE) <= at_least_s
+    if not slots.exact or is_met:
         return found
     bound_s = _bound_with_empty_stages_s(small, slots, found, deadline, search)
     if found.solution is not None and bound_s >= _goal_s(found):

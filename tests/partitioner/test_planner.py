@@ -17,7 +17,7 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
-from dag_models import WIDTH, DagModel, RandomChooser, draw_spec
+from dag_models import random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from score_cut import score_cut
@@ -46,15 +46,6 @@ def quiet() -> Iterator[None]:
 
 def plan(model: nn.Module, devices: Any, x: torch.Tensor, **wishes: Any) -> stagecut.Plan:
     return stagecut.plan(model, devices, example_inputs=(x,), costs="analytic", **wishes)
-
-
-def random_problem(seed: int, max_ops: int = 8) -> tuple[DagModel, tuple[torch.Tensor, ...], dict[str, Any]]:
-    chooser = RandomChooser(seed)
-    spec = draw_spec(chooser, max_ops=max_ops)
-    torch.manual_seed(seed)
-    rows = chooser.choose([1, 2, 5, 8, 64, 4096])
-    inputs = [torch.randn(rows, WIDTH) for _ in range(spec.n_inputs)]
-    return DagModel(spec), (inputs[0],), {"extra": {"more": inputs[1:], "flag": True}} if spec.n_inputs > 1 else {}
 
 
 def chain(*widths: int) -> nn.Sequential:
@@ -215,7 +206,7 @@ import json, sys, warnings
 warnings.simplefilter("ignore")
 import stagecut
 from stagecut.records import to_json
-from test_planner import random_problem
+from dag_models import random_problem
 for seed in (1, 2):
     model, args, kwargs = random_problem(seed)
     made = stagecut.plan(model, "sim:4xA100-80GB", example_inputs=args, example_kwargs=kwargs)

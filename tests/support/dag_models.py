@@ -296,3 +296,13 @@ def worst_error(case: Case, loss: torch.Tensor) -> float:
         if given is not None and wanted is not None:
             errors.append(float((given - wanted).abs().max() / max(float(wanted.abs().max()), 1e-3 * largest, 1e-12)))
     return max(errors)
+
+
+def random_problem(seed: int, max_ops: int = 8) -> tuple[DagModel, tuple[torch.Tensor, ...], dict[str, Any]]:
+    """Draw a model with the arguments of a call: at most ``max_ops`` ops, up to 4,096 rows."""
+    chooser = RandomChooser(seed)
+    spec = draw_spec(chooser, max_ops=max_ops)
+    torch.manual_seed(seed)
+    rows = chooser.choose([1, 2, 5, 8, 64, 4096])
+    inputs = [torch.randn(rows, WIDTH) for _ in range(spec.n_inputs)]
+    return DagModel(spec), (inputs[0],), {"extra": {"more": inputs[1:], "flag": True}} if spec.n_inputs > 1 else {}

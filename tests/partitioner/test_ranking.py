@@ -1,0 +1,80 @@
+"""Bounds that leave configurations out: no step is below its bound, and the best plan is that of trying all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from dag_models import random_problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import stagecut
+from stagecut.partitioner import ranking
+from stagecut.partitioner.capture import capture
+from stagecut.partitioner.describe import describe
+from stagecut.partitioner.pricing import Pricer
+from stagecut.partitioner.step_bound import least_step_s
+from stagecut.structure import call_leaves
+
+property_test = settings(max_examples=6, deadline=None, derandomize=True)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@property_test
+@given(
+    seed=st.integers(0, 10**6),
+    replicas=st.sampled_from([[1, 1], [2, 2], [2, 1], [1, 1, 1]]),
+    n_microbatches=st.sampled_from([1, 2, 8]),
+    schedule=st.sampled_from(["1f1b", "fill-drain"]),
+)
+def test_no_step_is_shorter_than_its_bound(seed: int, replicas: list[int], n_microbatches: int, schedule: str) -> None:
+    model, args, kwargs = random_problem(seed)
+    spec = f"sim:{sum(replicas)}xA100-80GB"
+    try:
+        made = stagecut.plan(
+            model, spec, example_inputs=args, example_kwargs=kwargs,
+            replicas=replicas, microbatches=n_microbatches, schedule=schedule,
+        )  # fmt: skip
+    except stagecut.errors.InfeasibleError:
+        return  # fewer ops than stages
+    leaves, _ = call_leaves(model.forward, args, kwargs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    n_pieces = min(made.batch_rows, n_microbatches * max(replicas))
+    pricer = Pricer(capture(model, args, kwargs), tensors, describe(spec), "analytic")
+    priced = pricer.at(-(-made.batch_rows // n_pieces))
+    bound_s = least_step_s(priced, replicas, n_pieces)
+    assert 0 < bound_s <= made.prediction.step_s
+
+
+@settings(property_test, max_examples=3)
+@given(seed=st.integers(0, 10**6))
+def test_the_best_plan_is_found_without_drafting_all(seed: int) -> None:
+    model, args, kwargs = random_problem(seed, max_ops=12)
+
+    def planned(worth: float) -> tuple[stagecut.Plan, int]:
+        drafted = []
+
+        def drafts_of(*given):  # type: ignore[no-untyped-def]
+            drafted.append(given)
+            return original(*given)
+
+        original = ranking.drafts_of
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranking, "_WORTH_DRAFTING", worth)
+            patch.setattr(ranking, "drafts_of", drafts_of)
+            made = stagecut.plan(model, "sim:2x6xA100-80GB", example_inputs=args, example_kwargs=kwargs)
+        return made, len(drafted)
+
+    (pruned, n_pruned), (full, n_full) = planned(1.0), planned(float("inf"))
+    assert pruned.stages == full.stages
+    assert pruned.prediction == full.prediction
+    assert n_pruned <= n_full
