@@ -98,14 +98,11 @@ class Result:
 
 
 def least_alone_bytes(model: nn.Module, x: torch.Tensor) -> float:
-    """Return the least that one device needs, over all counts of microbatches, with recompute or without."""
+    """Return the least that one device needs, over all counts of microbatches; recompute saves a lone stage nothing."""
     needs = []
     for count in (*COUNTS, 2 * COUNTS[-1]):
-        for recompute in (False, True):
-            plan = stagecut.plan(
-                model, ["cpu"], example_inputs=(x,), microbatches=count, recompute=recompute, costs="analytic"
-            )
-            needs.append(plan.stages[0].memory_bytes)
+        plan = stagecut.plan(model, ["cpu"], example_inputs=(x,), microbatches=count, recompute=False, costs="analytic")
+        needs.append(plan.stages[0].memory_bytes)
     return float(min(needs))
 
 
@@ -116,25 +113,24 @@ def refusals(model: nn.Module, x: torch.Tensor, limit_bytes: float) -> dict[str,
         ValueError: one of them fits.
     """
     said: dict[str, str] = {}
-    for what, wishes in {
+    asked: dict[str, dict[str, Any]] = {
         "one device": {"devices": ["cpu"]},
         "2 replicas": {"devices": ["cpu", "cpu"], "replicas": 2},
-    }.items():
-        for count in (None, COUNTS[-1]):
-            try:
-                stagecut.plan(
-                    model,
-                    example_inputs=(x,),
-                    memory_bytes=limit_bytes,
-                    microbatches=count,
-                    threads_per_worker=1,
-                    costs="analytic",
-                    **wishes,
-                )
-            except InfeasibleError as error:
-                said[what] = str(error)
-            else:
-                raise ValueError(f"{what} fits into {limit_bytes:,.0f} bytes")
+    }
+    for what, wishes in asked.items():
+        try:
+            stagecut.plan(
+                model,
+                example_inputs=(x,),
+                memory_bytes=limit_bytes,
+                threads_per_worker=1,
+                costs="analytic",
+                **wishes,
+            )
+        except InfeasibleError as error:
+            said[what] = str(error)
+        else:
+            raise ValueError(f"{what} fits into {limit_bytes:,.0f} bytes")
     return said
 
 
@@ -242,9 +238,11 @@ def study(name: str, rounds: int, screening: int, n_finalists: int) -> Result:
     """Plan a model within its limit, try all peers, and run the fastest in turn with the plan."""
     model, x, y = models()[name]
     loss_fn = LOSSES.get(name, F.cross_entropy)
+    tell(name, "what one device needs")
     alone_bytes = least_alone_bytes(model, x)
     limit_bytes = float(int(SHARE * alone_bytes))
     said = refusals(model, x, limit_bytes)
+    tell(name, f"planning within {limit_bytes:,.0f} bytes")
     peers = [Peer(schedule, count) for schedule in PEERS for count in COUNTS]
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -257,6 +255,7 @@ def study(name: str, rounds: int, screening: int, n_finalists: int) -> Result:
             example_inputs=(x,),
         ) as pm,
     ):
+        tell(name, "stages for the peers")
         splits = {n_stages: equal_stages(model, x, n_stages) for n_stages in (2, 4)}
         Path(folder, "peers.pkl").write_bytes(cloudpickle.dumps((splits, x, y, loss_fn)))
         ranks = Ranks(folder)
@@ -268,8 +267,10 @@ def study(name: str, rounds: int, screening: int, n_finalists: int) -> Result:
             return time.perf_counter() - start, float(loss)
 
         try:
+            tell(name, "all peers in turn")
             screened, _ = in_turn(ranks, peers, screening)
             finalists = sorted(peers, key=lambda peer: statistics.median(screened[peer]))[:n_finalists]
+            tell(name, "the fastest in turn with stagecut")
             times, mine = in_turn(ranks, finalists, rounds, ours)
         finally:
             ranks.close()
@@ -291,6 +292,11 @@ def study(name: str, rounds: int, screening: int, n_finalists: int) -> Result:
         peers_s={str(peer): medians[peer] for peer in sorted(medians, key=medians.__getitem__)},
         ratio=(low, middle, high),
     )
+
+
+def tell(name: str, what: str) -> None:
+    """Say what is being done."""
+    print(f"{time.strftime('%H:%M:%S')} {name}: {what}", file=sys.stderr, flush=True)
 
 
 def in_turn(
