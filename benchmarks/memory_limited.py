@@ -242,6 +242,10 @@ def study(name: str, rounds: int, screening: int, n_finalists: int) -> Result:
     alone_bytes = least_alone_bytes(model, x)
     limit_bytes = float(int(SHARE * alone_bytes))
     said = refusals(model, x, limit_bytes)
+    tell(name, "stages for the peers")
+    # Before compiling: a pipeline moves parameters into one block of memory, and pickling one would pickle all of it.
+    splits = {n_stages: equal_stages(model, x, n_stages) for n_stages in (2, 4)}
+    peers_bytes = cloudpickle.dumps((splits, x, y, loss_fn))
     tell(name, f"planning within {limit_bytes:,.0f} bytes")
     peers = [Peer(schedule, count) for schedule in PEERS for count in COUNTS]
     with (
@@ -255,9 +259,7 @@ def study(name: str, rounds: int, screening: int, n_finalists: int) -> Result:
             example_inputs=(x,),
         ) as pm,
     ):
-        tell(name, "stages for the peers")
-        splits = {n_stages: equal_stages(model, x, n_stages) for n_stages in (2, 4)}
-        Path(folder, "peers.pkl").write_bytes(cloudpickle.dumps((splits, x, y, loss_fn)))
+        Path(folder, "peers.pkl").write_bytes(peers_bytes)
         ranks = Ranks(folder)
 
         def ours() -> tuple[float, float]:
