@@ -37,7 +37,7 @@ SMALL = Run(0.0, 64, 4, 2, 2, 2, 8, 16, 4, 1, 1.0)
 def test_sizes_and_batches_of_the_published_runs_add_up(run: Run) -> None:
     h, layers = run.hidden, run.layers
     parameters = 12 * layers * h * h * (1 + 13 / (12 * h) + (VOCABULARY + SEQUENCE) / (12 * layers * h))
-    assert parameters / 1e9 == pytest.approx(run.billions, rel=0.01)
+    assert round(parameters / 1e9, 1) == run.billions
     assert run.gpus == run.tensor * run.stages * run.replicas
     assert run.batch == run.replicas * run.microbatches * run.rows
     assert run.layers % (run.stages * run.chunks) == 0
