@@ -1,8 +1,8 @@
 """Predicted against measured: step time and peak memory of several configurations of several models.
 
 All plans are made before anything runs. Then come several sittings: costs are measured afresh, every plan's step is
-predicted from them, and the configurations run in turn, round by round, so that a slower minute of the machine hits
-all of them. A prediction is compared with the steps of its own sitting. Run on an otherwise idle machine:
+predicted from them, and the configurations run a few steps each. A prediction is compared with the steps of its own
+sitting, since a shared machine is faster now and slower then. Run on an otherwise idle machine:
 
     python benchmarks/prediction.py
 
@@ -151,11 +151,8 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def run(name: str, sittings: int, rounds: int) -> tuple[list[Row], Plan]:
-    """Plan all configurations of a model; then, several times, measure costs, predict, and step each in turn.
-
-    A shared machine is faster now and slower then, so costs and steps are compared within a sitting.
-    """
+def run(name: str, sittings: int, steps: int) -> tuple[list[Row], Plan]:
+    """Plan all configurations of a model; then, several times, measure costs, predict, and run each in turn."""
     model, x, y = models()[name]
     loss_fn = LOSSES.get(name, F.cross_entropy)
     base = base_bytes()
@@ -175,9 +172,9 @@ def run(name: str, sittings: int, rounds: int) -> tuple[list[Row], Plan]:
         for what, seconds in predictor.measure().items():
             predicted[what].append(seconds)
             times[what].append([])
-        for _ in range(rounds):
-            for what, pm in pipelines.items():
-                times[what][-1].append(timed_step(pm, x, y))
+        for what, pm in pipelines.items():
+            timed_step(pm, x, y)  # its memory was not used for a while
+            times[what][-1].extend(timed_step(pm, x, y) for _ in range(steps))
     rows = []
     for what, plan in plans.items():
         medians = [statistics.median(sitting) for sitting in times[what]]
@@ -235,14 +232,14 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sittings", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=4, help="steps of each configuration in a sitting")
+    parser.add_argument("--steps", type=int, default=4, help="of each configuration in a sitting")
     parser.add_argument("--model", action="append", choices=["transformer", "resnet50", "mlp"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows: list[Row] = []
     for name in options.model or ["transformer", "resnet50", "mlp"]:
-        found, chosen = run(name, options.sittings, options.rounds)
+        found, chosen = run(name, options.sittings, options.steps)
         rows += found
         best = min(found, key=lambda row: row.measured_s)
         print(

@@ -10,7 +10,7 @@ from torch import nn
 
 from stagecut.partitioner.analysis import analyse
 from stagecut.partitioner.capture import capture
-from stagecut.partitioner.costs.measured import measured_costs
+from stagecut.partitioner.costs.measured import measured_costs, touched_bytes
 from stagecut.partitioner.costs.op_cost import OpCost
 from stagecut.partitioner.cpu import this_cpu
 
@@ -38,7 +38,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def costs_of(model: nn.Module, x: torch.Tensor) -> dict[str, OpCost]:
     caught = capture(model, (x,))
     facts = analyse(caught, [x], x.shape[0])
-    return measured_costs(caught.graph_module, facts, this_cpu(), 1)
+    touched = touched_bytes(caught.graph_module, facts)
+    return measured_costs(caught.graph_module, facts, this_cpu(), 1, touched_bytes=touched)
 
 
 def test_every_op_is_timed_expanded_inputs_included() -> None:

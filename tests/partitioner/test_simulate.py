@@ -242,6 +242,12 @@ def test_what_a_worker_does_after_its_last_instruction_counts() -> None:
     assert [(s.worker, s.end_s - s.start_s) for s in timeline.spans if s.op == "finish"] == [(0, 0.5), (1, 0.25)]
 
 
+def test_a_worker_adds_gradients_up_from_its_second_backward_on() -> None:
+    costs = replace(uniform(1, 1.0, 2.0), accumulate_s=(0.5,))
+    assert simulate(program_of("1f1b", chain(1), 4), costs).makespan_s == pytest.approx(4 * 3.0 + 3 * 0.5)
+    assert simulate(program_of("1f1b", chain(2), 4), costs).makespan_s == pytest.approx(2 * 3.0 + 0.5), "each its own"
+
+
 def test_each_pair_of_stages_has_its_own_link() -> None:
     slow = Link(1.0, float("inf"), "made up")
     costs = replace(uniform(3, 1.0, 1.0), links={(1, 2): slow})

@@ -1,0 +1,76 @@
+"""A worker keeps the memory that a step frees; a process that only measures gives it back."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+GLIBC = platform.libc_ver()[0] == "glibc"
+PROGRAM = """
+import ctypes, resource, torch
+from contextlib import nullcontext
+from stagecut.runtime.heap import freed_memory_kept, keep_freed_memory
+
+def own_blocks():
+    ctypes.CDLL(None).mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: what is freed goes back at once
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def work():
+    blocks = [torch.ones(1 << 20) for _ in range(16)]  # 64 MiB in blocks of 4 MiB
+    del blocks
+
+{before}
+for _ in range(3):
+    work()
+start = faults()
+for _ in range(4):
+    work()
+print(faults() - start)
+{after}
+"""
+
+
+def faults_of(before: str, after: str = "", **environment: str) -> list[int]:
+    program = PROGRAM.format(before=before, after=after)
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env={**known, **environment}, capture_output=True, text=True, check=True
+    )
+    return [int(line) for line in run.stdout.split()]
+
+
+pytestmark = pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
+
+
+def test_memory_that_is_kept_is_not_faulted_in_again() -> None:
+    (plain,) = faults_of("own_blocks()")
+    (kept,) = faults_of("own_blocks(); keep_freed_memory()")
+    pages = 4 * (64 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert plain > pages / 2
+    assert kept < pages / 100
+
+
+def test_the_choice_of_the_environment_stands() -> None:
+    (chosen,) = faults_of("own_blocks(); keep_freed_memory()", MALLOC_TRIM_THRESHOLD_="131072")
+    (kept,) = faults_of("own_blocks(); keep_freed_memory()")
+    assert chosen > 10 * max(kept, 1)
+
+
+def test_after_measuring_the_memory_is_given_back() -> None:
+    resident = """
+from pathlib import Path
+def mib():
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith('VmRSS'))) // 1024
+context = freed_memory_kept(); context.__enter__(); before = mib(); work(); during = mib()
+context.__exit__(None, None, None); print(during - before); print(mib() - before)
+"""
+    _, during, after = faults_of("own_blocks()", resident)
+    assert during > 50
+    assert after < 16
