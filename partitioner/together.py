@@ -12,6 +12,7 @@ from .proving import TOLERANCE
 from .reduction import Dag, merge_cheap
 from .slots import Slots, Step
 
+_WORTH_MERGING = 0.98  # of the nodes: a graph that hardly shrinks does not repay the search with empty stages
 _MOST_STATES = 128  # skipping stages makes steps between any two states
 
 Search = Callable[[Dag, Slots, float], Outcome]
@@ -29,7 +30,7 @@ def search_together(dag: Dag, slots: Slots, deadline: float, search: Search, at_
     if not _may_merge(slots):
         return search(dag, slots, deadline)
     small = merge_cheap(dag, memory_limited=_is_limited(slots))
-    if len(small) == len(dag):
+    if len(small) > _WORTH_MERGING * len(dag):
         return search(dag, slots, deadline)
     found = search(small, slots, deadline)
     is_met = found.solution is not None and found.solution.max_load_s * (1 - TOLERANCE) <= at_least_s
