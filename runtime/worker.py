@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..heap import keep_freed_memory
 from ..vision_compat import import_torchvision
 from .arena import Arena, parameter_over
 from .executor import Executor
-from .heap import keep_freed_memory
 from .instructions import Instruction
 from .local_messages import Done, Exit, Failed, Forget, Ready, Run, Setup
 from .pickling import dumps, loads

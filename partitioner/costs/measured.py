@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...runtime.heap import freed_memory_kept
+from ...heap import freed_memory_kept
 from ...structure import map_leaves, tensors_in
 from ..analysis import OpFacts
 from ..cluster import DeviceKind

@@ -56,7 +56,7 @@ def chain(*widths: int) -> nn.Sequential:
 def on_meta(depth: int, width: int = 4096) -> tuple[nn.Sequential, torch.Tensor]:
     """Return a chain whose layers take long enough for pipelines to pay."""
     with torch.device("meta"):
-        return nn.Sequential(*(nn.Linear(width, width) for _ in range(depth))), torch.empty(64, width)
+        return nn.Sequential(*(nn.Linear(width, width) for _ in range(depth))), torch.empty(128, width)
 
 
 wishes_for = st.fixed_dictionaries(

@@ -12,8 +12,7 @@ import pytest
 GLIBC = platform.libc_ver()[0] == "glibc"
 PROGRAM = """
 import ctypes, resource, torch
-from contextlib import nullcontext
-from stagecut.runtime.heap import freed_memory_kept, keep_freed_memory
+from stagecut.heap import freed_memory_kept, keep_freed_memory
 
 def own_blocks():
     ctypes.CDLL(None).mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: what is freed goes back at once
