@@ -117,13 +117,12 @@ def _run(capture: Capture, tensors: list[torch.Tensor], rows: int, *, real: bool
         if real:
             with untouched(capture.model), _kept(state):
                 inputs = [_real_rows(tensor, rows) if cut else tensor for tensor, cut in zip(tensors, batched)]
-                inputs = [like.requires_grad_(own.requires_grad) for like, own in zip(inputs, tensors)]
                 return _interpret(capture, inputs, state)
         with untouched(capture.model), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             inputs = [
                 torch.empty_strided(
                     *_layout(tensor, rows if cut else None), dtype=tensor.dtype, device=_place(tensor, on_cpu)
-                ).requires_grad_(tensor.requires_grad)
+                )
                 for tensor, cut in zip(tensors, batched)
             ]
             return _interpret(

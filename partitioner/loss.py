@@ -1,24 +1,18 @@
-"""The seconds that the loss takes on the last stage: it is captured and priced like the model itself."""
+"""The seconds that the loss takes on the last stage: it is priced like an op of the model."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..structure import Structure, call_leaves, map_leaves, unflatten
-from .analysis import OpFacts, analyse, example_like
-from .capture import capture
-from .captured import Capture
-from .costs.op_cost import OpCost
-
-_MOST_DATA_BYTES = 64 << 20
-
-Price = Callable[[Capture, dict[str, OpFacts]], Mapping[str, OpCost]]
+from ..structure import flatten, map_leaves, unflatten
+from .analysis import OpFacts, example_like
+from .captured import Capture, ModelResult
 
 
 @dataclass(frozen=True)
@@ -36,46 +30,75 @@ class Loss:
     batch_rows: int
 
     def target_of(self, rows: int) -> Any:
-        """Return a target for so many rows, of the right shapes."""
+        """Return a target for so many rows: tensors without data, of the right shapes."""
 
         def cut(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
             batched = leaf.dim() > 0 and leaf.shape[0] == self.batch_rows
-            return _stand_in(example_like(leaf, rows if batched else None))
+            return example_like(leaf, rows if batched else None)
 
         return map_leaves(cut, self.target)
 
 
-class _OfLeaves(nn.Module):
-    """A loss as a module over the flat leaves of the model's result."""
+class LossCall:
+    """A call of the loss for one microbatch, on made-up inputs, so that it can be timed or priced."""
 
-    def __init__(self, function: Callable[..., Any], structure: Structure) -> None:
-        super().__init__()
-        self.function, self.structure = function, structure
+    writes_inputs = False
 
-    def forward(self, leaves: tuple[Any, ...], target: Any) -> Any:
-        return self.function(unflatten(self.structure, list(leaves)), target)
+    def __init__(self, loss: Loss, result: ModelResult, facts: Mapping[str, OpFacts], rows: int) -> None:
+        self._function, self._structure = loss.function, result.structure
+        self._leaves = [leaf.constant if leaf.node is None else facts[leaf.node].value for leaf in result.leaves]
+        self._target = loss.target_of(rows)
+
+    def inputs(self, make: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Any, Any]:
+        """Build the leaves of the model's result and the target with ``make`` for each tensor."""
+
+        def made(leaf: Any) -> Any:
+            return make(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+        return [[map_leaves(made, leaf) for leaf in self._leaves], map_leaves(made, self._target)], {}
+
+    def values_of(self, names: Sequence[str]) -> list[Any]:
+        """Return the values by these names, of which a loss has none."""
+        assert not names
+        return []
+
+    def standalone(self, device: torch.device) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+        """Return the call as a function; a loss has no parameters of its own that are trained here."""
+        return self.call, []
+
+    def call(self, leaves: list[Any], target: Any) -> Any:
+        """Compute the loss."""
+        return self._function(unflatten(self._structure, leaves), target)
+
+    def signature(self, context: str) -> str:
+        """Name the work: equal signatures cost the same."""
+        code = getattr(self._function, "__code__", None)
+        name = getattr(self._function, "__qualname__", repr(self._function))
+        shapes = [_layout(leaf) for leaf in flatten((self._leaves, self._target))[0]]
+        return f"{context}/loss {name} {zlib.crc32(code.co_code) if code is not None else ''} {shapes}"
+
+
+def _layout(leaf: Any) -> str:
+    if isinstance(leaf, torch.Tensor):
+        return f"{tuple(leaf.shape)}{leaf.stride()}{leaf.dtype}{leaf.requires_grad}"
+    return repr(leaf)
 
 
 def loss_seconds(
-    loss: Loss, captured: Capture, facts: Mapping[str, OpFacts], rows: int, price: Price
+    loss: Loss,
+    captured: Capture,
+    facts: Mapping[str, OpFacts],
+    rows: int,
+    price: Callable[[LossCall], tuple[float, float]],
 ) -> tuple[float, float]:
-    """Return the seconds of forward and backward of the loss of one microbatch; ``price`` prices a captured graph.
+    """Return the seconds of forward and backward of the loss of one microbatch, as ``price`` finds them.
 
     A loss that cannot be priced is left out, with a warning.
     """
-    result = captured.trained
-    leaves = [leaf.constant if leaf.node is None else facts[leaf.node].value for leaf in result.leaves]
-    args = (tuple(map_leaves(_stand_in, leaf) for leaf in leaves), loss.target_of(rows))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = _OfLeaves(loss.function, result.structure)
-            own = capture(module, args)
-            flat, _ = call_leaves(module.forward, args, {})
-            tensors = [leaf for known, leaf in zip(own.inputs.leaves, flat) if known.graph_input is not None]
-            costs = price(own, analyse(own, tensors, rows)).values()
+        return price(LossCall(loss, captured.trained, facts, rows))
     except Exception as error:
         text = (str(error).splitlines() or [""])[0]
         warnings.warn(
@@ -84,13 +107,3 @@ def loss_seconds(
             stacklevel=2,
         )
         return 0.0, 0.0
-    return sum(cost.forward_s for cost in costs), sum(cost.backward_s for cost in costs)
-
-
-def _stand_in(leaf: Any) -> Any:
-    """Make a tensor of zeros with the same layout; one that is large stays without data."""
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    device = "cpu" if leaf.numel() * leaf.element_size() <= _MOST_DATA_BYTES else "meta"
-    made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
-    return made.zero_().requires_grad_(leaf.requires_grad)

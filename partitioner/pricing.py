@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import networkx as nx
 import torch
-from torch import fx
 
 from ..errors import ConstraintError
 from ..structure import is_encodable
@@ -16,10 +15,10 @@ from .analysis import OpFacts, analyse
 from .captured import Capture
 from .cluster import Cluster, DeviceKind
 from .copies import cone, copyable
-from .costs.analytic import analytic_costs
-from .costs.measured import can_measure, measured_costs, touched_bytes
+from .costs.analytic import analytic_call, analytic_costs
+from .costs.measured import can_measure, measured_call, measured_costs, touched_bytes
 from .costs.op_cost import FREE, OpCost
-from .loss import Loss, loss_seconds
+from .loss import Loss, LossCall, loss_seconds
 from .opgraph import OpNode, op_graph
 
 Progress = Callable[[str, int, int], None]
@@ -119,10 +118,13 @@ class Pricer:
     def _loss_s(self, facts: Mapping[str, OpFacts], rows: int, kind: DeviceKind, n_threads: int) -> tuple[float, float]:
         if self._loss is None:
             return 0.0, 0.0
+        measured = self._why_analytic(kind) is None
         touched = touched_bytes(self._capture.graph_module, facts)
 
-        def price(own: Capture, known: dict[str, OpFacts]) -> Mapping[str, OpCost]:
-            return self._costs(own.graph_module, known, rows, kind, n_threads, touched)
+        def price(call: LossCall) -> tuple[float, float]:
+            if measured:
+                return measured_call(call, kind, n_threads, touched_bytes=touched)
+            return analytic_call(call, _with_threads(kind, n_threads))
 
         return loss_seconds(self._loss, self._capture, facts, rows, price)
 
@@ -146,8 +148,7 @@ class Pricer:
     def _corrected(
         self, facts: Mapping[str, OpFacts], rows: int, kind: DeviceKind, n_threads: int
     ) -> dict[str, OpCost]:
-        module = self._capture.graph_module
-        costs = self._costs(module, facts, rows, kind, n_threads, touched_bytes(module, facts))
+        costs = self._costs(facts, rows, kind, n_threads)
         for name, (forward, backward) in self._corrections.items():
             if name in costs:
                 own = costs[name]
@@ -159,15 +160,8 @@ class Pricer:
                 )
         return costs
 
-    def _costs(
-        self,
-        module: fx.GraphModule,
-        facts: Mapping[str, OpFacts],
-        rows: int,
-        kind: DeviceKind,
-        n_threads: int,
-        touched: int,
-    ) -> dict[str, OpCost]:
+    def _costs(self, facts: Mapping[str, OpFacts], rows: int, kind: DeviceKind, n_threads: int) -> dict[str, OpCost]:
+        module = self._capture.graph_module
         why = self._why_analytic(kind)
         if why is None:
 
@@ -175,7 +169,9 @@ class Pricer:
                 threads = "" if n_threads == 1 else f" with {n_threads} threads"
                 self._progress(f"measuring ops at {rows} rows{threads}", done, total)
 
-            return measured_costs(module, dict(facts), kind, n_threads, touched_bytes=touched, progress=tell)
+            return measured_costs(
+                module, dict(facts), kind, n_threads, touched_bytes=touched_bytes(module, facts), progress=tell
+            )
         if self._source == "measured" and not self._cluster.simulated and why not in self._warned:
             self._warned.add(why)
             warnings.warn(f"stagecut: {why}; costs are the roofline of {kind.name}", stacklevel=2)

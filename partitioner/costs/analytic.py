@@ -16,7 +16,7 @@ from ..analysis import OpFacts, stand_in
 from ..cluster import DeviceKind
 from ..meter import Kernel, MemoryMeter, bytes_of
 from ..recording.state import untouched
-from .isolated import Isolated, cloned
+from .isolated import Isolated, Timed, cloned
 from .op_cost import FREE, OpCost, is_free
 
 
@@ -95,6 +95,29 @@ def _cost(isolated: Isolated, weights: set[str], kind: DeviceKind) -> OpCost:
     backward_s = roofline_s(kind, backward.kernels)
     weight_s = max(0.0, backward_s - roofline_s(kind, backward.input_kernels))
     return OpCost(forward_s, backward_s, "analytic", weight_s, backward.workspace_bytes)
+
+
+def analytic_call(call: Timed, kind: DeviceKind) -> tuple[float, float]:
+    """Price one call, forward and backward, by running it on fake tensors.
+
+    Raises:
+        Exception: what the call raises there.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        wanted: list[torch.Tensor] = []
+
+        def make(tensor: torch.Tensor) -> torch.Tensor:
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            wanted.extend([made.requires_grad_()] if tensor.requires_grad else [])
+            return made
+
+        args, kwargs = call.inputs(make)
+        function, _ = call.standalone(torch.device("cpu"))
+        with MemoryMeter() as meter:
+            outputs = function(*args, **kwargs)
+            forward = list(meter.kernels)
+            backward, _ = _gradients(meter, outputs, wanted, len(wanted))
+    return roofline_s(kind, forward), roofline_s(kind, backward)
 
 
 def _fake_backward(isolated: Isolated, weights: set[str]) -> _Backward | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -14,6 +14,24 @@ from ...runtime.program.calls import Folded, InRegion
 from ...structure import flatten, map_leaves, tensors_in
 from ..analysis import OpFacts
 from ..meter import storage_of
+
+
+class Timed(Protocol):
+    """Work that can be run by itself, again and again."""
+
+    writes_inputs: bool
+
+    def inputs(self, make: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Any, Any]:
+        """Build positional and keyword arguments with ``make`` for each tensor."""
+
+    def values_of(self, names: Sequence[str]) -> list[Any]:
+        """Return the values by these names."""
+
+    def standalone(self, device: torch.device) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+        """Return the work as a function, and its own parameters."""
+
+    def signature(self, context: str) -> str:
+        """Name the work."""
 
 
 class Isolated:
@@ -42,6 +60,10 @@ class Isolated:
 
         args, kwargs = fx.node.map_aggregate((self.node.args, dict(self.node.kwargs)), resolve)
         return list(args), dict(kwargs)
+
+    def values_of(self, names: Sequence[str]) -> list[Any]:
+        """Return the values by these names, as the facts have them."""
+        return [self.facts[name].value for name in names]
 
     def _module(self) -> nn.Module | None:
         """Return the module that the op calls, directly or in a region."""

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..meter import bytes_of, storage_of
 from ..recording.state import untouched
 from .analytic import analytic_costs, from_parameters
 from .cache import Cache
-from .isolated import Isolated, cloned
+from .isolated import Isolated, Timed, cloned
 from .op_cost import FREE, OpCost, is_free
 
 _MIN_RUNS = 4
@@ -78,8 +79,8 @@ def measured_costs(
     """
     device = _device_of(kind)
     assert device is not None, can_measure(kind)
-    ring_bytes = min(_RING_BYTES, 1 << max(0, touched_bytes - 1).bit_length())  # coarse: like models share costs
-    context = f"{_name_of(device)}/{n_threads}/{torch.__version__}/{ring_bytes}"
+    ring_bytes = _ring_bytes(touched_bytes)
+    context = _context(device, n_threads, ring_bytes)
     cache = Cache()
     nodes = [n for n in graph_module.graph.nodes if n.op != "output"]
     work = {n.name: Isolated(n, graph_module, facts) for n in nodes if not is_free(facts[n.name])}
@@ -89,7 +90,7 @@ def measured_costs(
     signatures = {name: own.signature(f"{context}/weights at {places[name]}") for name, own in work.items()}
     fresh = {signatures[name]: isolated for name, isolated in work.items() if signatures[name] not in cache.known}
     failed: set[str] = set()
-    with threads(n_threads), freed_memory_kept(), untouched(graph_module):
+    with threads(n_threads), freed_memory_kept() if fresh else nullcontext(), untouched(graph_module):
         stopwatch = _Stopwatch(device, ring_bytes)
         for done, (signature, isolated) in enumerate(fresh.items()):
             progress(done, len(fresh))
@@ -114,6 +115,33 @@ def measured_costs(
                 source="measured" if signature in fresh else "cached",
             )
     return costs
+
+
+def measured_call(call: Timed, kind: DeviceKind, n_threads: int, *, touched_bytes: int) -> tuple[float, float]:
+    """Time one call, forward and backward, as an op is timed by :func:`measured_costs`; the result is kept.
+
+    Raises:
+        Exception: what the call raises on made-up inputs.
+    """
+    device = _device_of(kind)
+    assert device is not None, can_measure(kind)
+    cache, ring_bytes = Cache(), _ring_bytes(touched_bytes)
+    signature = call.signature(_context(device, n_threads, ring_bytes))
+    if signature not in cache.known:
+        with threads(n_threads), freed_memory_kept():
+            cache.known[signature] = _Stopwatch(device, ring_bytes).time(call, ())
+        cache.save()
+    forward_s, backward_s, _ = cache.known[signature]
+    return forward_s, backward_s
+
+
+def _ring_bytes(touched_bytes: int) -> int:
+    """Round up coarsely, so that like models share what was measured."""
+    return min(_RING_BYTES, 1 << max(0, touched_bytes - 1).bit_length())
+
+
+def _context(device: torch.device, n_threads: int, ring_bytes: int) -> str:
+    return f"{_name_of(device)}/{n_threads}/{torch.__version__}/{ring_bytes}"
 
 
 def _name_of(device: torch.device) -> str:
@@ -154,7 +182,7 @@ class _Stopwatch:
         self.device = device
         self.ring_bytes = ring_bytes if device.type == "cpu" else 0
 
-    def time(self, isolated: Isolated, weights: Sequence[str]) -> tuple[float, float, float]:
+    def time(self, isolated: Timed, weights: Sequence[str]) -> tuple[float, float, float]:
         """Return median seconds of the forward, of the backward, and of that the part for parameters' gradients.
 
         ``weights`` names the inputs that come from parameters alone.
@@ -207,9 +235,9 @@ def _runs(seconds: float) -> int:
 class _Run:
     """An op with inputs and parameters of its own, to be run again and again."""
 
-    def __init__(self, isolated: Isolated, weights: Sequence[str], stopwatch: _Stopwatch) -> None:
+    def __init__(self, isolated: Timed, weights: Sequence[str], stopwatch: _Stopwatch) -> None:
         self.isolated, self.stopwatch = isolated, stopwatch
-        of_weights = {id(t) for name in weights for t in tensors_in(isolated.facts[name].value)}
+        of_weights = {id(t) for value in isolated.values_of(weights) for t in tensors_in(value)}
         self.given: list[torch.Tensor] = []
         self.own: list[torch.Tensor] = []
 
