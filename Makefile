@@ -9,7 +9,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/digits.py --out demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) .typecheck/stagecut
 	$(BIN)/ruff check .
