@@ -15,7 +15,7 @@ from .plan_check import validate
 if TYPE_CHECKING:
     from ..runtime.program import Timeline
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,11 @@ class StageRecord:
     def worker_bytes(self) -> int:
         """Return what a local CPU worker holds, beside what any process does.
 
-        Weights, gradients, the memory that hands gradients over, and with replicas the buckets of the reduction;
-        optimizer state is in the parent process.
+        Weights, gradients, and the part of the other replicas' gradients that this one sums; optimizer state is in the
+        parent process.
         """
-        return (3 if len(self.devices) == 1 else 4) * self.parameter_bytes + self.held_bytes
+        n = len(self.devices)
+        return 2 * self.parameter_bytes + (n - 1) * self.parameter_bytes // n + self.held_bytes
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,12 @@ class Timing:
         action_s: the runtime's own work per compute instruction.
         send_s, pack_bytes_per_s: what sending keeps the sender busy for; None packs at once.
         reduce_s: per stage, the part of the gradient reduction over its replicas that no backward hides.
-        accumulate_s: per stage, by how much a replica's backwards after its first are longer: gradients are added up.
+        store_s, accumulate_s: per stage, by how much a replica's first backward is longer, since gradients move to
+            memory that they share, and by how much its later ones are, which add to them.
         loss_s: of a microbatch's loss, forward and backward; both are part of the last stage's seconds.
-        start_s: before the workers begin; finish_s: per worker, after its last instruction (() for nothing).
-        hosts: per worker, its machine (() for one each); n_cores: workers that a machine runs at full speed at once.
+        start_s: before the workers begin, and after they are done.
+        hosts: per worker, its machine (() for one each); n_cores: workers that a machine runs at full speed at once;
+            sharing: how many times as long work takes, beyond its share of a core, while more than these are busy.
         source: where these numbers come from.
     """
 
@@ -125,12 +128,13 @@ class Timing:
     send_s: float = 0.0
     pack_bytes_per_s: float | None = None
     reduce_s: tuple[float, ...] = ()
+    store_s: tuple[float, ...] = ()
     accumulate_s: tuple[float, ...] = ()
     loss_s: tuple[float, float] = (0.0, 0.0)
     start_s: float = 0.0
-    finish_s: tuple[float, ...] = ()
     hosts: tuple[int, ...] = ()
     n_cores: int | None = None
+    sharing: float = 1.0
     source: str = "none"
 
 

@@ -50,7 +50,7 @@ def _n_pieces(plan: Plan, layout: Layout) -> int:
 def _n_alike(plan: Plan, layout: Layout) -> int:
     """Count the replicas that do the same at the same time; 1 where they may differ."""
     counts = {len(owners) for owners in layout.workers}
-    uneven = len(counts) > 1 or _n_pieces(plan, layout) % layout.n_replicas or len(set(plan.timing.finish_s)) > 1
+    uneven = len(counts) > 1 or _n_pieces(plan, layout) % layout.n_replicas
     return 1 if uneven or plan.timing.n_cores is not None else counts.pop()
 
 
@@ -84,10 +84,11 @@ def _simulated(plan: Plan, layout: Layout, n_pieces: int) -> Timeline:
             send_overhead_s=timing.send_s,
             pack_bytes_per_s=float("inf") if timing.pack_bytes_per_s is None else timing.pack_bytes_per_s,
             reduce_s=timing.reduce_s,
+            store_s=timing.store_s,
             accumulate_s=timing.accumulate_s,
-            finish_s=timing.finish_s[: layout.n_workers],
             hosts=timing.hosts[: layout.n_workers],
             n_cores=timing.n_cores,
+            sharing=timing.sharing,
         ),
     )
     later = timing.start_s

@@ -71,10 +71,12 @@ def better_plan(
 
 
 def _corrections(plan: Plan, measured: StageSeconds) -> Corrections:
-    factors = []
+    factors, n_replicas = [], max(len(stage.devices) for stage in plan.stages)
     for stage in plan.stages:
         forward_s, backward_s = measured.get(stage.index, (0.0, 0.0))
-        planned_s = stage.backward_s + plan.timing.accumulate_s[stage.index]
+        own = -(-plan.n_microbatches * n_replicas // len(stage.devices))
+        more_s = plan.timing.store_s if own == 1 else plan.timing.accumulate_s
+        planned_s = stage.backward_s + (more_s[stage.index] if more_s else 0.0)
         factors.append(
             (
                 forward_s / stage.forward_s if forward_s and stage.forward_s else 1.0,

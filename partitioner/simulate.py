@@ -26,10 +26,11 @@ class StepCosts:
         action_overhead_s: per compute instruction, the runtime's own work.
         send_overhead_s, pack_bytes_per_s: what sending keeps the sender busy for, and how fast it packs.
         reduce_s: per stage, the part of the gradient reduction that no backward hides.
-        accumulate_s: per stage, by how much a worker's backwards after its first are longer; () for nothing.
-        finish_s: per worker, its own work after its last instruction.
+        store_s, accumulate_s: per stage, by how much a worker's first backward and its later ones are longer; () for
+            nothing.
         hosts: per worker, the machine that it runs on; () for one each.
-        n_cores: workers that a machine can run at once; None for all. Where more are busy they share in equal parts.
+        n_cores: workers that a machine can run at once; None for all. Where more are busy they share in equal parts,
+            and all take ``sharing`` times as long.
     """
 
     forward_s: tuple[float, ...]
@@ -40,11 +41,12 @@ class StepCosts:
     send_overhead_s: float = 0.0
     pack_bytes_per_s: float = float("inf")
     reduce_s: tuple[float, ...] = ()
+    store_s: tuple[float, ...] = ()
     accumulate_s: tuple[float, ...] = ()
-    finish_s: tuple[float, ...] = ()
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
     hosts: tuple[int, ...] = ()
     n_cores: int | None = None
+    sharing: float = 1.0
     gradient_bytes: Mapping[tuple[int, int], float] | None = None
 
 
@@ -68,8 +70,9 @@ class _Host:
     ``progress`` has grown by them, whoever came and went meanwhile.
     """
 
-    def __init__(self, n_cores: int | None) -> None:
+    def __init__(self, n_cores: int | None, sharing: float) -> None:
         self.n_cores = n_cores
+        self.sharing = sharing
         self.progress = 0.0
         self.now = 0.0
         self.ends: list[tuple[float, int]] = []  # progress at which a worker's task ends
@@ -80,7 +83,7 @@ class _Host:
 
     def _rate(self) -> float:
         busy = len(self.ends)
-        return 1.0 if self.n_cores is None or busy <= self.n_cores else self.n_cores / busy
+        return 1.0 if self.n_cores is None or busy <= self.n_cores else self.n_cores / (busy * self.sharing)
 
     def next_end_s(self) -> float:
         """Say when the first task ends if nobody comes or goes before."""
@@ -97,7 +100,7 @@ class _Simulation:
         self.started_s: list[float | None] = [None] * n_workers  # of a task that runs
         # With all the cores that they want, workers do not meet: one clock serves them all.
         names = (costs.hosts or tuple(range(n_workers))) if costs.n_cores is not None else (0,) * n_workers
-        self.hosts = {name: _Host(costs.n_cores) for name in names}
+        self.hosts = {name: _Host(costs.n_cores, costs.sharing) for name in names}
         self.host_of = [self.hosts[name] for name in names]
         self.arrival: dict[Packet, float] = {}
         self.done: set[tuple[Op, int, int]] = set()
@@ -105,7 +108,6 @@ class _Simulation:
         self.has_gradients: set[tuple[int, int]] = set()  # worker, stage
         self.wakes: list[tuple[float, int]] = []
         self.spans: list[Span] = []
-        self.finished = [False] * n_workers
 
     def run(self) -> Timeline:
         for worker in range(len(self.at)):
@@ -143,12 +145,6 @@ class _Simulation:
             else:
                 assert i.op in RECEIVES or i.op is Op.FREE
                 self.at[worker] += 1
-        self._finish(worker, now)
-
-    def _finish(self, worker: int, now: float) -> None:
-        if self.started_s[worker] is None and not self.finished[worker] and self.costs.finish_s:
-            self.finished[worker] = True
-            self._start(worker, self.costs.finish_s[worker], now)
 
     def _seconds(self, worker: int, i: Instruction) -> float:
         costs = self.costs
@@ -156,9 +152,9 @@ class _Simulation:
             return costs.send_overhead_s + self._bytes(i) / costs.pack_bytes_per_s
         if i.op is Op.FORWARD:
             return costs.forward_s[i.stage] + costs.action_overhead_s
-        adds = costs.accumulate_s and (worker, i.stage) in self.has_gradients
+        more_s = costs.accumulate_s if (worker, i.stage) in self.has_gradients else costs.store_s
         self.has_gradients.add((worker, i.stage))
-        return costs.backward_s[i.stage] + (costs.accumulate_s[i.stage] if adds else 0.0) + costs.action_overhead_s
+        return costs.backward_s[i.stage] + (more_s[i.stage] if more_s else 0.0) + costs.action_overhead_s
 
     def _bytes(self, i: Instruction) -> float:
         back = self.costs.gradient_bytes if i.op is Op.SEND_GRAD else None
@@ -178,10 +174,6 @@ class _Simulation:
     def _complete(self, worker: int, now: float) -> None:
         start, self.started_s[worker] = self.started_s[worker], None
         assert start is not None
-        if self.finished[worker]:
-            if now > start:
-                self.spans.append(Span(worker, "finish", -1, -1, start, now))
-            return
         i = self.program.workers[worker][self.at[worker]]
         self.at[worker] += 1
         if now > start or i.op in COMPUTE:  # a backward of no time still waits for its packets

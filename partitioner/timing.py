@@ -14,9 +14,15 @@ ACTION_S = 150e-6
 SEND_S = 220e-6
 PACK_BYTES_PER_S = 1.2e9
 STEP_S = 2e-3
-# A reduction over CPU replicas overlaps with the last backward, but takes that backward's cores: with two replicas on
-# two cores, backwards of an MLP with 50 MB of gradients took 73 ms longer than one replica's.
-REDUCE_BYTES_PER_S = 0.69e9
+# Gradients lie in memory that was last used a step ago. Copying a gradient there, right after it was made, and adding
+# one such to another both take about this many times as long as the bandwidth of a copy within caches says of as many
+# bytes; adding a fresh one takes three quarters of that (50 MB of gradients: 8.6, 8.2 and 6.3 ms at 29 GB/s).
+_GRADIENT_COPIES = 5.0
+_ADDING_FRESH = 0.75
+# Workers that take turns on a core find each other's data in its caches: four processes on two cores took 2.13 (matrix
+# products), 2.09 (transformer) and 2.06 (MLP) times as long as two.
+SHARING = 1.05
+REDUCE_S = 0.5e-3  # until replicas have heard of each other that they are there
 
 
 def timing_of(
@@ -27,26 +33,32 @@ def timing_of(
     pairs = sorted({(wire.source, target) for wire in wires for target in wire.targets})
     links = tuple(_record(cluster, source, target) for source, target in pairs)
     on_cpu = all(device.kind.name == "cpu" for device in cluster.devices)
-    reduce_s = tuple(_reduce_s(stage, cluster, group, on_cpu) for stage, group in zip(stages, cluster.groups))
-    accumulate_s = tuple(_accumulate_s(stage, cluster, group) for stage, group in zip(stages, cluster.groups))
+    owned = list(zip(stages, cluster.groups))
     if not on_cpu:
-        return Timing(links, reduce_s=reduce_s, accumulate_s=accumulate_s, loss_s=loss_s, source=cluster.inside.source)
-    finish_s = [0.0] * cluster.n_devices
-    for stage, group in zip(stages, cluster.groups):
-        bandwidth = cluster.devices[group[0]].kind.bytes_per_s
-        finish_s[group[0]] += 2 * stage.parameter_bytes / bandwidth  # gradients are copied to the parent's memory
+        return Timing(
+            links,
+            reduce_s=tuple(_all_reduce_s(stage, cluster, group) for stage, group in owned),
+            accumulate_s=tuple(3 * stage.parameter_bytes / _bandwidth(cluster, group) for stage, group in owned),
+            loss_s=loss_s,
+            source=cluster.inside.source,
+        )
+    store_s = tuple(_GRADIENT_COPIES * stage.parameter_bytes / _bandwidth(cluster, group) for stage, group in owned)
     return Timing(
         links,
         action_s=ACTION_S,
         send_s=SEND_S,
         pack_bytes_per_s=PACK_BYTES_PER_S,
-        reduce_s=reduce_s,
-        accumulate_s=accumulate_s,
+        reduce_s=tuple(
+            _all_reduce_s(stage, cluster, group) if _spans_hosts(cluster, group) else _sum_s(seconds, len(group))
+            for (stage, group), seconds in zip(owned, store_s)
+        ),
+        store_s=store_s,
+        accumulate_s=tuple(_ADDING_FRESH * seconds for seconds in store_s),
         loss_s=loss_s,
         start_s=STEP_S,
-        finish_s=tuple(finish_s),
         hosts=tuple(device.host for device in cluster.devices),
         n_cores=cluster.n_cores,
+        sharing=SHARING,
         source=f"{cluster.inside.source}; the runtime's own work: benchmarks/overhead.py",
     )
 
@@ -59,13 +71,21 @@ def _record(cluster: Cluster, source: int, target: int) -> LinkRecord:
     return LinkRecord(source, target, link.latency_s, link.bytes_per_s)
 
 
-def _accumulate_s(stage: StageRecord, cluster: Cluster, group: Sequence[int]) -> float:
-    """Price adding the gradients of a microbatch to older ones: two reads and a write."""
-    return 3 * stage.parameter_bytes / min(cluster.devices[index].kind.bytes_per_s for index in group)
+def _bandwidth(cluster: Cluster, group: Sequence[int]) -> float:
+    return min(cluster.devices[index].kind.bytes_per_s for index in group)
 
 
-def _reduce_s(stage: StageRecord, cluster: Cluster, group: Sequence[int], on_cpu: bool) -> float:
-    """Price a ring all-reduce of the stage's gradients, as if no backward hid it; on CPU it does not.
+def _spans_hosts(cluster: Cluster, group: Sequence[int]) -> bool:
+    return len({cluster.devices[index].host for index in group}) > 1
+
+
+def _sum_s(store_s: float, n_replicas: int) -> float:
+    """Price summing gradients in memory that replicas share: each adds its part of all the others' to the first's."""
+    return REDUCE_S + (n_replicas - 1) / n_replicas * store_s if n_replicas > 1 else 0.0
+
+
+def _all_reduce_s(stage: StageRecord, cluster: Cluster, group: Sequence[int]) -> float:
+    """Price a ring all-reduce of the stage's gradients, as if no backward hid it.
 
     Patarasuk and Yuan, 2009 (https://doi.org/10.1016/j.jpdc.2008.09.002).
     """
@@ -73,5 +93,4 @@ def _reduce_s(stage: StageRecord, cluster: Cluster, group: Sequence[int], on_cpu
     if n == 1:
         return 0.0
     link = cluster.slowest_link(group)
-    bytes_per_s = min(link.bytes_per_s, REDUCE_BYTES_PER_S) if on_cpu else link.bytes_per_s
-    return 2 * (n - 1) / n * stage.parameter_bytes / bytes_per_s + 2 * (n - 1) * link.latency_s
+    return 2 * (n - 1) / n * stage.parameter_bytes / link.bytes_per_s + 2 * (n - 1) * link.latency_s

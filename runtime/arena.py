@@ -51,7 +51,7 @@ class Arena:
             )
             offset = -(-(offset + slots[name].n_bytes) // _ALIGN) * _ALIGN
         n_bytes = max(offset, _ALIGN)
-        fd = _anonymous_file()
+        fd = anonymous_file()
         os.ftruncate(fd, n_bytes)
         return cls(fd, n_bytes, slots)
 
@@ -70,7 +70,8 @@ class Arena:
             self.fd = -1
 
 
-def _anonymous_file() -> int:
+def anonymous_file() -> int:
+    """Make a file without a name, which goes with the last process that holds it."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("stagecut", os.MFD_CLOEXEC)
     with tempfile.TemporaryFile() as file:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import WorkerLost
 from .local_messages import Exit
+from .mailbox import Mailbox
 from .pickling import dumps, loads
 
 STOP_S = 3.0
@@ -88,14 +89,14 @@ class WorkerPool:
                 raise WorkerLost(f"worker {worker.index} was not ready after {timeout_s:.0f} s")
             self.receive(worker)
 
-    def receive(self, worker: WorkerProcess) -> Any:
-        """Return the next answer of ``worker``.
+    def receive(self, worker: WorkerProcess, mailbox: Mailbox | None = None) -> Any:
+        """Return the next answer of ``worker``, whose large tensors are in ``mailbox``.
 
         Raises:
             WorkerLost: the process has ended.
         """
         try:
-            return loads(worker.connection.recv_bytes())
+            return loads(worker.connection.recv_bytes(), mailbox=mailbox)
         except (EOFError, ConnectionResetError) as error:
             raise worker.exit_error() from error
 

@@ -21,9 +21,11 @@ from .arena import Arena
 from .engine import Programs, model_state
 from .launch import WorkerPool, WorkerProcess
 from .local_messages import Failed, Forget, Run, Setup
+from .mailbox import Mailbox
 from .pickling import dumps, loads
 from .program import PipelineSpec, StageSpec
 from .requests import BACKWARD, TRAIN, StepReport, StepRequest
+from .shared_gradients import gradient_slot
 
 START_S = 60.0
 _POLL_S = 0.2
@@ -66,6 +68,7 @@ class LocalEngine:
         self._sent: set[tuple[str, int]] = set()
         self._names = {id(tensor): name for name, tensor in reversed(list(model_state(model).items()))}
         self._folder = tempfile.mkdtemp(prefix="stagecut-")
+        self._mailboxes = [Mailbox() for _ in pool.workers]
         try:
             self._set_up(loss_fn)
         except BaseException:
@@ -77,10 +80,11 @@ class LocalEngine:
     def _set_up(self, loss_fn: Callable[..., Any] | None) -> None:
         state = {self._names[id(tensor)]: tensor for tensor in model_state(self._model).values()}
         used = [self._tensors_of(worker) for worker in range(self._spec.layout.n_workers)]
+        self._sums_in_memory = all(torch.device(device).type == "cpu" for device in self._spec.devices)
         self._gradient_slots = {
-            (worker, name): f"gradient/{worker}/{name}"
+            (worker, name): gradient_slot(worker, name)
             for worker, names in enumerate(used)
-            if any(owners[0] == worker for owners in self._spec.layout.workers)
+            if self._sums_in_memory or any(owners[0] == worker for owners in self._spec.layout.workers)
             for name in names
             if isinstance(state[name], nn.Parameter)
         }
@@ -137,13 +141,15 @@ class LocalEngine:
             slots=self._arena.slots,
             parameters=tuple(name for name in used if isinstance(state[name], nn.Parameter)),
             buffers=tuple(name for name in used if not isinstance(state[name], nn.Parameter)),
-            gradients={name: slot for (w, name), slot in self._gradient_slots.items() if w == worker.index},
+            gradients=tuple(name for w, name in self._gradient_slots if w == worker.index),
+            sums_in_memory=self._sums_in_memory,
             payload=self._pickle(stages, own_loss),
             torchvision="torchvision" in sys.modules,
             n_threads=self.n_threads,
         )
         worker.connection.send_bytes(dumps(setup))
         worker.send_fd(self._arena.fd)
+        worker.send_fd(self._mailboxes[worker.index].fd)
 
     def _pickle(self, stages: list[StageSpec], loss_fn: Callable[..., Any] | None) -> bytes:
         try:
@@ -180,7 +186,8 @@ class LocalEngine:
             for worker in self._pool.workers:
                 instructions = None if key in self._sent else program.workers[worker.index]
                 own = self._share_of(request, worker.index)
-                worker.connection.send_bytes(dumps(Run(key, instructions, own, *news)))
+                message = Run(key, instructions, own, *news)
+                worker.connection.send_bytes(dumps(message, mailbox=self._mailboxes[worker.index]))
             self._sent.add(key)
             done = self._collect(list(self._pool.workers), self._timeout_s, key)
         except BaseException:
@@ -217,7 +224,7 @@ class LocalEngine:
         progress, since = self._progress.copy(), time.monotonic()
         while waiting:
             for worker in self._pool.wait_any(waiting, min(_POLL_S, timeout_s)):
-                answer = self._pool.receive(worker)
+                answer = self._pool.receive(worker, self._mailboxes[worker.index])
                 waiting.remove(worker)
                 if isinstance(answer, Failed):
                     raise self._original(answer)
@@ -275,7 +282,7 @@ class LocalEngine:
                 continue
             first, *others = parts[binding.name]
             for other in others:
-                first.add_(other)
+                _add(first, other)
             old = binding.tensor.grad
             binding.tensor.grad = first if old is None else old.add_(first)
 
@@ -299,5 +306,16 @@ class LocalEngine:
             self._pool.kill()
         else:
             self._pool.close()
+        for mailbox in self._mailboxes:
+            mailbox.close()
         if hasattr(self, "_arena"):
             self._arena.close()
+
+
+def _add(target: torch.Tensor, other: torch.Tensor) -> None:
+    """Add as this thread, if NumPy knows the dtype: torch's threads would go on spinning on the workers' cores."""
+    if target.dtype in (torch.float32, torch.float64) and target.device.type == "cpu":
+        own = target.numpy()
+        np.add(own, other.numpy(), out=own)
+    else:
+        target.add_(other)

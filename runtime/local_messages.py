@@ -15,8 +15,9 @@ class Setup:
     """Everything a worker needs before its first step. The arena's descriptor follows it on the socket.
 
     ``payload`` is pickled (stages, loss_fn) whose tensors refer to ``parameters`` and ``buffers`` by name.
-    ``gradients`` maps a parameter to the arena slot that this worker writes its gradient to; it is empty on all but the
-    first replica of a stage. ``torchvision`` says that the parent uses it, so that the payload may refer to it.
+    ``gradients`` names the parameters whose gradients this worker writes to the arena: on CPUs all of its own, which
+    replicas then sum there; on other devices, which reduce by themselves, those of stages whose first replica it is.
+    ``torchvision`` says that the parent uses it, so that the payload may refer to it.
     ``n_threads`` is how many CPU threads the worker computes with.
     """
 
@@ -28,7 +29,8 @@ class Setup:
     slots: dict[str, Slot]
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
-    gradients: dict[str, str]
+    gradients: tuple[str, ...]
+    sums_in_memory: bool
     payload: bytes
     torchvision: bool
     n_threads: int

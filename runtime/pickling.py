@@ -1,4 +1,4 @@
-"""Pickles between a parent and its own workers: the model's state by name, other tensors by value.
+"""Pickles between a parent and its own workers: the model's state by name, other tensors by value or in a mailbox.
 
 Only bytes that the parent or one of its workers wrote to their private socket are ever unpickled.
 """
@@ -12,6 +12,8 @@ from typing import Any
 import cloudpickle
 import torch
 
+from .mailbox import LARGE_BYTES, Letter, Mailbox
+
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle, with tensors as their own bytes.
@@ -19,19 +21,33 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     torch's own pickling keeps the whole storage under a view, which would send the batch once per microbatch.
     """
 
-    def __init__(self, file: io.BytesIO, names: dict[int, str]) -> None:
+    def __init__(self, file: io.BytesIO, names: dict[int, str], mailbox: Mailbox | None) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self._names = names
+        self._mailbox = mailbox
+        self._posted: dict[int, tuple[torch.Tensor, Letter]] = {}
 
-    def persistent_id(self, obj: Any) -> str | None:
-        return self._names.get(id(obj)) if isinstance(obj, torch.Tensor) else None
+    def persistent_id(self, obj: Any) -> str | Letter | None:
+        if not isinstance(obj, torch.Tensor):
+            return None
+        if self._mailbox is None or not _is_plain(obj) or obj.numel() * obj.element_size() < LARGE_BYTES:
+            return self._names.get(id(obj))
+        if id(obj) not in self._posted:
+            self._posted[id(obj)] = obj, self._mailbox.put(obj)
+        return self._posted[id(obj)][1]
 
     def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is torch.Tensor and obj.device.type == "cpu" and obj.layout is torch.strided and obj.is_leaf:
+        if _is_plain(obj):
             return _rebuild, _parts(obj)
         if isinstance(obj, BaseException) and type(obj).__reduce__ is BaseException.__reduce__:
             return _rebuild_exception, (type(obj), obj.args, obj.__dict__)
         return super().reducer_override(obj)
+
+
+def _is_plain(obj: Any) -> bool:
+    if type(obj) is not torch.Tensor:
+        return False
+    return obj.device.type == "cpu" and obj.layout is torch.strided and obj.is_leaf
 
 
 def _parts(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -60,21 +76,33 @@ def _rebuild_exception(kind: type[BaseException], args: tuple[Any, ...], state: 
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, state: dict[str, torch.Tensor]) -> None:
+    def __init__(self, file: io.BytesIO, state: dict[str, torch.Tensor], mailbox: Mailbox | None) -> None:
         super().__init__(file)
         self._state = state
+        self._mailbox = mailbox
+        self._taken: dict[Letter, torch.Tensor] = {}
 
-    def persistent_load(self, pid: str) -> torch.Tensor:
-        return self._state[pid]
+    def persistent_load(self, pid: str | Letter) -> torch.Tensor:
+        if isinstance(pid, str):
+            return self._state[pid]
+        assert self._mailbox is not None, "who writes to a mailbox and who reads from it agree on it"
+        if pid not in self._taken:
+            self._taken[pid] = self._mailbox.get(pid)
+        return self._taken[pid]
 
 
-def dumps(value: Any, names: dict[int, str] | None = None) -> bytes:
-    """Pickle ``value``; tensors whose ``id`` is in ``names`` become references to the model's state."""
+def dumps(value: Any, names: dict[int, str] | None = None, mailbox: Mailbox | None = None) -> bytes:
+    """Pickle ``value``; tensors whose ``id`` is in ``names`` become references to the model's state.
+
+    With a ``mailbox`` large tensors go there, over those of the message before, and the pickle says where they lie.
+    """
+    if mailbox is not None:
+        mailbox.start()
     file = io.BytesIO()
-    _Pickler(file, names or {}).dump(value)
+    _Pickler(file, names or {}, mailbox).dump(value)
     return file.getvalue()
 
 
-def loads(data: bytes, state: dict[str, torch.Tensor] | None = None) -> Any:
-    """Unpickle what :func:`dumps` made, with ``state`` in place of the references."""
-    return _Unpickler(io.BytesIO(data), state or {}).load()
+def loads(data: bytes, state: dict[str, torch.Tensor] | None = None, mailbox: Mailbox | None = None) -> Any:
+    """Unpickle what :func:`dumps` made, with ``state`` in place of the references, and copies out of the mailbox."""
+    return _Unpickler(io.BytesIO(data), state or {}, mailbox).load()

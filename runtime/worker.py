@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import traceback
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,10 +24,12 @@ from .arena import Arena, parameter_over
 from .executor import Executor
 from .instructions import Instruction
 from .local_messages import Done, Exit, Failed, Forget, Ready, Run, Setup
+from .mailbox import Mailbox
 from .pickling import dumps, loads
 from .program.specs import StageSpec
 from .replicate import DataParallelReducer, NoReduction, Reducer
 from .requests import BACKWARD, TRAIN
+from .shared_gradients import GradientSlots, SharedMemoryReducer, gradient_slot
 from .stage import StageRuntime
 from .transport import DistTransport
 
@@ -43,14 +46,16 @@ def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> 
     server: _Server | None = None
     while True:
         try:
-            command = loads(connection.recv_bytes())
+            command = loads(connection.recv_bytes(), mailbox=None if server is None else server.mailbox)
         except EOFError:
             break
         if isinstance(command, Exit):
             break
         try:
             if isinstance(command, Setup):
-                server = _Server(command, _receive_fd(command_fd))
+                if server is not None:
+                    server.close()
+                server = _Server(command, _receive_fd(command_fd), Mailbox(_receive_fd(command_fd)))
                 answer: Any = Ready()
             else:
                 assert server is not None, "a worker is set up before it runs"
@@ -58,7 +63,7 @@ def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> 
         except Exception as error:
             answer = _failure(error)
         if answer is not None:
-            connection.send_bytes(dumps(answer))
+            connection.send_bytes(dumps(answer, mailbox=None if server is None else server.mailbox))
     # No teardown of process groups: it would wait for peers that may be gone.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -100,8 +105,9 @@ def _failure(error: Exception) -> Failed:
 class _Server:
     """The state of a worker between commands."""
 
-    def __init__(self, setup: Setup, arena_fd: int) -> None:
+    def __init__(self, setup: Setup, arena_fd: int, mailbox: Mailbox) -> None:
         self.setup = setup
+        self.mailbox = mailbox
         torch.set_num_threads(setup.n_threads)
         self.arena = Arena(arena_fd, setup.arena_bytes, setup.slots)
         self.state: dict[str, torch.Tensor] = {name: parameter_over(self.arena.view(name)) for name in setup.parameters}
@@ -113,13 +119,16 @@ class _Server:
             import_torchvision()
         specs, loss_fn = loads(setup.payload, self.state)
         self.stages = {spec.index: StageRuntime(spec, torch.device(setup.device), loss_fn) for spec in specs}
-        self.gradient_slots = {name: self.arena.view(slot) for name, slot in setup.gradients.items()}
+        own = {name: self.arena.view(gradient_slot(setup.worker, name)) for name in setup.gradients}
+        self.gradients = GradientSlots({name: self.state[name] for name in own}, own)
         self.programs: dict[tuple[str, int], tuple[Instruction, ...]] = {}
         self._join(specs)
 
     def _owns_private_buffers(self) -> bool:
         """Replicas change buffers side by side, so each works on its own copy; the first one's are kept."""
-        return any(self.setup.worker in owners and len(owners) > 1 for owners in self.setup.layout.workers)
+        return bool(self.setup.buffers) and any(
+            self.setup.worker in owners and len(owners) > 1 for owners in self.setup.layout.workers
+        )
 
     def _join(self, specs: list[StageSpec]) -> None:
         layout, worker = self.setup.layout, self.setup.worker
@@ -133,8 +142,7 @@ class _Server:
             group = dist.new_group(list(owners), backend="gloo") if len(owners) > 1 else None
             if worker in owners:
                 self.groups[s] = group
-                module = self.stages[s].module
-                reducers[s] = DataParallelReducer(module, group, len(owners)) if group is not None else NoReduction()
+                reducers[s] = NoReduction() if group is None else self._reducer(s, owners, group)
         transport = DistTransport(None, tuple(range(layout.n_workers)), layout.n_stages)
         progress = np.frombuffer(self.arena.view("progress").numpy(), dtype=np.int64)
 
@@ -142,6 +150,26 @@ class _Server:
             progress[worker] = position
 
         self.executor = Executor(worker, layout, self.stages, transport, reducers, tick)
+
+    def _reducer(self, s: int, owners: tuple[int, ...], group: Any) -> Reducer:
+        module = self.stages[s].module
+        if not self.setup.sums_in_memory:
+            return DataParallelReducer(module, group, len(owners))
+        known = {id(tensor): name for name, tensor in self.state.items()}
+        names = [known[id(parameter)] for parameter in module.parameters()]
+        elsewhere = [stage.module.parameters() for other, stage in self.stages.items() if other != s]
+        shared = {id(parameter) for parameters in elsewhere for parameter in parameters} & {
+            id(self.state[n]) for n in names
+        }
+        assert not shared, "replicas' slots are summed once a step, so one stage must own them"
+        exchange = partial(dist.all_reduce, op=dist.ReduceOp.MAX, group=group)
+        slots = [{name: self.arena.view(gradient_slot(owner, name)) for name in names} for owner in owners]
+        return SharedMemoryReducer(self.gradients, names, slots, owners.index(self.setup.worker), exchange)
+
+    def close(self) -> None:
+        """Give up the files that are shared with the parent."""
+        self.arena.close()
+        self.mailbox.close()
 
     def handle(self, command: Run | Forget) -> Done | None:
         """Carry out one command."""
@@ -153,7 +181,7 @@ class _Server:
         self._prepare(command)
         self.executor.begin(command.request, self.programs[command.program])
         report = self.executor.run()
-        has_gradient = self._hand_over_gradients() if command.request.kind in (TRAIN, BACKWARD) else ()
+        has_gradient = self._complete_gradients() if command.request.kind in (TRAIN, BACKWARD) else ()
         self._hand_over_buffers()
         return Done(report, has_gradient)
 
@@ -176,15 +204,12 @@ class _Server:
             if isinstance(reducer, DataParallelReducer):
                 reducer.refresh()
 
-    def _hand_over_gradients(self) -> tuple[str, ...]:
-        """Copy the gradients to the memory that the parent reads; replicas hold equal ones, and the first writes."""
-        written = []
-        for name, slot in self.gradient_slots.items():
-            gradient = self.state[name].grad
-            if gradient is not None:
-                slot.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
-                written.append(name)
-        return tuple(written)
+    def _complete_gradients(self) -> tuple[str, ...]:
+        """Name the gradients that the parent reads here: those of stages whose first replica this worker is."""
+        layout = self.setup.layout
+        first = [stage for s, stage in self.stages.items() if layout.workers[s][0] == self.setup.worker]
+        read = {id(parameter) for stage in first for parameter in stage.module.parameters()}
+        return tuple(name for name in self.gradients.written() if id(self.state[name]) in read)
 
     def _hand_over_buffers(self) -> None:
         first = any(owners[0] == self.setup.worker for owners in self.setup.layout.workers)

@@ -19,9 +19,8 @@ _DIGIT = 6.5
 _WAITS_TEXT = 84.0
 _HEAD, _FOOT = 24.0, 22.0
 _TICKS = 10
-_REDUCE, _FINISH = "reduce", "finish"
+_REDUCE = "reduce"
 _NAMES = {"F": "forward", "B": "backward"}
-_WORDS = {**_NAMES, "finish": "hands gradients over"}
 
 
 def draw_timelines(plan: Plan, timelines: Sequence[Timeline], width: float) -> Drawing:
@@ -45,9 +44,7 @@ def _key(timelines: Sequence[Timeline], width: float) -> str:
     colour = stage_class(0)
     items = [(f"fwd {colour}", "forward"), (f"bwd {colour}", "backward"), ("send", "sends"), ("lane", "waits")]
     if any(span.op == _REDUCE for timeline in timelines for span in timeline.spans):
-        items.insert(3, ("other", "sums gradients of replicas, hands them over"))
-    elif any(span.op == _FINISH for timeline in timelines for span in timeline.spans):
-        items.insert(3, ("other", "hands gradients over"))
+        items.insert(3, ("other", "sums gradients of replicas"))
     numbers = "number: microbatch"
     x = width - 8 - _DIGIT * len(numbers) - sum(30 + _DIGIT * len(name) for _, name in items)
     parts = []
@@ -85,12 +82,12 @@ def _lane(plan: Plan, timeline: Timeline, worker: int, y: float, scale: float) -
 
 def _span(span: Span, y: float, scale: float) -> str:
     x, width = HEADER + span.start_s * scale, (span.end_s - span.start_s) * scale
-    what = _WORDS.get(span.op, span.op)
+    what = _NAMES.get(span.op, span.op)
     whose = f", microbatch {span.microbatch}" if span.microbatch >= 0 else ""
     whose += f", stage {span.stage}" if span.stage >= 0 else ""
     tip = f"{what}{whose}: {duration(span.end_s - span.start_s)}, from {duration(span.start_s)}"
     if span.op not in _NAMES:
-        if span.op in (_REDUCE, _FINISH):
+        if span.op == _REDUCE:
             return rect("other", x, y + 5, width, _LANE - 10, tip=tip)
         return rect("send", x, y + _LANE - 6, width, 5, tip=tip) if span.op.startswith("send") else ""
     colour = stage_class(span.stage)

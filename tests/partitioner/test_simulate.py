@@ -219,8 +219,9 @@ def test_workers_share_the_cores_of_their_host() -> None:
     assert timeline.makespan_s == pytest.approx(3 * 3.0 / 2)
     apart = replace(costs, hosts=(0, 0, 1))
     assert simulate(program_of("1f1b", layout, 3), apart).makespan_s == pytest.approx(3.0)
-    uneven = replace(costs, finish_s=(0.0, 0.0, 1.0))
-    assert simulate(program_of("1f1b", layout, 3), uneven).makespan_s == pytest.approx(4.5 + 1.0)
+    slowed = replace(costs, sharing=1.1)
+    assert simulate(program_of("1f1b", layout, 3), slowed).makespan_s == pytest.approx(1.1 * 3 * 3.0 / 2)
+    assert simulate(program_of("1f1b", layout, 3), replace(apart, sharing=1.1)).makespan_s == pytest.approx(3.0)
 
 
 @property_test
@@ -235,17 +236,11 @@ def test_cores_bound_the_work_done_at_once(problem: tuple[Program, StepCosts], n
     assert enough.makespan_s == pytest.approx(simulate(program, costs).makespan_s)
 
 
-def test_what_a_worker_does_after_its_last_instruction_counts() -> None:
-    costs = replace(uniform(2, 1.0, 2.0), finish_s=(0.5, 0.25))
-    timeline = simulate(program_of("1f1b", chain(1, 1), 2), costs)
-    assert timeline.makespan_s == pytest.approx((2 + 1) * 3.0 + 0.5)
-    assert [(s.worker, s.end_s - s.start_s) for s in timeline.spans if s.op == "finish"] == [(0, 0.5), (1, 0.25)]
-
-
-def test_a_worker_adds_gradients_up_from_its_second_backward_on() -> None:
-    costs = replace(uniform(1, 1.0, 2.0), accumulate_s=(0.5,))
-    assert simulate(program_of("1f1b", chain(1), 4), costs).makespan_s == pytest.approx(4 * 3.0 + 3 * 0.5)
-    assert simulate(program_of("1f1b", chain(2), 4), costs).makespan_s == pytest.approx(2 * 3.0 + 0.5), "each its own"
+def test_a_worker_stores_gradients_first_and_adds_them_up_from_its_second_backward_on() -> None:
+    costs = replace(uniform(1, 1.0, 2.0), store_s=(0.25,), accumulate_s=(0.5,))
+    assert simulate(program_of("1f1b", chain(1), 4), costs).makespan_s == pytest.approx(4 * 3.0 + 0.25 + 3 * 0.5)
+    each = simulate(program_of("1f1b", chain(2), 4), costs)
+    assert each.makespan_s == pytest.approx(2 * 3.0 + 0.25 + 0.5), "each its own"
 
 
 def test_each_pair_of_stages_has_its_own_link() -> None:

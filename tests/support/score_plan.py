@@ -196,7 +196,8 @@ def _crowd(plan: Plan) -> float:
     if plan.timing.n_cores is None:
         return 1.0
     hosts = (plan.timing.hosts or tuple(range(n_workers)))[:n_workers]
-    return max(1.0, max(hosts.count(host) for host in hosts) / plan.timing.n_cores)
+    share = max(hosts.count(host) for host in hosts) / plan.timing.n_cores
+    return share * plan.timing.sharing if share > 1 else 1.0
 
 
 def _order(plan: Plan, s: int, replica: int, n_pieces: int) -> list[tuple[str, int]]:
@@ -242,7 +243,7 @@ class _Clock:
                 continue
             total += sum(self._all_seconds(s, order))
             total += sum(sum(self._sends(kind, s).values()) for kind, _ in order)
-            total += self._end_s(self.plan.timing.reduce_s, s) + self._end_s(self.plan.timing.finish_s, worker)
+            total += self._end_s(self.plan.timing.reduce_s, s)
         return total
 
     @staticmethod
@@ -253,12 +254,12 @@ class _Clock:
         return [self._seconds(order, position, s) for position in range(len(order))]
 
     def _seconds(self, order: list[tuple[str, int]], position: int, s: int) -> float:
-        """Give the seconds of one compute; a worker's backwards after its first add their gradients to older ones."""
+        """Give the seconds of one compute; a worker's first backward stores gradients, the later ones add to them."""
         stage, timing = self.plan.stages[s], self.plan.timing
         if order[position][0] == "F":
             return stage.forward_s + timing.action_s
         adds = any(kind == "B" for kind, _ in order[:position])
-        return stage.backward_s + timing.action_s + (self._end_s(timing.accumulate_s, s) if adds else 0.0)
+        return stage.backward_s + timing.action_s + self._end_s(timing.accumulate_s if adds else timing.store_s, s)
 
     def _sends(self, kind: str, s: int) -> dict[int, float]:
         """Give, per stage that gets a packet, the seconds that sending it keeps the sender busy."""
@@ -304,11 +305,9 @@ class _Clock:
         return self.plan.timing.start_s + self._last_s(now, slower)
 
     def _last_s(self, now: list[float], slower: float) -> float:
-        """Let each stage reduce once its last replica is there, then every worker finish."""
+        """Let each stage reduce once its last replica is there."""
         ends = []
-        for worker, (s, _) in enumerate(self.owners):
+        for s in range(len(self.plan.stages)):
             together = max(now[w] for w, (t, _) in enumerate(self.owners) if t == s)
-            finish_s = self._end_s(self.plan.timing.finish_s, worker)
-            reduce_s = self._end_s(self.plan.timing.reduce_s, s)
-            ends.append(together + slower * (reduce_s + finish_s))
+            ends.append(together + slower * self._end_s(self.plan.timing.reduce_s, s))
         return max(ends)
