@@ -7,7 +7,8 @@ sitting, since a shared machine is faster now and slower then. Run on an otherwi
     python benchmarks/prediction.py
 
 The table has the median step of each configuration beside its prediction, and the peak resident memory of its workers
-beside what the plan says; the lines above it have the planner's own choice against the best of them.
+beside what the plan says. The lines above it have the planner's own choice against the best of all: the configurations,
+one process of plain PyTorch with two threads, and DistributedDataParallel over two processes with one thread each.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plain import Plain
 from torch import nn
 from torch.nn import functional as F
 
@@ -49,6 +51,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+CHOSEN = "the planner's choice"
 LOSSES = {"transformer": next_token_loss}
 
 
@@ -151,7 +154,25 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def run(name: str, sittings: int, steps: int) -> tuple[list[Row], Plan]:
+@dataclass
+class Found:
+    """What came out for one model: rows, the planner's choice, and seconds of plain PyTorch's steps by its name."""
+
+    rows: list[Row]
+    chosen: Plan
+    choice: str
+    plain_s: dict[str, float]
+
+
+def same_configuration(a: Plan, b: Plan) -> bool:
+    """Say whether two plans differ in nothing but their cut."""
+    devices = [stage.devices for stage in a.stages] == [stage.devices for stage in b.stages]
+    recompute = [stage.recompute for stage in a.stages] == [stage.recompute for stage in b.stages]
+    one_way = len(a.stages) == 1 or a.schedule == b.schedule
+    return devices and recompute and one_way and (a.n_microbatches, a.n_threads) == (b.n_microbatches, b.n_threads)
+
+
+def run(name: str, sittings: int, steps: int) -> Found:
     """Plan all configurations of a model; then, several times, measure costs, predict, and run each in turn."""
     model, x, y = models()[name]
     loss_fn = LOSSES.get(name, F.cross_entropy)
@@ -159,6 +180,8 @@ def run(name: str, sittings: int, steps: int) -> tuple[list[Row], Plan]:
     example = {"example_inputs": (x,), "loss_fn": loss_fn, "example_target": y}
     plans = {what: stagecut.plan(model, **wishes, **example) for what, wishes in CONFIGURATIONS.items()}
     chosen = stagecut.plan(model, ["cpu", "cpu"], **example)
+    choice = next((what for what, plan in plans.items() if same_configuration(plan, chosen)), CHOSEN)
+    plans.setdefault(choice, chosen)
     predictor = Predictor(copy.deepcopy(model), x, y, loss_fn, plans)
     pipelines = {}
     for what, plan in plans.items():
@@ -166,6 +189,10 @@ def run(name: str, sittings: int, steps: int) -> tuple[list[Row], Plan]:
         pipelines[what] = stagecut.compile(copy.deepcopy(model), devices, loss_fn=loss_fn, plan=plan)
         for _ in range(2):
             timed_step(pipelines[what], x, y)
+    rivals = {
+        "plain PyTorch, 2 threads": Plain(model, x, y, loss_fn, 1, 2),
+        "plain DDP, 2 x 1 thread": Plain(model, x, y, loss_fn, 2, 1),
+    }
     predicted: dict[str, list[float]] = {what: [] for what in plans}
     times: dict[str, list[list[float]]] = {what: [] for what in plans}
     for _ in range(sittings):
@@ -175,6 +202,9 @@ def run(name: str, sittings: int, steps: int) -> tuple[list[Row], Plan]:
         for what, pm in pipelines.items():
             timed_step(pm, x, y)  # its memory was not used for a while
             times[what][-1].extend(timed_step(pm, x, y) for _ in range(steps))
+        for what, rival in rivals.items():
+            rival.step()
+            times.setdefault(what, []).append([rival.step() for _ in range(steps)])
     rows = []
     for what, plan in plans.items():
         medians = [statistics.median(sitting) for sitting in times[what]]
@@ -192,9 +222,22 @@ def run(name: str, sittings: int, steps: int) -> tuple[list[Row], Plan]:
                 max(peak_bytes(pipelines[what])),
             )
         )
-    for pm in pipelines.values():
+    for pm in (*pipelines.values(), *rivals.values()):
         pm.close()
-    return rows, chosen
+    plain_s = {what: statistics.median(map(statistics.median, times[what])) for what in rivals}
+    return Found(rows, chosen, choice, plain_s)
+
+
+def choice_line(name: str, found: Found, measured: dict[str, float]) -> str:
+    """Compare the planner's choice with the best of all that ran."""
+    best = min(measured, key=measured.__getitem__)
+    plain = ", ".join(f"{what} {seconds * 1e3:.1f} ms" for what, seconds in found.plain_s.items())
+    replicas = ", ".join(str(len(stage.devices)) for stage in found.chosen.stages)
+    return (
+        f"{name}: chosen {found.choice} ({replicas} device(s) a stage, {found.chosen.n_microbatches} microbatches), "
+        f"measured {measured[found.choice] * 1e3:.1f} ms; best: {best}, {measured[best] * 1e3:.1f} ms; "
+        f"ratio {measured[found.choice] / measured[best]:.3f}; {plain}"
+    )
 
 
 def timed_step(pm: Any, x: torch.Tensor, y: torch.Tensor) -> float:
@@ -239,15 +282,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows: list[Row] = []
     for name in options.model or ["transformer", "resnet50", "mlp"]:
-        found, chosen = run(name, options.sittings, options.steps)
-        rows += found
-        best = min(found, key=lambda row: row.measured_s)
-        print(
-            f"{name}: chosen {', '.join(map(str, [len(s.devices) for s in chosen.stages]))} device(s) a stage, "
-            f"{chosen.n_microbatches} microbatches, predicted {chosen.prediction.step_s * 1e3:.1f} ms; "
-            f"best measured: {best.configuration}, {best.measured_s * 1e3:.1f} ms",
-            flush=True,
-        )
+        found = run(name, options.sittings, options.steps)
+        rows += found.rows
+        measured = {row.configuration: row.measured_s for row in found.rows} | found.plain_s
+        print(choice_line(name, found, measured), flush=True)
     print(table(rows))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ..runtime.program import Timeline
 
 FORMAT = 3
+# glibc's heap after some steps, over what was in use of it at its fullest (there are holes between blocks of other
+# sizes): mallinfo2 said 1.46 for ResNet-50 and 1.40 for a transformer.
+_HEAP = 1.35
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,11 @@ class StageRecord:
     def worker_bytes(self) -> int:
         """Return what a local CPU worker holds, beside what any process does.
 
-        Weights, gradients, and the part of the other replicas' gradients that this one sums; optimizer state is in the
-        parent process.
+        Weights, gradients, the part of the other replicas' gradients that this one sums, and a heap that is larger than
+        what is in use of it; optimizer state is in the parent process.
         """
         n = len(self.devices)
-        return 2 * self.parameter_bytes + (n - 1) * self.parameter_bytes // n + self.held_bytes
+        return 2 * self.parameter_bytes + (n - 1) * self.parameter_bytes // n + int(_HEAP * self.held_bytes)
 
 
 @dataclass(frozen=True)

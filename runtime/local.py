@@ -80,11 +80,9 @@ class LocalEngine:
     def _set_up(self, loss_fn: Callable[..., Any] | None) -> None:
         state = {self._names[id(tensor)]: tensor for tensor in model_state(self._model).values()}
         used = [self._tensors_of(worker) for worker in range(self._spec.layout.n_workers)]
-        self._sums_in_memory = all(torch.device(device).type == "cpu" for device in self._spec.devices)
         self._gradient_slots = {
             (worker, name): gradient_slot(worker, name)
             for worker, names in enumerate(used)
-            if self._sums_in_memory or any(owners[0] == worker for owners in self._spec.layout.workers)
             for name in names
             if isinstance(state[name], nn.Parameter)
         }
@@ -142,7 +140,6 @@ class LocalEngine:
             parameters=tuple(name for name in used if isinstance(state[name], nn.Parameter)),
             buffers=tuple(name for name in used if not isinstance(state[name], nn.Parameter)),
             gradients=tuple(name for w, name in self._gradient_slots if w == worker.index),
-            sums_in_memory=self._sums_in_memory,
             payload=self._pickle(stages, own_loss),
             torchvision="torchvision" in sys.modules,
             n_threads=self.n_threads,

@@ -15,8 +15,7 @@ class Setup:
     """Everything a worker needs before its first step. The arena's descriptor follows it on the socket.
 
     ``payload`` is pickled (stages, loss_fn) whose tensors refer to ``parameters`` and ``buffers`` by name.
-    ``gradients`` names the parameters whose gradients this worker writes to the arena: on CPUs all of its own, which
-    replicas then sum there; on other devices, which reduce by themselves, those of stages whose first replica it is.
+    ``gradients`` names the parameters whose gradients this worker writes to the arena, where replicas sum them.
     ``torchvision`` says that the parent uses it, so that the payload may refer to it.
     ``n_threads`` is how many CPU threads the worker computes with.
     """
@@ -30,7 +29,6 @@ class Setup:
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
     gradients: tuple[str, ...]
-    sums_in_memory: bool
     payload: bytes
     torchvision: bool
     n_threads: int

@@ -3,8 +3,8 @@
 A gradient moves to its slot of the arena right after the op that made it, while it is in the processor's cache, and the
 backwards of later microbatches add to it in place. Replicas of a stage then sum their slots, each its own part of them.
 DDP over gloo does the same by messages, which the last backward's cores have to carry: for 50 MB of gradients of two
-replicas on two cores it made the step 70 ms longer, these sums 10 ms. Where stages are on other devices, and between
-ranks under torchrun, it stays DDP (replicate.py).
+replicas on two cores it made the step 70 ms longer, these sums 10 ms. Ranks under torchrun, which share no memory that
+could be relied upon, keep DDP (replicate.py).
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ def _move(slot: torch.Tensor, parameter: torch.Tensor) -> None:
     if dense.data_ptr() == slot.data_ptr():
         return
     slot.copy_(dense)
-    if slot.device == parameter.device:
-        parameter.grad = slot
+    parameter.grad = slot
 
 
 class SharedMemoryReducer:

@@ -27,7 +27,7 @@ from .local_messages import Done, Exit, Failed, Forget, Ready, Run, Setup
 from .mailbox import Mailbox
 from .pickling import dumps, loads
 from .program.specs import StageSpec
-from .replicate import DataParallelReducer, NoReduction, Reducer
+from .replicate import NoReduction, Reducer
 from .requests import BACKWARD, TRAIN
 from .shared_gradients import GradientSlots, SharedMemoryReducer, gradient_slot
 from .stage import StageRuntime
@@ -153,8 +153,6 @@ class _Server:
 
     def _reducer(self, s: int, owners: tuple[int, ...], group: Any) -> Reducer:
         module = self.stages[s].module
-        if not self.setup.sums_in_memory:
-            return DataParallelReducer(module, group, len(owners))
         known = {id(tensor): name for name, tensor in self.state.items()}
         names = [known[id(parameter)] for parameter in module.parameters()]
         elsewhere = [stage.module.parameters() for other, stage in self.stages.items() if other != s]
@@ -197,12 +195,9 @@ class _Server:
             for group in self.groups.values():
                 if group is not None:
                     dist.barrier(group)
-        for s, stage in self.stages.items():
-            if command.modes is not None:
+        if command.modes is not None:
+            for stage in self.stages.values():
                 stage.set_modes(command.modes)
-            reducer = self.executor.reducers[s]
-            if isinstance(reducer, DataParallelReducer):
-                reducer.refresh()
 
     def _complete_gradients(self) -> tuple[str, ...]:
         """Name the gradients that the parent reads here: those of stages whose first replica this worker is."""
