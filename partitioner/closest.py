@@ -13,9 +13,10 @@ from .configurations import Groups
 from .drafts import Draft, counts_of, drafts_of
 from .explain import advice_of, describe_shape
 from .fitting import fitting
-from .limits import count, limits_of, over, with_more_memory
+from .limits import limits_of, over, with_more_memory
 from .plan import Plan
 from .task import Task
+from .wording import count
 
 _MOST_HALVINGS = 10
 _PATIENCE_S = 10.0  # for finding out what would fit

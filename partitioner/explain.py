@@ -9,6 +9,7 @@ from dataclasses import replace
 from ..errors import InfeasibleError
 from .plan import LinkRecord, Plan
 from .predict import predict_column
+from .wording import count
 
 _WORTH = 0.01  # changes that gain less are not worth a line
 
@@ -69,14 +70,16 @@ def advice_of(error: InfeasibleError) -> list[str]:
 
 
 def _order(plan: Plan) -> str:
-    count = plan.n_microbatches
-    return f"{describe_shape(plan)}, {plan.schedule}, {count} microbatch{'' if count == 1 else 'es'}"
+    return f"{describe_shape(plan)}, {plan.schedule}, {count(plan.n_microbatches, 'microbatch')}"
 
 
 def _against(plan: Plan, others: Sequence[Plan], rivals: Sequence[Plan]) -> list[str]:
     step_s = plan.prediction.step_s
     lines = []
-    if others:
+    if others and others[0].prediction.step_s < step_s:
+        gain = 1 - others[0].prediction.step_s / step_s
+        lines.append(f"too close to tell: {_order(others[0])}, {gain:.1%} shorter as predicted, with more workers")
+    elif others:
         lines.append(f"next best: {_order(others[0])}, {_compare(others[0].prediction.step_s, step_s)}")
     shapes = {describe_shape(plan), *(describe_shape(other) for other in others[:1])}
     for rival in [*others[1:], *rivals]:

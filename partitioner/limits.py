@@ -9,6 +9,7 @@ from ..errors import InfeasibleError
 from .cluster import Cluster
 from .explain import describe_groups
 from .plan import StageRecord
+from .wording import count
 
 
 def limits_of(cluster: Cluster) -> list[float]:
@@ -48,13 +49,3 @@ def of_shape(cluster: Cluster, error: InfeasibleError) -> InfeasibleError:
     assert cluster.groups is not None
     shape = describe_groups([len(group) for group in cluster.groups])
     return InfeasibleError(f"{shape}: {error.message}", hint=error.hint)
-
-
-def count(n: int, what: str) -> str:
-    """Name so many of something.
-
-    >>> count(1, "stage"), count(2, "batch")
-    ('1 stage', '2 batches')
-    """
-    plural = f"{what}es" if what.endswith("h") else f"{what}s"
-    return f"{n} {what if n == 1 else plural}"

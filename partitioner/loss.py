@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import marshal
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..structure import flatten, map_leaves, unflatten
 from .analysis import OpFacts, example_like
@@ -74,10 +77,23 @@ class LossCall:
 
     def signature(self, context: str) -> str:
         """Name the work: equal signatures cost the same."""
-        code = getattr(self._function, "__code__", None)
-        name = getattr(self._function, "__qualname__", repr(self._function))
         shapes = [_layout(leaf) for leaf in flatten((self._leaves, self._target))[0]]
-        return f"{context}/loss {name} {zlib.crc32(code.co_code) if code is not None else ''} {shapes}"
+        return f"{context}/loss {_identity(self._function)} {shapes}"
+
+
+def _identity(function: Callable[..., Any]) -> str:
+    """Tell losses apart: by name, code with its constants, defaults and what it closes over, or by a module's repr."""
+    if isinstance(function, functools.partial):
+        return f"partial({_identity(function.func)}, {function.args}, {function.keywords})"
+    if isinstance(function, nn.Module):
+        return f"{type(function).__module__}.{type(function).__qualname__} {function!r}"
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return name
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    extras = (function.__defaults__, function.__kwdefaults__, cells, getattr(function, "__self__", None))
+    return f"{name} {zlib.crc32(marshal.dumps(code))} {extras}"
 
 
 def _layout(leaf: Any) -> str:

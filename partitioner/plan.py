@@ -11,6 +11,7 @@ from ..errors import PlanError
 from ..records import from_json, to_json
 from ..runtime.instructions import Layout
 from .plan_check import validate
+from .wording import count
 
 if TYPE_CHECKING:
     from ..runtime.program import Timeline
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 FORMAT = 3
 # glibc's heap after some steps, over what was in use of it at its fullest (there are holes between blocks of other
 # sizes): mallinfo2 said 1.46 for ResNet-50 and 1.40 for a transformer.
-_HEAP = 1.35
+_HEAP = 1.45
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class Timing:
         loss_s: of a microbatch's loss, forward and backward; both are part of the last stage's seconds.
         start_s: before the workers begin, and after they are done.
         hosts: per worker, its machine (() for one each); n_cores: workers that a machine runs at full speed at once;
-            sharing: how many times as long work takes, beyond its share of a core, while more than these are busy.
+            beside: how many times as long work takes while others of the machine are busy too; sharing: the same,
+            beyond its share of a core, while there are more of them than cores.
         source: where these numbers come from.
     """
 
@@ -137,6 +139,7 @@ class Timing:
     start_s: float = 0.0
     hosts: tuple[int, ...] = ()
     n_cores: int | None = None
+    beside: float = 1.0
     sharing: float = 1.0
     source: str = "none"
 
@@ -247,13 +250,13 @@ class Plan:
 
     def _pieces(self) -> str:
         shared = " a replica" if self.layout().n_replicas > 1 else ""
-        return f"{_count(self.batch_rows, 'row')} in {_count(self.n_microbatches, 'microbatch')}{shared}"
+        return f"{count(self.batch_rows, 'row')} in {count(self.n_microbatches, 'microbatch')}{shared}"
 
     def __str__(self) -> str:
         p = self.prediction
         proof = "proven optimal" if p.optimal else f"proven bound {_ms(p.lower_bound_s)}"
         lines = [
-            f"{self.model}: {_count(len(self.stages), 'stage')}, {self.schedule}, {self._pieces()}, "
+            f"{self.model}: {count(len(self.stages), 'stage')}, {self.schedule}, {self._pieces()}, "
             f"predicted step {_ms(p.step_s)} ({p.cost_source}), bubble {p.bubble:.0%}, "
             f"bottleneck {_ms(p.bottleneck_s)} ({proof}); one device {_ms(p.one_device_s)}",
             f"{'stage':>5}  {'devices':<16} {'ops':>5} {'forward':>10} {'backward':>10} {'params':>9} {'memory':>9}",
@@ -268,11 +271,6 @@ class Plan:
             targets = ", ".join(map(str, wire.targets))
             lines.append(f"  {wire.value}: stage {wire.source} -> {targets}, {_size(wire.n_bytes)} a microbatch")
         return "\n".join(lines)
-
-
-def _count(n: int, what: str) -> str:
-    plural = f"{what}es" if what.endswith("h") else f"{what}s"
-    return f"{n} {what if n == 1 else plural}"
 
 
 def _ms(seconds: float) -> str:

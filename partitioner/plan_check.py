@@ -29,8 +29,18 @@ def validate(plan: Plan) -> None:
             raise PlanError(f"$.{name}: expected at least 1, got {getattr(plan, name)}")
     if plan.schedule not in TRAINING_SCHEDULES:
         raise PlanError(f"$.schedule: unknown schedule {plan.schedule!r}; known: {', '.join(TRAINING_SCHEDULES)}")
+    _validate_timing(plan)
     _validate_ops(plan)
     _validate_wires(plan)
+
+
+def _validate_timing(plan: Plan) -> None:
+    n_workers = sum(len(stage.devices) for stage in plan.stages)
+    expected = {**dict.fromkeys(("reduce_s", "store_s", "accumulate_s"), len(plan.stages)), "hosts": n_workers}
+    for name, n in expected.items():
+        found = len(getattr(plan.timing, name))
+        if found not in (0, n):
+            raise PlanError(f"$.timing.{name}: expected {n} entries or none, got {found}")
 
 
 def _validate_ops(plan: Plan) -> None:

@@ -19,7 +19,7 @@ from .explain import describe_shape, reasons
 from .loss import Loss
 from .plan import Alternative, Plan
 from .pricing import Corrections, Pricer, Progress, silent
-from .ranking import Configuration, fitted, rank
+from .ranking import Configuration, fitted, rank, simplest_of_close
 from .task import Task
 from .ways import ways_of
 
@@ -87,8 +87,9 @@ class _Planner:
             candidates = [closest(self.task, self.ways)]
         rivals = self._rivals()
         ranked = sorted(candidates, key=rank)
-        chosen = ranked[0]
-        others = _kept(sorted([*ranked[1:], *rivals], key=rank))
+        chosen = simplest_of_close(ranked)
+        ranked.remove(chosen)
+        others = _kept(sorted([*ranked, *rivals], key=rank))
         alone = [plan.prediction.step_s for plan in (*candidates, *rivals) if len(plan.devices) == 1]
         one_device_s = min([*alone, chosen.prediction.one_device_s])
         chosen = replace(
@@ -97,7 +98,7 @@ class _Planner:
             alternatives=tuple(map(_alternative, others)),
         )
         asked_for = self.task.wishes.recompute is not None
-        return replace(chosen, reasons=reasons(chosen, ranked[1:], rivals, self.task.failures, asked_for))
+        return replace(chosen, reasons=reasons(chosen, ranked, rivals, self.task.failures, asked_for))
 
     def _candidates(self) -> list[Plan]:
         """Cut configurations without regard to memory; then make those fit that may still be the best.

@@ -88,6 +88,7 @@ def _simulated(plan: Plan, layout: Layout, n_pieces: int) -> Timeline:
             accumulate_s=timing.accumulate_s,
             hosts=timing.hosts[: layout.n_workers],
             n_cores=timing.n_cores,
+            beside=timing.beside,
             sharing=timing.sharing,
         ),
     )

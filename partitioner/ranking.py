@@ -16,6 +16,7 @@ from .plan import Plan
 from .step_bound import least_step_s
 from .task import Task
 
+TOO_CLOSE = 0.05  # predictions of steps are off by so much (docs/planner.md)
 _WORTH_FITTING = 1.25  # configurations that are slower by more, even if memory did not matter, are not looked into
 _WORTH_DRAFTING = 1.25  # on many devices; plans that are slower by more are no alternatives that one wants to see
 
@@ -40,6 +41,18 @@ class _Waiting:
 def rank(plan: Plan) -> tuple[object, ...]:
     """Order plans by predicted step; of equal ones the simpler comes first."""
     return (plan.prediction.step_s, len(plan.devices), len(plan.stages), plan.n_microbatches, plan.schedule)
+
+
+def simplest_of_close(ranked: Sequence[Plan]) -> Plan:
+    """Choose the first of ranked plans, or one with fewer workers that is too close to it for a prediction to tell.
+
+    Only on CPUs, where fewer workers have the same cores: more workers there need more memory and more care.
+    """
+    best = ranked[0]
+    if best.timing.n_cores is None:
+        return best
+    close = [plan for plan in ranked if plan.prediction.step_s <= best.prediction.step_s * (1 + TOO_CLOSE)]
+    return min(close, key=lambda plan: (len(plan.devices), rank(plan)))
 
 
 def fitted(task: Task, drafts: Sequence[Draft], untried: Sequence[Configuration] = ()) -> list[Plan]:

@@ -30,7 +30,7 @@ class StepCosts:
             nothing.
         hosts: per worker, the machine that it runs on; () for one each.
         n_cores: workers that a machine can run at once; None for all. Where more are busy they share in equal parts,
-            and all take ``sharing`` times as long.
+            and all take ``sharing`` times as long; with fewer, and more than one, ``beside`` times as long.
     """
 
     forward_s: tuple[float, ...]
@@ -46,6 +46,7 @@ class StepCosts:
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
     hosts: tuple[int, ...] = ()
     n_cores: int | None = None
+    beside: float = 1.0
     sharing: float = 1.0
     gradient_bytes: Mapping[tuple[int, int], float] | None = None
 
@@ -70,8 +71,9 @@ class _Host:
     ``progress`` has grown by them, whoever came and went meanwhile.
     """
 
-    def __init__(self, n_cores: int | None, sharing: float) -> None:
+    def __init__(self, n_cores: int | None, beside: float, sharing: float) -> None:
         self.n_cores = n_cores
+        self.beside = beside
         self.sharing = sharing
         self.progress = 0.0
         self.now = 0.0
@@ -83,7 +85,9 @@ class _Host:
 
     def _rate(self) -> float:
         busy = len(self.ends)
-        return 1.0 if self.n_cores is None or busy <= self.n_cores else self.n_cores / (busy * self.sharing)
+        if self.n_cores is None or busy <= 1:
+            return 1.0
+        return 1.0 / self.beside if busy <= self.n_cores else self.n_cores / (busy * self.sharing)
 
     def next_end_s(self) -> float:
         """Say when the first task ends if nobody comes or goes before."""
@@ -100,7 +104,7 @@ class _Simulation:
         self.started_s: list[float | None] = [None] * n_workers  # of a task that runs
         # With all the cores that they want, workers do not meet: one clock serves them all.
         names = (costs.hosts or tuple(range(n_workers))) if costs.n_cores is not None else (0,) * n_workers
-        self.hosts = {name: _Host(costs.n_cores, costs.sharing) for name in names}
+        self.hosts = {name: _Host(costs.n_cores, costs.beside, costs.sharing) for name in names}
         self.host_of = [self.hosts[name] for name in names]
         self.arrival: dict[Packet, float] = {}
         self.done: set[tuple[Op, int, int]] = set()

@@ -22,6 +22,8 @@ _ADDING_FRESH = 0.75
 # Workers that take turns on a core find each other's data in its caches: four processes on two cores took 2.13 (matrix
 # products), 2.09 (transformer) and 2.06 (MLP) times as long as two.
 SHARING = 1.05
+# Two processes on two cores took 1.00 to 1.04 times as long as one alone (ResNet-50, a transformer, an MLP).
+BESIDE = 1.02
 REDUCE_S = 0.5e-3  # until replicas have heard of each other that they are there
 
 
@@ -58,6 +60,7 @@ def timing_of(
         start_s=STEP_S,
         hosts=tuple(device.host for device in cluster.devices),
         n_cores=cluster.n_cores,
+        beside=BESIDE,
         sharing=SHARING,
         source=f"{cluster.inside.source}; the runtime's own work: benchmarks/overhead.py",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import stagecut
+from stagecut.partitioner.analysis import analyse
+from stagecut.partitioner.loss import Loss, LossCall
 from tests.support.score_plan import score_plan
 
 WIDTH, ROWS = 16, 8
@@ -45,19 +48,19 @@ def test_the_last_stage_takes_as_much_longer_as_the_loss_and_the_plan_adds_up() 
     assert without.timing.loss_s == (0.0, 0.0)
     forward_s, backward_s = with_loss.timing.loss_s
     assert forward_s > 0 < backward_s
-    last, same = with_loss.stages[-1], without.stages[-1]
-    if with_loss.stage_of == without.stage_of:
-        assert last.forward_s == pytest.approx(same.forward_s + forward_s)
-        assert last.backward_s == pytest.approx(same.backward_s + backward_s)
+    last = [op for op in with_loss.ops if op.stage == 1]
+    assert with_loss.stages[-1].forward_s == pytest.approx(sum(op.forward_s for op in last) + forward_s)
+    assert with_loss.stages[-1].backward_s == pytest.approx(sum(op.backward_s for op in last) + backward_s)
     assert not score_plan(with_loss).faults
 
 
 def test_a_loss_that_takes_long_moves_the_cut() -> None:
     target = torch.randn(ROWS, WIDTH)
-    cheap, slow = planned(F.mse_loss, target), planned(slow_loss, target)
+    layers = nn.Sequential(nn.Linear(4, WIDTH), *(nn.Linear(WIDTH, WIDTH) for _ in range(11)))
+    cheap, slow = planned(F.mse_loss, target, layers), planned(slow_loss, target, layers)
     assert slow.timing.loss_s[0] > 10 * cheap.timing.loss_s[0]
     on_last = [sum(op.stage == 1 for op in plan.ops) for plan in (cheap, slow)]
-    assert on_last[1] <= on_last[0]
+    assert on_last[1] < on_last[0]
     assert not score_plan(slow).faults
 
 
@@ -103,3 +106,46 @@ def test_the_first_step_prices_the_loss_with_its_own_target() -> None:
             assert pm.plan.timing.loss_s == planned(F.mse_loss, y, net).timing.loss_s
         with stagecut.compile(net, ["cpu", "cpu"], loss_fn=F.mse_loss, example_inputs=(x,), **options) as pm:
             assert pm.plan.timing.loss_s == (0.0, 0.0), "nobody said what the loss compares with"
+
+
+def call_of(function: Any) -> LossCall:
+    captured = stagecut.capture(model(), (torch.randn(ROWS, 4),))
+    facts = analyse(captured, [torch.randn(ROWS, 4)], ROWS)
+    return LossCall(Loss(function, torch.randn(ROWS, WIDTH), ROWS), captured.trained, facts, ROWS)
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def extra_repr(self) -> str:
+        return f"{self.factor}"
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.factor * F.mse_loss(output, target)
+
+
+def scaled(factor: float) -> Any:
+    return lambda output, target: factor * F.mse_loss(output, target)
+
+
+def test_only_equal_losses_share_what_was_measured() -> None:
+    losses: list[Any] = [
+        lambda output, target: F.mse_loss(output, target),
+        lambda output, target: F.l1_loss(output, target),
+        lambda output, target: F.l1_loss(output, target) * 2,
+        lambda output, target: F.l1_loss(output, target) * 3,
+        scaled(2.0),
+        scaled(3.0),
+        Scaled(2.0),
+        Scaled(3.0),
+        partial(F.huber_loss, delta=1.0),
+        partial(F.huber_loss, delta=2.0),
+        F.mse_loss,
+        nn.MSELoss(),
+    ]
+    signatures = [call_of(loss).signature("cpu") for loss in losses]
+    assert len(set(signatures)) == len(losses)
+    again = [call_of(loss).signature("cpu") for loss in (F.mse_loss, nn.MSELoss(), scaled(2.0), Scaled(2.0))]
+    assert again == [signatures[i] for i in (10, 11, 4, 6)]

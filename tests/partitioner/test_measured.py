@@ -10,7 +10,8 @@ from torch import nn
 
 from stagecut.partitioner.analysis import analyse
 from stagecut.partitioner.capture import capture
-from stagecut.partitioner.costs.measured import measured_costs, touched_bytes
+from stagecut.partitioner.costs.isolated import Isolated
+from stagecut.partitioner.costs.measured import _Memory, measured_costs, touched_bytes
 from stagecut.partitioner.costs.op_cost import OpCost
 from stagecut.partitioner.cpu import this_cpu
 
@@ -67,3 +68,27 @@ def test_what_was_measured_is_kept_and_equal_layers_are_measured_once() -> None:
     assert len({costs[name].forward_s for name in layers}) <= 2
     assert all(again[name].source == "cached" for name in layers)
     assert all(again[name].forward_s == costs[name].forward_s for name in layers)
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second, third = self.project(x).chunk(3, -1)
+        return torch.stack([first, second, third, x[:, :4]])
+
+
+def test_made_up_inputs_share_memory_where_the_values_do() -> None:
+    """As memory of their own, the parts of a projection would be timed colder than a step finds them."""
+    x = torch.randn(5, 8)
+    caught = capture(Parts(), (x,))
+    facts = analyse(caught, [x], 5)
+    (node,) = [n for n in caught.graph_module.graph.nodes if n.target is torch.stack]
+    args, _ = Isolated(node, caught.graph_module, facts).inputs(_Memory(torch.device("cpu")).like)
+    first, second, third, other = args[0]
+    assert len({part.untyped_storage().data_ptr() for part in (first, second, third)}) == 1
+    assert [part.storage_offset() for part in (first, second, third)] == [0, 4, 8]
+    assert other.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+    assert other.stride() == (8, 1)

@@ -126,6 +126,13 @@ REFUSALS: dict[str, tuple[Any, str, str]] = {
     "true for an integer": (changed(("ops", 0, "stage"), False), "$.ops[0].stage", "expected an integer, got bool"),
     "true for a number": (changed(("ops", 0, "forward_s"), True), "$.ops[0].forward_s", "expected a number, got bool"),
     "integer for true": (changed(("wires", 0, "gradient"), 1), "$.wires[0].gradient", "expected true or false"),
+    "seconds of a stage missing": (changed(("timing", "store_s"), [0.1, 0.2]), "$.timing.store_s", "3 entries or none"),
+    "seconds of no stage": (
+        changed(("timing", "reduce_s"), [0.0] * 4),
+        "$.timing.reduce_s",
+        "3 entries or none, got 4",
+    ),
+    "a worker nowhere": (changed(("timing", "hosts"), [0, 0, 0]), "$.timing.hosts", "4 entries or none, got 3"),
     "fraction": (changed(("n_microbatches",), 4.0), "$.n_microbatches", "expected an integer"),
     "NaN": (changed(("prediction", "step_s"), float("nan")), "$.prediction.step_s", "expected a finite number"),
     "null": (changed(("model",), None), "$.model", "expected a string"),

@@ -219,6 +219,10 @@ def test_workers_share_the_cores_of_their_host() -> None:
     assert timeline.makespan_s == pytest.approx(3 * 3.0 / 2)
     apart = replace(costs, hosts=(0, 0, 1))
     assert simulate(program_of("1f1b", layout, 3), apart).makespan_s == pytest.approx(3.0)
+    assert simulate(program_of("1f1b", layout, 3), replace(costs, beside=1.5)).makespan_s == pytest.approx(4.5)
+    two = replace(costs, n_cores=3, beside=1.5)
+    assert simulate(program_of("1f1b", layout, 3), two).makespan_s == pytest.approx(1.5 * 3.0)
+    assert simulate(program_of("1f1b", chain(1), 1), two).makespan_s == pytest.approx(3.0), "nobody is beside it"
     slowed = replace(costs, sharing=1.1)
     assert simulate(program_of("1f1b", layout, 3), slowed).makespan_s == pytest.approx(1.1 * 3 * 3.0 / 2)
     assert simulate(program_of("1f1b", layout, 3), replace(apart, sharing=1.1)).makespan_s == pytest.approx(3.0)

@@ -71,7 +71,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(property_test, max_examples=120)
+@settings(property_test, max_examples=250)
 @given(cases())
 def test_graphs_with_source_chains_equal_brute_force(case: Case) -> None:
     cut = check(case)

@@ -196,8 +196,11 @@ def _crowd(plan: Plan) -> float:
     if plan.timing.n_cores is None:
         return 1.0
     hosts = (plan.timing.hosts or tuple(range(n_workers)))[:n_workers]
-    share = max(hosts.count(host) for host in hosts) / plan.timing.n_cores
-    return share * plan.timing.sharing if share > 1 else 1.0
+    most = max(hosts.count(host) for host in hosts)
+    share = most / plan.timing.n_cores
+    if share > 1:
+        return share * plan.timing.sharing
+    return plan.timing.beside if most > 1 else 1.0
 
 
 def _order(plan: Plan, s: int, replica: int, n_pieces: int) -> list[tuple[str, int]]:
