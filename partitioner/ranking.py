@@ -16,7 +16,7 @@ from .plan import Plan
 from .step_bound import least_step_s
 from .task import Task
 
-TOO_CLOSE = 0.05  # predictions of steps are off by so much (docs/planner.md)
+TOO_CLOSE = 0.03  # steps are predicted to 3 % in the median (docs/planner.md)
 _WORTH_FITTING = 1.25  # configurations that are slower by more, even if memory did not matter, are not looked into
 _WORTH_DRAFTING = 1.25  # on many devices; plans that are slower by more are no alternatives that one wants to see
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import stagecut
 from stagecut.partitioner import ranking
 from stagecut.partitioner.capture import capture
 from stagecut.partitioner.describe import describe
+from stagecut.partitioner.explain import reasons
 from stagecut.partitioner.pricing import Pricer
 from stagecut.partitioner.step_bound import least_step_s
 from stagecut.structure import call_leaves
@@ -78,3 +81,40 @@ def test_the_best_plan_is_found_without_drafting_all(seed: int) -> None:
     assert pruned.stages == full.stages
     assert pruned.prediction == full.prediction
     assert n_pruned <= n_full
+
+
+def took(plan: stagecut.Plan, step_s: float) -> stagecut.Plan:
+    return replace(plan, prediction=replace(plan.prediction, step_s=step_s))
+
+
+@pytest.fixture(scope="module")
+def two_plans() -> tuple[stagecut.Plan, stagecut.Plan]:
+    """One device, and data parallelism, on CPUs."""
+    model, x = torch.nn.Linear(4, 4), torch.randn(8, 4)
+    options: Any = {"example_inputs": (x,), "costs": "analytic"}
+    return stagecut.plan(model, ["cpu"], **options), stagecut.plan(model, ["cpu", "cpu"], replicas=2, **options)
+
+
+@pytest.mark.parametrize(("gain", "n_workers"), [(0.2, 2), (0.04, 2), (0.02, 1), (0.0, 1)])
+def test_more_cpu_workers_have_to_be_faster_by_more_than_predictions_are_off(
+    two_plans: tuple[stagecut.Plan, stagecut.Plan], gain: float, n_workers: int
+) -> None:
+    one, two = took(two_plans[0], 1.0 + gain), took(two_plans[1], 1.0)
+    ranked = sorted([one, two], key=ranking.rank)
+    assert len(ranking.simplest_of_close(ranked).devices) == n_workers
+
+
+def test_devices_that_share_no_cores_are_all_used_if_that_is_faster(
+    two_plans: tuple[stagecut.Plan, stagecut.Plan],
+) -> None:
+    one, two = took(two_plans[0], 1.01), took(two_plans[1], 1.0)
+    apart = [replace(plan, timing=replace(plan.timing, n_cores=None)) for plan in (two, one)]
+    assert ranking.simplest_of_close(apart) is apart[0]
+
+
+def test_a_choice_that_is_not_the_fastest_says_why(two_plans: tuple[stagecut.Plan, stagecut.Plan]) -> None:
+    one, two = took(two_plans[0], 1.0), took(two_plans[1], 0.97)
+    assert reasons(one, [two], [], [])[0] == (
+        f"too close to tell: data parallel on 2 devices, {two.schedule}, 1 microbatch, 3.0% shorter as predicted, "
+        "with more workers"
+    )
