@@ -27,7 +27,7 @@ def draw_timelines(plan: Plan, timelines: Sequence[Timeline], width: float) -> D
     """Draw timelines of one plan under each other, on one axis."""
     longest = max((timeline.makespan_s for timeline in timelines), default=0.0)
     scale = (width - HEADER - _RIGHT) / longest if longest > 0 else 0.0
-    parts, y = [_key(timelines, width)], _HEAD
+    parts, y = [_key(plan, width)], _HEAD
     for timeline in timelines:
         title = f"{timeline.source} step: {duration(timeline.makespan_s)}, bubble {share(timeline.bubble)}"
         parts.append(text("h", 0, y - 8, title))
@@ -39,11 +39,11 @@ def draw_timelines(plan: Plan, timelines: Sequence[Timeline], width: float) -> D
     return Drawing(width, y - _HEAD, "\n".join(parts))
 
 
-def _key(timelines: Sequence[Timeline], width: float) -> str:
+def _key(plan: Plan, width: float) -> str:
     """Explain the colours, at the right of the first title."""
     colour = stage_class(0)
     items = [(f"fwd {colour}", "forward"), (f"bwd {colour}", "backward"), ("send", "sends"), ("lane", "waits")]
-    if any(span.op == _REDUCE for timeline in timelines for span in timeline.spans):
+    if any(len(stage.devices) > 1 for stage in plan.stages):
         items.insert(3, ("other", "sums gradients of replicas"))
     numbers = "number: microbatch"
     x = width - 8 - _DIGIT * len(numbers) - sum(30 + _DIGIT * len(name) for _, name in items)

@@ -94,6 +94,13 @@ def test_replicas_are_lanes_of_one_stage(simulated_plan):
     assert "2 x A100" in texts(graph_svg(simulated_plan))
 
 
+def test_the_key_speaks_of_reductions_only_where_there_are_replicas(plan, simulated_plan):
+    assert max(len(stage.devices) for stage in simulated_plan.stages) > 1
+    words = "sums gradients of replicas"
+    assert words in draw_timelines(simulated_plan, [simulated_plan.predicted], 1000.0).body
+    assert words not in draw_timelines(plan, [plan.predicted], 1000.0).body
+
+
 def test_colours_are_distinct_and_have_a_dark_sheet():
     assert len(set(STAGE_COLOURS)) == len(STAGE_COLOURS) == 8
     assert "prefers-color-scheme:dark" in drawing_rules()
