@@ -16,7 +16,7 @@ from .plan import Plan
 from .step_bound import least_step_s
 from .task import Task
 
-TOO_CLOSE = 0.03  # steps are predicted to 3 % in the median (docs/planner.md)
+_TOO_CLOSE = 0.03  # steps are predicted to 3 % in the median (docs/planner.md)
 _WORTH_FITTING = 1.25  # configurations that are slower by more, even if memory did not matter, are not looked into
 _WORTH_DRAFTING = 1.25  # on many devices; plans that are slower by more are no alternatives that one wants to see
 
@@ -51,7 +51,7 @@ def simplest_of_close(ranked: Sequence[Plan]) -> Plan:
     best = ranked[0]
     if best.timing.n_cores is None:
         return best
-    close = [plan for plan in ranked if plan.prediction.step_s <= best.prediction.step_s * (1 + TOO_CLOSE)]
+    close = [plan for plan in ranked if plan.prediction.step_s <= best.prediction.step_s * (1 + _TOO_CLOSE)]
     return min(close, key=lambda plan: (len(plan.devices), rank(plan)))
 
 

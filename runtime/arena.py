@@ -20,13 +20,28 @@ _ALIGN = 64
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor lies in an arena."""
+    """Where one tensor lies in a block of memory, and how it is to be read."""
 
     offset: int
     n_bytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+    @classmethod
+    def at(cls, offset: int, tensor: torch.Tensor) -> Slot:
+        """Describe a place for a tensor; a view of something larger becomes dense there."""
+        strides = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
+        return cls(offset, tensor.numel() * tensor.element_size(), tensor.dtype, tuple(tensor.shape), strides)
+
+    @property
+    def end(self) -> int:
+        """Return where the next slot may begin."""
+        return -(-(self.offset + self.n_bytes) // _ALIGN) * _ALIGN
+
+    def over(self, memory: torch.Tensor) -> torch.Tensor:
+        """Return the tensor that lies here in a block of bytes."""
+        return memory[self.offset : self.offset + self.n_bytes].view(self.dtype).as_strided(self.shape, self.strides)
 
 
 class Arena:
@@ -45,11 +60,8 @@ class Arena:
         slots: dict[str, Slot] = {}
         offset = 0
         for name, tensor in tensors:
-            strides = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
-            slots[name] = Slot(
-                offset, tensor.numel() * tensor.element_size(), tensor.dtype, tuple(tensor.shape), strides
-            )
-            offset = -(-(offset + slots[name].n_bytes) // _ALIGN) * _ALIGN
+            slots[name] = Slot.at(offset, tensor)
+            offset = slots[name].end
         n_bytes = max(offset, _ALIGN)
         fd = anonymous_file()
         os.ftruncate(fd, n_bytes)
@@ -57,11 +69,9 @@ class Arena:
 
     def view(self, name: str) -> torch.Tensor:
         """Return the tensor at ``name``; all views of all processes share one memory."""
-        slot = self.slots[name]
-        flat = self._bytes[slot.offset : slot.offset + slot.n_bytes].view(slot.dtype)
         # .data: views share their base's version counter, and autograd would take a buffer's update for a change of
         # every parameter in the arena.
-        return flat.as_strided(slot.shape, slot.strides).data
+        return self.slots[name].over(self._bytes).data
 
     def close(self) -> None:
         """Give up the file; the memory lives as long as tensors over it do."""

@@ -311,7 +311,7 @@ class LocalEngine:
 
 def _add(target: torch.Tensor, other: torch.Tensor) -> None:
     """Add as this thread, if NumPy knows the dtype: torch's threads would go on spinning on the workers' cores."""
-    if target.dtype in (torch.float32, torch.float64) and target.device.type == "cpu":
+    if target.dtype in (torch.float32, torch.float64):
         own = target.numpy()
         np.add(own, other.numpy(), out=own)
     else:

@@ -13,21 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .arena import anonymous_file
+from .arena import Slot, anonymous_file
 
 LARGE_BYTES = 16 << 10  # smaller tensors are part of the message itself
-_ALIGN = 64
 
 
 @dataclass(frozen=True)
 class Letter:
-    """Where a tensor lies in a mailbox, and how it is to be read."""
+    """A tensor of a message, by its place in the mailbox."""
 
-    offset: int
-    n_bytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    slot: Slot
     requires_grad: bool
 
 
@@ -45,24 +40,19 @@ class Mailbox:
 
     def put(self, tensor: torch.Tensor) -> Letter:
         """Write a dense CPU tensor, or a view that is made dense, and return where it lies."""
-        strides = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
-        n_bytes = tensor.numel() * tensor.element_size()
-        letter = Letter(self._used, n_bytes, tensor.dtype, tuple(tensor.shape), strides, tensor.requires_grad)
-        self._used = -(-(self._used + n_bytes) // _ALIGN) * _ALIGN
+        letter = Letter(Slot.at(self._used, tensor), tensor.requires_grad)
+        self._used = letter.slot.end
         self._reach(self._used)
-        _copy(self._view(letter), tensor.detach())
+        _copy(letter.slot.over(self._bytes), tensor.detach())
         return letter
 
     def get(self, letter: Letter) -> torch.Tensor:
         """Return a copy of a tensor of the message that was received last."""
-        self._reach(letter.offset + letter.n_bytes)
-        tensor = torch.empty_strided(letter.shape, letter.strides, dtype=letter.dtype)
-        _copy(tensor, self._view(letter))
+        slot = letter.slot
+        self._reach(slot.end)
+        tensor = torch.empty_strided(slot.shape, slot.strides, dtype=slot.dtype)
+        _copy(tensor, slot.over(self._bytes))
         return tensor.requires_grad_(letter.requires_grad)
-
-    def _view(self, letter: Letter) -> torch.Tensor:
-        flat = self._bytes[letter.offset : letter.offset + letter.n_bytes].view(letter.dtype)
-        return flat.as_strided(letter.shape, letter.strides)
 
     def _reach(self, n_bytes: int) -> None:
         """Map at least so many bytes; the file grows where it is too short."""

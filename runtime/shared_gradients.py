@@ -93,6 +93,8 @@ class SharedMemoryReducer:
 
     def complete(self) -> None:
         """Wait for the other replicas and sum this one's part of all gradients."""
+        if not self._names:
+            return  # ops without parameters: nothing to sum, and none of the replicas waits for the others
         self._own.written()
         has = torch.zeros(self._n_replicas, len(self._names), dtype=torch.uint8)
         has[self._replica] = torch.tensor([self._own.has(name) for name in self._names], dtype=torch.uint8)

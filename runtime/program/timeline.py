@@ -50,7 +50,8 @@ class Timeline:
     def bubble(self) -> float:
         """Return the share of all workers' time in which they do not compute, 0 to 1."""
         total = self.makespan_s * self.n_workers
-        return 1.0 - sum(self.busy_s(w) for w in range(self.n_workers)) / total if total else 0.0
+        busy = sum(self.busy_s(w) for w in range(self.n_workers))
+        return max(0.0, 1.0 - busy / total) if total else 0.0  # sums of seconds round
 
     def peak_in_flight(self, worker: int) -> int:
         """Return the largest number of microbatches whose activations ``worker`` holds at once."""

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import stagecut
+from stagecut.runtime.mailbox import LARGE_BYTES
 
 pytestmark = [pytest.mark.usefixtures("no_workers_left"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -190,6 +191,53 @@ def test_random_models_over_processes(seed: int) -> None:
             pm.zero_grad()
             loss = pm.step(*case.args, target=case.target, **case.kwargs).loss
             assert worst_error(case, loss) <= 1e-10
+
+
+class Bare(nn.Module):
+    """The second half has no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(torch.sin(self.linear(x)))
+
+
+def test_replicas_of_a_stage_without_parameters() -> None:
+    torch.manual_seed(0)
+    model = Bare().double()
+    x, y = torch.randn(2, 8, 4, dtype=torch.float64)
+    F.mse_loss(model(x), y).backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    with stagecut.compile(
+        model, [["cpu", "cpu"]] * 2, loss_fn=F.mse_loss, microbatches=2, costs="analytic", timeout_s=30
+    ) as pm:
+        for _ in range(2):
+            pm.zero_grad()
+            pm.step(x, target=y)
+            assert min(stage.parameter_bytes for stage in pm.plan.stages) == 0
+            for parameter, gradient in zip(pm.parameters(), wanted):
+                torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_large_batches_and_results_travel_whole() -> None:
+    """Batches and results beyond what a message itself carries, with two forwards waiting for their backwards."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 300)).double()
+    plain = copy.deepcopy(model)
+    one, other = torch.randn(2, 96, 256, dtype=torch.float64)
+    assert one.nbytes > 3 * LARGE_BYTES
+    with stagecut.compile(model, ["cpu", "cpu"], loss_fn=F.mse_loss, microbatches=3, costs="analytic") as pm:
+        outputs = [pm(x) for x in (one, other[:40])]
+        wanted = [plain(x) for x in (one, other[:40])]
+        assert all(torch.allclose(out, want, rtol=1e-12, atol=1e-14) for out, want in zip(outputs, wanted))
+        (outputs[0].square().mean() + outputs[1].sum()).backward()
+        (wanted[0].square().mean() + wanted[1].sum()).backward()
+        for parameter, twin in zip(pm.parameters(), plain.parameters()):
+            torch.testing.assert_close(parameter.grad, twin.grad, rtol=1e-11, atol=1e-14)
+        torch.testing.assert_close(pm.evaluate(other).output, plain(other).detach(), rtol=1e-12, atol=1e-14)
+        assert torch.equal(outputs[0], pm(one)), "a later message leaves results alone"
 
 
 class Noisy(nn.Module):

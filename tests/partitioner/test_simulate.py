@@ -223,6 +223,8 @@ def test_workers_share_the_cores_of_their_host() -> None:
     two = replace(costs, n_cores=3, beside=1.5)
     assert simulate(program_of("1f1b", layout, 3), two).makespan_s == pytest.approx(1.5 * 3.0)
     assert simulate(program_of("1f1b", chain(1), 1), two).makespan_s == pytest.approx(3.0), "nobody is beside it"
+    last_alone = simulate(program_of("1f1b", layout, 4), costs)
+    assert last_alone.makespan_s == pytest.approx(3 * 3.0 / 2 + 3.0), "the first has two microbatches"
     slowed = replace(costs, sharing=1.1)
     assert simulate(program_of("1f1b", layout, 3), slowed).makespan_s == pytest.approx(1.1 * 3 * 3.0 / 2)
     assert simulate(program_of("1f1b", layout, 3), replace(apart, sharing=1.1)).makespan_s == pytest.approx(3.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stagecut.partitioner.plan import OpRecord, Plan, StageRecord
 
@@ -159,17 +159,24 @@ def _prediction(plan: Plan) -> Iterator[str]:
 def _times(plan: Plan, clock: _Clock, step_s: float, slowest_s: float, crowd: float) -> Iterator[str]:
     p = plan.prediction
     if crowd <= 1.0:
-        if _differ(p.step_s, step_s):
-            yield f"a step takes {step_s} s, and {p.step_s} s were predicted"
-        bubble = 1.0 - clock.compute_s() / (step_s * clock.n_workers)
-        if abs(p.bubble - bubble) > 1e-7:
-            yield f"a bubble of {bubble}, and {p.bubble} was predicted"
+        yield from _exactly(clock, step_s, p.step_s, p.bubble)
         return
+    if crowd == plan.timing.beside:  # a core for each worker: without the slowing the two clocks agree to the digit
+        alone = replace(plan, timing=replace(plan.timing, beside=1.0)).predicted
+        yield from _exactly(clock, step_s, alone.makespan_s, alone.bubble)
     most_work_s = max(clock.work_s_of(host) for host in set(clock.hosts))
     assert plan.timing.n_cores is not None
     least_s = max(step_s, plan.timing.start_s + most_work_s / plan.timing.n_cores)
     if p.step_s < least_s * (1 - CLOSE) or p.step_s > slowest_s * (1 + CLOSE):
         yield f"a step takes {least_s} to {slowest_s} s, and {p.step_s} s were predicted"
+
+
+def _exactly(clock: _Clock, step_s: float, predicted_s: float, predicted_bubble: float) -> Iterator[str]:
+    if _differ(predicted_s, step_s):
+        yield f"a step takes {step_s} s, and {predicted_s} s were predicted"
+    bubble = 1.0 - clock.compute_s() / (step_s * clock.n_workers)
+    if abs(predicted_bubble - bubble) > 1e-7:
+        yield f"a bubble of {bubble}, and {predicted_bubble} was predicted"
 
 
 def _n_pieces(plan: Plan) -> int:
