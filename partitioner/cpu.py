@@ -30,6 +30,14 @@ def this_cpu() -> DeviceKind:
     return kept_calibration() or _quick()
 
 
+@functools.cache
+def pace() -> tuple[float, float]:
+    """Return how fast this machine is now, as FLOP/s and bytes/s of one thread, measured once a process."""
+    kind = _quick()
+    return kind.flops_per_s[dtype_name(torch.float32)], kind.bytes_per_s
+
+
+@functools.cache
 def _quick() -> DeviceKind:
     with threads(1):
         rates = {}

@@ -78,7 +78,8 @@ def _against(plan: Plan, others: Sequence[Plan], rivals: Sequence[Plan]) -> list
     lines = []
     if others and others[0].prediction.step_s < step_s:
         gain = 1 - others[0].prediction.step_s / step_s
-        lines.append(f"too close to tell: {_order(others[0])}, {gain:.1%} shorter as predicted, with more workers")
+        cost = _what_it_takes(others[0], plan)
+        lines.append(f"too close to tell: {_order(others[0])}, {gain:.1%} shorter as predicted, {cost}")
     elif others:
         lines.append(f"next best: {_order(others[0])}, {_compare(others[0].prediction.step_s, step_s)}")
     shapes = {describe_shape(plan), *(describe_shape(other) for other in others[:1])}
@@ -88,6 +89,12 @@ def _against(plan: Plan, others: Sequence[Plan], rivals: Sequence[Plan]) -> list
             shapes.add(shape)
             lines.append(f"{shape}: {_compare(rival.prediction.step_s, step_s)}")
     return lines
+
+
+def _what_it_takes(other: Plan, plan: Plan) -> str:
+    if len(other.devices) > len(plan.devices):
+        return "with more workers"
+    return "in more stages" if len(other.stages) > len(plan.stages) else "in more microbatches"
 
 
 def _compare(other_s: float, own_s: float) -> str:

@@ -44,15 +44,21 @@ def rank(plan: Plan) -> tuple[object, ...]:
 
 
 def simplest_of_close(ranked: Sequence[Plan]) -> Plan:
-    """Choose the first of ranked plans, or one with fewer workers that is too close to it for a prediction to tell.
+    """Choose the first of ranked plans, or a simpler one that is too close to it for a prediction to tell.
 
-    Only on CPUs, where fewer workers have the same cores: more workers there need more memory and more care.
+    Simpler is one with fewer workers, only on CPUs, where they have the same cores: more workers there need more
+    memory and more care. Then fewer stages, and whole batches before microbatches that nobody needs.
     """
     best = ranked[0]
     if best.timing.n_cores is None:
         return best
     close = [plan for plan in ranked if plan.prediction.step_s <= best.prediction.step_s * (1 + _TOO_CLOSE)]
-    return min(close, key=lambda plan: (len(plan.devices), rank(plan)))
+    return min(close, key=lambda plan: (len(plan.devices), len(plan.stages), _pieces(plan), rank(plan)))
+
+
+def _pieces(plan: Plan) -> int:
+    """Count the microbatches of a plan without a pipeline, which only caches can make worth while."""
+    return plan.n_microbatches if len(plan.stages) == 1 else 0
 
 
 def fitted(task: Task, drafts: Sequence[Draft], untried: Sequence[Configuration] = ()) -> list[Plan]:

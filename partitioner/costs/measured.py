@@ -17,7 +17,7 @@ from ...heap import freed_memory_kept
 from ...structure import map_leaves, tensors_in
 from ..analysis import OpFacts
 from ..cluster import DeviceKind
-from ..cpu import processor_name, threads
+from ..cpu import pace, processor_name, threads
 from ..meter import bytes_of, storage_of
 from ..recording.state import untouched
 from .analytic import analytic_costs, from_parameters
@@ -75,13 +75,13 @@ def measured_costs(
 
     ``touched_bytes`` is the memory that a microbatch touches, all ops together: an op finds the caches accordingly.
     Results are kept on disk (``$STAGECUT_CACHE``, by default ``~/.cache/stagecut``) by op, shapes, dtypes, strides,
-    device, threads and torch version. Ops that do not run on made-up inputs are priced analytically.
+    device, threads and torch version, and are good as long as the machine is as fast as then. Ops that do not run on made-up inputs are priced analytically.
     """
     device = _device_of(kind)
     assert device is not None, can_measure(kind)
     ring_bytes = _ring_bytes(touched_bytes)
     context = _context(device, n_threads, ring_bytes)
-    cache = Cache()
+    cache = Cache(_pace_of(device))
     nodes = [n for n in graph_module.graph.nodes if n.op != "output"]
     work = {n.name: Isolated(n, graph_module, facts) for n in nodes if not is_free(facts[n.name])}
     constant = from_parameters(graph_module.graph, facts)
@@ -125,7 +125,7 @@ def measured_call(call: Timed, kind: DeviceKind, n_threads: int, *, touched_byte
     """
     device = _device_of(kind)
     assert device is not None, can_measure(kind)
-    cache, ring_bytes = Cache(), _ring_bytes(touched_bytes)
+    cache, ring_bytes = Cache(_pace_of(device)), _ring_bytes(touched_bytes)
     signature = call.signature(_context(device, n_threads, ring_bytes))
     if signature not in cache.known:
         with threads(n_threads), freed_memory_kept():
@@ -133,6 +133,11 @@ def measured_call(call: Timed, kind: DeviceKind, n_threads: int, *, touched_byte
         cache.save()
     forward_s, backward_s, _ = cache.known[signature]
     return forward_s, backward_s
+
+
+def _pace_of(device: torch.device) -> tuple[float, float]:
+    """Return how fast the device is today; only CPUs are shared with strangers."""
+    return pace() if device.type == "cpu" else (1.0, 1.0)
 
 
 def _ring_bytes(touched_bytes: int) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from stagecut.partitioner.analysis import analyse
 from stagecut.partitioner.capture import capture
+from stagecut.partitioner.costs import measured
 from stagecut.partitioner.costs.isolated import Isolated
 from stagecut.partitioner.costs.measured import _Memory, measured_costs, touched_bytes
 from stagecut.partitioner.costs.op_cost import OpCost
@@ -68,6 +69,31 @@ def test_what_was_measured_is_kept_and_equal_layers_are_measured_once() -> None:
     assert len({costs[name].forward_s for name in layers}) <= 2
     assert all(again[name].source == "cached" for name in layers)
     assert all(again[name].forward_s == costs[name].forward_s for name in layers)
+
+
+def test_costs_of_a_slower_or_faster_hour_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, model = torch.randn(8, 16), nn.Linear(16, 16)
+
+    def source_at(compute: float, bandwidth: float) -> str:
+        monkeypatch.setattr(measured, "pace", lambda: (compute * 1e11, bandwidth * 1e10))
+        (source,) = {cost.source for cost in costs_of(model, x).values()} - {"none"}
+        return source
+
+    assert source_at(1.0, 1.0) == "measured"
+    assert source_at(1.1, 0.8) == "cached"
+    assert source_at(0.8, 1.0) == "measured"
+    assert source_at(1.0, 1.0) == "measured", "the entry is of the slow hour now"
+    assert source_at(1.0, 2.0) == "measured"
+
+
+def test_a_file_that_cannot_be_read_is_measured_again_and_replaced(tmp_path: Path) -> None:
+    x, model = torch.randn(8, 16), nn.Linear(16, 16)
+    costs_of(model, x)
+    (file,) = tmp_path.glob("costs-*.json")
+    for broken in ("{", '{"op": [1, 2, 3]}', '{"op": [1, 2, 3, 0, 0]}'):
+        file.write_text(broken)
+        assert {cost.source for cost in costs_of(model, x).values()} == {"measured", "none"}
+        assert {cost.source for cost in costs_of(model, x).values()} == {"cached", "none"}
 
 
 class Parts(nn.Module):

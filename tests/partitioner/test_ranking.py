@@ -104,6 +104,17 @@ def test_more_cpu_workers_have_to_be_faster_by_more_than_predictions_are_off(
     assert len(ranking.simplest_of_close(ranked).devices) == n_workers
 
 
+@pytest.mark.parametrize(("gain", "n_microbatches"), [(0.04, 4), (0.02, 1)])
+def test_whole_batches_come_first_where_microbatches_are_faster_by_less_than_predictions_are_off(
+    two_plans: tuple[stagecut.Plan, stagecut.Plan], gain: float, n_microbatches: int
+) -> None:
+    whole, pieces = took(two_plans[1], 1.0 + gain), took(replace(two_plans[1], n_microbatches=4), 1.0)
+    chosen = ranking.simplest_of_close([pieces, whole])
+    assert chosen.n_microbatches == n_microbatches
+    if chosen is whole:
+        assert reasons(whole, [pieces], [], [])[0].endswith("shorter as predicted, in more microbatches")
+
+
 def test_devices_that_share_no_cores_are_all_used_if_that_is_faster(
     two_plans: tuple[stagecut.Plan, stagecut.Plan],
 ) -> None:
