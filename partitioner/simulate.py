@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import PlanError
-from ..runtime.instructions import COMPUTE, RECEIVES, SENDS, Instruction, Op
+from ..runtime.instructions import COMPUTE, INPUT_GRADIENTS, RECEIVES, SENDS, Instruction, Op
 from ..runtime.program import Program, Span, Timeline
 from .cluster import Link
 
@@ -20,6 +20,7 @@ class StepCosts:
 
     Attributes:
         forward_s, backward_s: per stage, for one microbatch.
+        backward_input_s, backward_weight_s: per stage, the parts of a backward where programs run them apart.
         packet_bytes: per pair of stages, bytes of one activation packet.
         gradient_bytes: per pair of stages, bytes of one gradient packet; None if as many as there.
         link: what a packet costs on its way; ``links`` has the pairs of stages for which that differs.
@@ -49,6 +50,8 @@ class StepCosts:
     beside: float = 1.0
     sharing: float = 1.0
     gradient_bytes: Mapping[tuple[int, int], float] | None = None
+    backward_input_s: tuple[float, ...] = ()
+    backward_weight_s: tuple[float, ...] = ()
 
 
 def simulate(program: Program, costs: StepCosts) -> Timeline:
@@ -107,7 +110,7 @@ class _Simulation:
         self.hosts = {name: _Host(costs.n_cores, costs.beside, costs.sharing) for name in names}
         self.host_of = [self.hosts[name] for name in names]
         self.arrival: dict[Packet, float] = {}
-        self.done: set[tuple[Op, int, int]] = set()
+        self.done: set[tuple[bool, int, int]] = set()  # is a gradient, stage, microbatch
         self.reached: dict[int, set[int]] = {}
         self.has_gradients: set[tuple[int, int]] = set()  # worker, stage
         self.wakes: list[tuple[float, int]] = []
@@ -156,9 +159,12 @@ class _Simulation:
             return costs.send_overhead_s + self._bytes(i) / costs.pack_bytes_per_s
         if i.op is Op.FORWARD:
             return costs.forward_s[i.stage] + costs.action_overhead_s
+        if i.op is Op.BACKWARD_INPUT:
+            return costs.backward_input_s[i.stage] + costs.action_overhead_s
+        own_s = costs.backward_s if i.op is Op.BACKWARD else costs.backward_weight_s
         more_s = costs.accumulate_s if (worker, i.stage) in self.has_gradients else costs.store_s
         self.has_gradients.add((worker, i.stage))
-        return costs.backward_s[i.stage] + (more_s[i.stage] if more_s else 0.0) + costs.action_overhead_s
+        return own_s[i.stage] + (more_s[i.stage] if more_s else 0.0) + costs.action_overhead_s
 
     def _bytes(self, i: Instruction) -> float:
         back = self.costs.gradient_bytes if i.op is Op.SEND_GRAD else None
@@ -183,7 +189,8 @@ class _Simulation:
         if now > start or i.op in COMPUTE:  # a backward of no time still waits for its packets
             self.spans.append(Span(worker, i.op.value, i.stage, i.microbatch, start, now))
         if i.op in COMPUTE:
-            self.done.add((i.op, i.stage, i.microbatch))
+            if i.op is not Op.BACKWARD_WEIGHT:
+                self.done.add((i.op in INPUT_GRADIENTS, i.stage, i.microbatch))
         elif i.op in SENDS:
             link = self.costs.links.get(self._pair(i), self.costs.link)
             packet = (i.op is Op.SEND_GRAD, i.stage, i.peer_stage, i.microbatch)
@@ -195,10 +202,12 @@ class _Simulation:
         return all(known is not None and known <= now for known in self._inputs_at(worker, i))
 
     def _inputs_at(self, worker: int, i: Instruction) -> Iterator[float | None]:
-        s, m, backward = i.stage, i.microbatch, i.op is Op.BACKWARD
+        if i.op is Op.BACKWARD_WEIGHT:
+            return
+        s, m, backward = i.stage, i.microbatch, i.op in INPUT_GRADIENTS
         for peer in self.layout.consumers(s, gradients=True) if backward else self.layout.producers(s):
             if self.layout.worker_of(peer, m) == worker:
-                yield 0.0 if (i.op, peer, m) in self.done else None
+                yield 0.0 if (backward, peer, m) in self.done else None
             else:
                 yield self.arrival.get((backward, peer, s, m))
 

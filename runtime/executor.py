@@ -121,6 +121,8 @@ class Executor:
             self._free(i)
         elif i.op is Op.REDUCE:
             self.reducers[i.stage].complete()
+        else:
+            raise AssertionError(f"{i}: compile() offers no schedule with split backwards")
 
     def _awaited(self, i: Instruction) -> list[MessageKey]:
         s, m = i.stage, i.microbatch

@@ -9,13 +9,17 @@ from enum import StrEnum
 class Op(StrEnum):
     """One kind of instruction.
 
-    ``FORWARD`` and ``BACKWARD`` compute; ``SEND_*`` hands a packet to the transport and does not wait for the
-    other side; ``RECV_*`` posts a receive, and the compute that uses the packet waits for it; ``FREE`` drops all that
-    a stage holds for a microbatch; ``REDUCE`` completes the gradients of a stage over its replicas and ties.
+    ``FORWARD`` and ``BACKWARD`` compute, and so do the two parts of a backward: ``BACKWARD_INPUT`` makes the gradients
+    that other stages wait for, ``BACKWARD_WEIGHT``, some time later, those of parameters; ``SEND_*`` hands a packet to
+    the transport and does not wait for the other side; ``RECV_*`` posts a receive, and the compute that uses the
+    packet waits for it; ``FREE`` drops all that a stage holds for a microbatch; ``REDUCE`` completes the gradients of a
+    stage over its replicas and ties.
     """
 
     FORWARD = "F"
     BACKWARD = "B"
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
     SEND_ACT = "send activation"
     RECV_ACT = "receive activation"
     SEND_GRAD = "send gradient"
@@ -24,7 +28,9 @@ class Op(StrEnum):
     REDUCE = "reduce"
 
 
-COMPUTE = frozenset({Op.FORWARD, Op.BACKWARD})
+COMPUTE = frozenset({Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT})
+INPUT_GRADIENTS = frozenset({Op.BACKWARD, Op.BACKWARD_INPUT})  # what other stages wait for
+WEIGHT_GRADIENTS = frozenset({Op.BACKWARD, Op.BACKWARD_WEIGHT})  # what ends a microbatch on a stage
 SENDS = frozenset({Op.SEND_ACT, Op.SEND_GRAD})
 RECEIVES = frozenset({Op.RECV_ACT, Op.RECV_GRAD})
 WHOLE_BATCH = -1
@@ -59,7 +65,11 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One compute of a schedule, before lowering: forward (``"F"``) or backward (``"B"``) of one microbatch."""
+    """One compute of a schedule, before lowering, of one microbatch.
+
+    ``kind`` is ``"F"`` (forward), ``"B"`` (backward), or a part of a backward: ``"I"`` (gradients of the stage's
+    inputs) or ``"W"`` (gradients of its parameters).
+    """
 
     kind: str
     stage: int

@@ -20,9 +20,14 @@ WITH_DOCTESTS = (
     "stagecut.records",
     "stagecut.partitioner.cluster",
     "stagecut.partitioner.folding",
+    "stagecut.partitioner.scheduling.bounds",
+    "stagecut.partitioner.scheduling.files",
     "stagecut.structure",
     "stagecut.runtime.batch",
     "stagecut.runtime.program.timeline",
+    "stagecut.runtime.schedules.interleaved",
+    "stagecut.runtime.schedules.one_way",
+    "stagecut.runtime.schedules.placement",
 )
 
 

@@ -20,7 +20,7 @@ _WAITS_TEXT = 84.0
 _HEAD, _FOOT = 24.0, 22.0
 _TICKS = 10
 _REDUCE = "reduce"
-_NAMES = {"F": "forward", "B": "backward"}
+_NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
 
 def draw_timelines(plan: Plan, timelines: Sequence[Timeline], width: float) -> Drawing:

@@ -15,6 +15,7 @@ from ..partitioner.plan import Plan, load
 from ..records import to_json
 from ..runtime.schedules import TRAINING_SCHEDULES
 from .arguments import count, positive
+from .schedule import add_schedule, schedule_text
 from .solve import add_solve, solve_text
 
 # What imports torch is imported where it is used: help and wrong arguments answer in a tenth of a second, not in three.
@@ -32,6 +33,7 @@ _EXAMPLES = """examples:
   partition-viz report plan.json -o plan.html
   partition-viz report demo:unet --cluster sim:8xH100-80GB --replicas 2 -o plan.svg
   partition-viz solve graph.json --max-chunks 2 --json > cut.json
+  partition-viz schedule --costs costs.json --name search --microbatches 24
 
 exit codes: 0 done, 2 wrong arguments, 3 the model cannot be captured, 4 no plan fits
 """
@@ -57,6 +59,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         if options.command == "solve":
             return _print(solve_text(options))
+        if options.command == "schedule":
+            return _print(schedule_text(options))
         plan = _plan(options)
         if options.command == "report":
             return _report(plan, options.output)
@@ -152,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,report,solve}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,report,solve,schedule}")
     show = commands.add_parser("show", help="print the plan as tables", description="Print the plan as tables.")
     show.add_argument("--json", action="store_true", help="print the plan as JSON instead")
     report = commands.add_parser(
@@ -164,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (show, report):
         _add_planning(command)
     add_solve(commands)
+    add_schedule(commands)
     return parser
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections import Counter
 
 from ...errors import PlanError
-from ..instructions import COMPUTE, RECEIVES, SENDS, WHOLE_BATCH, Instruction, Op
+from ..instructions import (
+    COMPUTE,
+    INPUT_GRADIENTS,
+    RECEIVES,
+    SENDS,
+    WEIGHT_GRADIENTS,
+    WHOLE_BATCH,
+    Instruction,
+    Op,
+)
 from .lower import Program
 
 Message = tuple[Op, int, int, int]
@@ -15,6 +24,9 @@ _SENT_AS = {
     Op.SEND_GRAD: Op.SEND_GRAD,
     Op.RECV_GRAD: Op.SEND_GRAD,
 }
+
+
+_FORWARD = frozenset({Op.FORWARD})
 
 
 def check(program: Program, *, max_in_flight: tuple[int, ...] | None = None) -> None:
@@ -54,15 +66,26 @@ def _check_complete(program: Program) -> None:
                 _refuse(program, worker, position, "runs more than once")
     kinds = {i.op for instructions in program.workers for i in instructions} & COMPUTE
     done = {(i.op, i.stage, i.microbatch) for instructions in program.workers for i in instructions}
-    for op in sorted(kinds):
-        for s in range(layout.n_stages):
-            for m in range(program.n_microbatches):
-                if (op, s, m) not in done:
-                    raise PlanError(f"program {program.name!r}: {Instruction(op, s, m)} is missing")
+    for s in range(layout.n_stages):
+        for m in range(program.n_microbatches):
+            missing = _missing_computes(kinds, {op for op in COMPUTE if (op, s, m) in done})
+            if missing:
+                raise PlanError(f"program {program.name!r}: {Instruction(missing, s, m)} is missing")
     for s, owners in enumerate(layout.workers):
         for worker in owners:
-            if Op.BACKWARD in kinds and Instruction(Op.REDUCE, s, WHOLE_BATCH) not in program.workers[worker]:
+            if kinds - {Op.FORWARD} and Instruction(Op.REDUCE, s, WHOLE_BATCH) not in program.workers[worker]:
                 raise PlanError(f"program {program.name!r}, worker {worker}: stage {s} never completes its gradients")
+
+
+def _missing_computes(kinds: set[Op], mine: set[Op]) -> Op | None:
+    """Say what a stage lacks for a microbatch, in a program with computes of so many kinds."""
+    if Op.FORWARD in kinds and Op.FORWARD not in mine:
+        return Op.FORWARD
+    if not kinds - {Op.FORWARD} or Op.BACKWARD in mine:
+        return None
+    if Op.BACKWARD in kinds and not mine - {Op.FORWARD}:
+        return Op.BACKWARD
+    return next((op for op in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT) if op not in mine), None)
 
 
 class _Held:
@@ -83,20 +106,29 @@ class _Held:
         if i.op is not Op.REDUCE and (s, m) in self.freed:
             return "uses what was freed before"
         if i.op is Op.FORWARD:
-            return self._missing_inputs(Op.RECV_ACT, Op.FORWARD, s, m, self.layout.producers(s))
-        if i.op is Op.BACKWARD:
+            return self._missing_inputs(Op.RECV_ACT, _FORWARD, s, m, self.layout.producers(s))
+        if i.op in INPUT_GRADIENTS:
             if not self.starts_with_activations and (Op.FORWARD, s, m) not in self.done:
                 return "its forward has not run"
-            return self._missing_inputs(Op.RECV_GRAD, Op.BACKWARD, s, m, self.layout.consumers(s, gradients=True))
+            if self._ran(INPUT_GRADIENTS, s, m):
+                return "the gradients of its inputs were computed before"
+            return self._missing_inputs(Op.RECV_GRAD, INPUT_GRADIENTS, s, m, self.layout.consumers(s, gradients=True))
+        if i.op is Op.BACKWARD_WEIGHT:
+            return None if (Op.BACKWARD_INPUT, s, m) in self.done else "its input gradient has not run"
         if i.op in SENDS:
-            source = Op.FORWARD if i.op is Op.SEND_ACT else Op.BACKWARD
-            return None if (source, s, m) in self.done else "sends what has not been computed"
+            source = _FORWARD if i.op is Op.SEND_ACT else INPUT_GRADIENTS
+            return None if self._ran(source, s, m) else "sends what has not been computed"
         return None
 
-    def _missing_inputs(self, receive: Op, compute: Op, s: int, m: int, peers: tuple[int, ...]) -> str | None:
+    def _ran(self, ops: frozenset[Op], s: int, m: int) -> bool:
+        return any((op, s, m) in self.done for op in ops)
+
+    def _missing_inputs(
+        self, receive: Op, computes: frozenset[Op], s: int, m: int, peers: tuple[int, ...]
+    ) -> str | None:
         for peer in peers:
             local = self.layout.worker_of(peer, m) == self.worker
-            here = (compute, peer, m) in self.done if local else (receive, s, m, peer) in self.received
+            here = self._ran(computes, peer, m) if local else (receive, s, m, peer) in self.received
             if not here:
                 return f"needs the packet of stage {peer}, which is not there"
         return None
@@ -136,7 +168,7 @@ def _check_reduced_last(program: Program, worker: int) -> None:
     for position, i in enumerate(program.workers[worker]):
         if i.op is Op.REDUCE:
             reduced.add(i.stage)
-        elif i.op is Op.BACKWARD and i.stage in reduced:
+        elif i.op in WEIGHT_GRADIENTS and i.stage in reduced:
             _refuse(program, worker, position, "runs after the gradients of its stage were reduced")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ...errors import ConstraintError
 from ..instructions import WHOLE_BATCH, Action, Instruction, Layout, Op
 
-_UNIT_TIME = {"F": 1, "B": 2}
+_UNIT_TIME = {"F": 1, "B": 2, "I": 1, "W": 1}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Program:
 def lower(name: str, layout: Layout, orders: tuple[tuple[Action, ...], ...], n_microbatches: int) -> Program:
     """Lower compute orders to a program.
 
-    ``orders`` may hold forwards and backwards, forwards only, or backwards only (activations held from before).
+    ``orders`` may hold forwards and backwards, forwards only, or backwards only (activations held from before); a
+    backward may be in one or in its two parts.
     Receives are listed where, at unit times, their send happens; a transport that matches messages may post earlier.
 
     Raises:
@@ -57,7 +58,10 @@ class _Lowering:
         self.layout = layout
         self.orders = orders
         self.has_forwards = any(action.kind == "F" for order in orders for action in order)
-        self.has_backwards = any(action.kind == "B" for order in orders for action in order)
+        split = {(a.stage, a.microbatch) for order in orders for a in order if a.kind == "I"}
+        self.back_of = {(s, m): "I" if (s, m) in split else "B" for s in range(layout.n_stages)
+                        for m in range(n_microbatches)}  # fmt: skip
+        self.has_backwards = any(action.kind != "F" for order in orders for action in order)
         self.end_of: dict[Action, int] = {}
         self.programs: list[list[Instruction]] = [[] for _ in range(layout.n_workers)]
         self.backwards_left = [n_microbatches] * layout.n_stages
@@ -99,8 +103,11 @@ class _Lowering:
         s, m = action.stage, action.microbatch
         if action.kind == "F":
             return [Action("F", producer, m) for producer in self.layout.producers(s)]
+        if action.kind == "W":
+            return [Action("I", s, m)]
         own = [Action("F", s, m)] if self.has_forwards else []
-        return own + [Action("B", consumer, m) for consumer in self.layout.consumers(s, gradients=True)]
+        consumers = self.layout.consumers(s, gradients=True)
+        return own + [Action(self.back_of[consumer, m], consumer, m) for consumer in consumers]
 
     def _emit(self, worker: int, action: Action) -> None:
         s, m = action.stage, action.microbatch
@@ -111,8 +118,11 @@ class _Lowering:
             if not self.has_backwards:
                 own.append(Instruction(Op.FREE, s, m))
             return
-        own.append(Instruction(Op.BACKWARD, s, m))
-        self._transfer(worker, s, m, self.layout.producers(s, gradients=True), Op.SEND_GRAD, Op.RECV_GRAD)
+        own.append(Instruction(Op(action.kind), s, m))
+        if action.kind in "BI":
+            self._transfer(worker, s, m, self.layout.producers(s, gradients=True), Op.SEND_GRAD, Op.RECV_GRAD)
+        if action.kind == "I":
+            return
         own.append(Instruction(Op.FREE, s, m))
         self.backwards_left[s] -= 1
         if self.backwards_left[s] == 0:

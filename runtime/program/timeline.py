@@ -6,7 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
-_SHORT = {"F": "F", "B": "B"}
+_COMPUTE = frozenset("FBIW")
+_LAST = frozenset("BW")  # after these nothing of a microbatch is held
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +36,14 @@ class Timeline:
         return max((span.end_s for span in self.spans), default=0.0)
 
     def busy_s(self, worker: int) -> float:
-        """Return the seconds that ``worker`` computes (forwards and backwards)."""
+        """Return the seconds that ``worker`` computes (forwards and backwards, or their parts)."""
         return self._busy_s.get(worker, 0.0)
 
     @cached_property
     def _busy_s(self) -> dict[int, float]:
         busy: dict[int, float] = {}
         for span in self.spans:
-            if span.op in _SHORT:
+            if span.op in _COMPUTE:
                 busy[span.worker] = busy.get(span.worker, 0.0) + span.end_s - span.start_s
         return busy
 
@@ -56,9 +57,9 @@ class Timeline:
     def peak_in_flight(self, worker: int) -> int:
         """Return the largest number of microbatches whose activations ``worker`` holds at once."""
         events = [
-            (span.end_s if span.op == "B" else span.start_s, 1 if span.op == "F" else -1)
+            (span.end_s if span.op in _LAST else span.start_s, -1 if span.op in _LAST else 1)
             for span in self.spans
-            if span.worker == worker and span.op in _SHORT
+            if span.worker == worker and (span.op == "F" or span.op in _LAST)
         ]
         held = peak = 0
         for _, change in sorted(events):
@@ -69,18 +70,20 @@ class Timeline:
     def grid(self, columns: int = 72) -> str:
         """Draw the compute of each worker as text; a column is one ``columns``-th of the makespan.
 
-        A forward prints its microbatch's last digit, a backward the letter of the same number (0 is ``a``), idle ``.``.
+        A forward prints its microbatch's last digit, a backward the letter of the same number (0 is ``a``; a weight
+        gradient apart from it the capital), idle ``.``.
         """
         makespan_s = self.makespan_s
         if not makespan_s:
             return ""
         rows: defaultdict[int, list[str]] = defaultdict(lambda: ["."] * columns)
         for span in self.spans:
-            if span.op not in _SHORT:
+            if span.op not in _COMPUTE:
                 continue
             first = min(int(span.start_s / makespan_s * columns), columns - 1)
             last = max(first + 1, round(span.end_s / makespan_s * columns))
             mark = str(span.microbatch % 10) if span.op == "F" else chr(ord("a") + span.microbatch % 10)
+            mark = mark.upper() if span.op == "W" else mark
             for column in range(first, min(last, columns)):
                 rows[span.worker][column] = mark
         return "\n".join(f"worker {w:<3} {''.join(rows[w])}" for w in range(self.n_workers))

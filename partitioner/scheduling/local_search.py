@@ -1,0 +1,130 @@
+"""Local search: move computations that lie on the critical path to other places of their worker's order.
+
+A makespan falls only if its critical path does, and on a worker that path is a run of computations without a gap
+between them (van Laarhoven, Aarts and Lenstra, 1992, https://doi.org/10.1287/opre.40.1.113, for job shops). So moves
+take a computation out of such a run and put it a few places earlier or later. Worse orders are accepted now and then,
+ever more rarely (simulated annealing).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+from ...runtime.instructions import Action
+from .clock import Problem, peak_bytes, run
+
+Orders = tuple[tuple[Action, ...], ...]
+_FARTHEST = 8  # places that one move spans
+_LOOK = 10  # what a move costs that is refused at sight, in timed actions
+_COLD = 0.002  # temperature at first, as a share of the makespan
+
+
+def improved(problem: Problem, orders: Orders, n_actions: int, seed: int, stop_s: float = 0.0) -> Orders:
+    """Return orders whose makespan is no longer, after timing about ``n_actions`` actions in all.
+
+    The same seed gives the same orders. The search ends early at ``stop_s``, a bound that cannot be beaten.
+    """
+    return _Search(problem, orders, random.Random(seed)).run(n_actions, stop_s)
+
+
+class _Search:
+    def __init__(self, problem: Problem, orders: Orders, chance: random.Random) -> None:
+        self.problem, self.chance = problem, chance
+        self.n_results = 2 * problem.layout.n_stages * problem.n_microbatches
+        self.orders = [list(order) for order in orders]
+        self.steps = problem.steps(orders)
+        self.step_of = {a: step for order, own in zip(orders, self.steps) for a, step in zip(order, own)}
+        self.limits = problem.costs.memory_bytes
+        ends = run(self.steps, self.n_results)
+        assert ends is not None
+        self.ends = ends
+        self.n_actions = sum(map(len, self.orders))
+        self.spent = 0  # actions timed, and what other work is worth in them
+
+    def run(self, n_actions: int, stop_s: float) -> Orders:
+        now_s = best_s = max(own[-1] for own in self.ends if own)
+        best = tuple(map(tuple, self.orders))
+        runs = self._critical_runs()
+        while self.spent < n_actions and best_s > stop_s * (1 + 1e-9):
+            temperature_s = _COLD * best_s * (1.0 - self.spent / n_actions)
+            made = self._try(runs, now_s - temperature_s * math.log(max(self.chance.random(), 1e-12)))
+            if made is None:
+                continue
+            now_s = made
+            runs = self._critical_runs()
+            if now_s < best_s * (1 - 1e-12):
+                best_s, best = now_s, tuple(map(tuple, self.orders))
+        return best
+
+    def _try(self, runs: Sequence[tuple[int, int, int]], at_most_s: float) -> float | None:
+        """Make a random move and keep it if the makespan is at most that; return the makespan then."""
+        self.spent += _LOOK
+        worker, first, last = self.chance.choice(runs)
+        source = self.chance.randint(first, last)
+        order = self.orders[worker]
+        target = source + self.chance.choice((-1, 1)) * self.chance.randint(1, _FARTHEST)
+        target = min(max(target, 0), len(order) - 1)
+        if target == source or not _may_move(order, source, target):
+            return None
+        moved = order.copy()
+        moved.insert(target, moved.pop(source))
+        if self.limits is not None and peak_bytes(self.problem.costs, moved) > self.limits[worker] * (1 + 1e-9):
+            return None
+        self.spent += self.n_actions
+        before = self.steps[worker]
+        self.steps[worker] = [self.step_of[action] for action in moved]
+        ends = run(self.steps, self.n_results)
+        if ends is not None:
+            makespan_s = max(own[-1] for own in ends if own)
+            if makespan_s <= at_most_s:
+                self.orders[worker], self.ends = moved, ends
+                return makespan_s
+        self.steps[worker] = before
+        return None
+
+    def _critical_runs(self) -> list[tuple[int, int, int]]:
+        """Return the runs (worker, first place, last place) of one critical path, the last of which ends the step."""
+        worker = max(range(len(self.ends)), key=lambda w: self.ends[w][-1] if self.ends[w] else 0.0)
+        place = len(self.ends[worker]) - 1
+        at = {action: (w, i) for w, order in enumerate(self.orders) for i, action in enumerate(order)}
+        found = []
+        while place >= 0:
+            last = place
+            while place > 0 and self.ends[worker][place - 1] >= self._start_s(worker, place) - 1e-12:
+                place -= 1
+            found.append((worker, place, last))
+            needed = self._awaited(self.orders[worker][place])
+            if needed is None:
+                break
+            worker, place = at[needed]
+        return found
+
+    def _start_s(self, worker: int, place: int) -> float:
+        return self.ends[worker][place] - self.steps[worker][place][2]
+
+    def _awaited(self, action: Action) -> Action | None:
+        s, m = action.stage, action.microbatch
+        if action.kind == "F":
+            return Action("F", s - 1, m) if s else None
+        if action.kind == "W" or s == self.problem.layout.n_stages - 1:
+            return None
+        return Action(action.kind, s + 1, m)
+
+
+_RANK = {"F": 0, "I": 1, "B": 1, "W": 2}
+
+
+def _may_move(order: Sequence[Action], source: int, target: int) -> bool:
+    """Say whether a computation stays behind what it needs and in line with its like."""
+    moved = order[source]
+    passed = order[target:source] if target < source else order[source + 1 : target + 1]
+    for other in passed:
+        if other.stage != moved.stage:
+            continue
+        if other.kind == moved.kind:
+            return False
+        if other.microbatch == moved.microbatch and (_RANK[other.kind] < _RANK[moved.kind]) == (target < source):
+            return False
+    return True
