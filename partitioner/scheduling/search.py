@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,13 +14,13 @@ from .clock import Problem, run
 from .costs import PipelineCosts
 from .family import placed, workers_of
 from .listing import Orders, listed, rules
-from .local_search import improved
+from .local_search import HEATS, improved
 from .score import Scored, score
 
 # Actions that the clock times in a second, about; budgets are counted in them, so that the same seed gives the same
 # schedule on any machine.
 _ACTIONS_PER_S = 2_000_000
-_STARTS = 4  # best candidates that local search sets out from
+_STARTS = 2  # best candidates that local search sets out from
 _JITTER = 0.05
 _DRAWS = 8
 
@@ -64,9 +65,9 @@ def search(
     bound_s = min(map(lower_bound_s, problems))
     progress("local search")
     budget = int(time_s * _ACTIONS_PER_S)
-    starts = found[:_STARTS]
-    for number, (_, index, name, orders) in enumerate(starts):
-        better = improved(problems[index], orders, budget // len(starts), seed + number, bound_s)
+    ways = list(itertools.product(found[:_STARTS], HEATS))
+    for number, ((_, index, name, orders), heat) in enumerate(ways):
+        better = improved(problems[index], orders, budget // len(ways), seed + number, heat, bound_s)
         found.append((_makespan_s(problems[index], better), index, name, better))
     best = min(entry[0] for entry in found)
     ties = [entry for entry in found if entry[0] <= best * (1 + 1e-9)]
