@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConstraintError, InfeasibleError, StagecutError
 from ..runtime.schedules.families import FAMILIES
-from .arguments import count, not_negative
+from .arguments import count, not_negative, positive
 
 if TYPE_CHECKING:
     from ..partitioner.scheduling import PipelineCosts, Scored
@@ -19,6 +19,7 @@ _EXAMPLES = """examples:
   partition-viz schedule --costs costs.json --name 1f1b --microbatches 24
   partition-viz schedule --costs costs.json --name search --microbatches 24 --json > schedule.json
   partition-viz schedule --costs costs.json --from schedule.json --trace trace.json
+  partition-viz schedule --costs costs.json --name search --microbatches 8 --certify-s 20
   partition-viz schedule --costs costs.json --name zb-v --microbatches 16 --csv order.csv
 
 costs.json
@@ -52,6 +53,9 @@ def add_schedule(commands: Any) -> None:
     parser.add_argument("--workers", type=count, metavar="P", help="workers, where memory_bytes does not tell")
     parser.add_argument("--time-s", type=not_negative, metavar="T", help="how long to search, about (default: 5)")
     parser.add_argument("--seed", type=int, metavar="N", help="of the search (default: 0)")
+    parser.add_argument(
+        "--certify-s", type=positive, metavar="T", help="then let OR-tools prove or better it for T seconds"
+    )
     parser.add_argument("--json", action="store_true", help="print the schedule as JSON instead of a picture")
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="also write the order for torch.distributed.pipelining"
@@ -73,6 +77,10 @@ def schedule_text(options: argparse.Namespace) -> str:
     costs = _at(options.costs, costs_from_json, _read_json(options.costs))
     start = time.perf_counter()
     scored = _read(options, costs) if options.source else _make(options, costs)
+    if options.certify_s:
+        from ..partitioner.scheduling.certificate import certified
+
+        scored = certified(scored, options.certify_s)
     seconds = time.perf_counter() - start
     if options.csv:
         options.csv.write_text(to_csv(scored.orders), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +18,12 @@ from .listing import Orders, listed, rules
 from .local_search import HEATS, improved
 from .score import Scored, score
 
-# Actions that the clock times in a second, about; budgets are counted in them, so that the same seed gives the same
-# schedule on any machine.
-_ACTIONS_PER_S = 2_000_000
+# Actions that the clock times, and that list scheduling places, in a second, about; budgets are counted in them, so
+# that the same seed gives the same schedule on any machine.
+_ACTIONS_PER_S = 5_000_000
+_LISTED_PER_S = 200_000
+_SHARE_OF_LISTING = 0.4
+_LEAST_RULES = 8
 _STARTS = 2  # best candidates that local search sets out from
 _JITTER = 0.05
 _DRAWS = 8
@@ -55,7 +59,8 @@ def search(
     found: list[tuple[float, int, str, Orders]] = []  # makespan, number of the problem, where it is from
     for index, problem in enumerate(problems):
         progress(f"placement {index + 1} of {len(problems)}")
-        found += [(s, index, name, orders) for s, name, orders in _candidates(problem)]
+        listing_s = _SHARE_OF_LISTING * time_s / len(problems)
+        found += [(s, index, name, orders) for s, name, orders in _candidates(problem, listing_s)]
     if not found:
         raise InfeasibleError(
             "no schedule was found that fits in memory_bytes, though single microbatches do",
@@ -64,7 +69,7 @@ def search(
     found.sort(key=lambda entry: entry[0])
     bound_s = min(map(lower_bound_s, problems))
     progress("local search")
-    budget = int(time_s * _ACTIONS_PER_S)
+    budget = int((1 - _SHARE_OF_LISTING) * time_s * _ACTIONS_PER_S)
     ways = list(itertools.product(found[:_STARTS], HEATS))
     for number, ((_, index, name, orders), heat) in enumerate(ways):
         better = improved(problems[index], orders, budget // len(ways), seed + number, heat, bound_s)
@@ -79,8 +84,11 @@ def _allows(n_stages: int, n_workers: int, placement: str) -> bool:
     return placement != "vee" or n_stages == 2 * n_workers
 
 
-def _candidates(problem: Problem) -> list[tuple[float, str, Orders]]:
-    """Return published and listed schedules of a problem that fit, each order once."""
+def _candidates(problem: Problem, listing_s: float) -> list[tuple[float, str, Orders]]:
+    """Return published schedules of a problem that fit, and those of as many rules as there is time for, evenly spread.
+
+    Each order is there once.
+    """
     pool: dict[Orders, str] = {}
     for family in FAMILIES.values():
         if family.trains and (problem.costs.split_backward or not family.splits_backward):
@@ -90,7 +98,10 @@ def _candidates(problem: Problem) -> list[tuple[float, str, Orders]]:
             except PlanError:  # not on this placement, not with so few microbatches, or too much memory
                 continue
             pool.setdefault(orders, family.name)
-    for rule in rules(problem):
+    every = rules(problem)
+    n_actions = problem.n_microbatches * problem.layout.n_stages * len(problem.costs.kinds())
+    step = max(1, math.ceil(len(every) * n_actions / max(1.0, listing_s * _LISTED_PER_S)))
+    for rule in every[:: min(step, max(1, len(every) // _LEAST_RULES))]:
         made = listed(problem, rule)
         if made is not None:
             pool.setdefault(made, "list scheduling")

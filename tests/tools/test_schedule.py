@@ -72,6 +72,17 @@ def test_the_search_fits_where_published_schedules_do_not(costs, capsys):
     assert made["order"] == again["order"]
 
 
+def test_a_certificate_proves_or_betters_what_the_search_found(costs, capsys):
+    pytest.importorskip("ortools")
+    path = costs(record(memory_bytes=[3, 3, 3, 3]))
+    search = ["--name", "search", "--microbatches", "6", "--time-s", "0.1"]
+    found = answer(capsys, path, *search)
+    proven = answer(capsys, path, *search, "--certify-s", "30")
+    assert proven["makespan_s"] <= found["makespan_s"]
+    assert found["lower_bound_s"] <= proven["lower_bound_s"] <= proven["makespan_s"]
+    assert proven["lower_bound_s"] == pytest.approx(proven["makespan_s"], rel=2e-3)
+
+
 def test_what_was_written_is_read_back_and_timed(costs, capsys, tmp_path):
     path = costs(record())
     written, trace = tmp_path / "order.csv", tmp_path / "trace.json"

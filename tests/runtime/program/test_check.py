@@ -10,9 +10,20 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from stagecut.errors import PlanError
-from stagecut.runtime.instructions import RECEIVES, SENDS, WHOLE_BATCH, Instruction, Layout, Op
+from stagecut.runtime.instructions import (
+    COMPUTE,
+    INPUT_GRADIENTS,
+    RECEIVES,
+    SENDS,
+    WHOLE_BATCH,
+    Instruction,
+    Layout,
+    Op,
+)
 from stagecut.runtime.program import Program, check, lower
 from stagecut.runtime.schedules import TRAINING_SCHEDULES, schedule
+from stagecut.runtime.schedules.families import FAMILIES
+from stagecut.runtime.schedules.placement import chain, loop, vee
 
 property_test = settings(max_examples=150, deadline=None, derandomize=True)
 mutation_test = settings(max_examples=500, deadline=None, derandomize=True)
@@ -48,6 +59,15 @@ def programs(draw: st.DrawFn, names: tuple[str, ...]) -> Program:
     return lower(name, layout, schedule(name, layout, n), n)
 
 
+@st.composite
+def published(draw: st.DrawFn) -> Program:
+    """A program of a published schedule, split backwards and several stages per worker included."""
+    family, p, n = draw(st.sampled_from(list(FAMILIES.values()))), draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    layout = {"chain": chain(p), "loop": loop(p, 2), "vee": vee(p)}[family.placement]
+    n = max(n, family.least(p))
+    return lower(family.name, layout, family.make(layout, n), n)
+
+
 class Broken(Exception):
     """The executor cannot go on."""
 
@@ -62,7 +82,7 @@ class BlockingExecutor:
     def __init__(self, program: Program) -> None:
         self.program, self.layout = program, program.layout
         ops = {i.op for instructions in program.workers for i in instructions}
-        self.kinds = ops & {Op.FORWARD, Op.BACKWARD}
+        self.kinds = ops & COMPUTE
         self.at = [0] * len(program.workers)
         self.inbox: dict[tuple[int, Op, int, int], dict[int, tuple[object, ...]]] = defaultdict(dict)
         self.result: dict[tuple[int, Op, int, int], tuple[object, ...]] = {}
@@ -80,10 +100,12 @@ class BlockingExecutor:
                 raise Broken(f"nobody moves: {[str(self.head(worker)) for worker in everyone]}")
         for s in range(self.layout.n_stages):
             for m in range(self.program.n_microbatches):
-                for kind in self.kinds:
-                    if self.ran.count((kind, s, m)) != 1:
-                        raise Broken(f"{kind} of {s}, {m} ran {self.ran.count((kind, s, m))} times")
-        if Op.BACKWARD in self.kinds:
+                ran = sorted(op.value for op, *where in self.ran if where == [s, m])
+                forward = ["F"] if Op.FORWARD in self.kinds else []
+                backwards = ([*forward, "I", "W"], ["B", *forward]) if self.kinds - {Op.FORWARD} else (forward,)
+                if ran not in [sorted(wanted) for wanted in backwards]:
+                    raise Broken(f"{ran} ran for {s}, {m}")
+        if self.kinds - {Op.FORWARD}:
             wanted = sorted((s, worker) for s, owners in enumerate(self.layout.workers) for worker in owners)
             if sorted(self.reduced) != wanted:
                 raise Broken(f"reduced {self.reduced}")
@@ -94,7 +116,11 @@ class BlockingExecutor:
         i = self.head(worker)
         if i is None:
             return False
-        if i.op in (Op.FORWARD, Op.BACKWARD):
+        if i.op is Op.BACKWARD_WEIGHT:
+            if self.result.get((worker, Op.BACKWARD, i.stage, i.microbatch)) != (Op.BACKWARD, i.stage, i.microbatch):
+                raise Broken(f"{i}: no input gradient")
+            self.ran.append((i.op, i.stage, i.microbatch))
+        elif i.op in COMPUTE:
             self.compute(worker, i)
         elif i.op in SENDS:
             other = self.head(i.peer_worker)
@@ -121,21 +147,22 @@ class BlockingExecutor:
 
     def compute(self, worker: int, i: Instruction) -> None:
         s, m = i.stage, i.microbatch
-        backward = i.op is Op.BACKWARD
+        backward = i.op in INPUT_GRADIENTS
+        kind = Op.BACKWARD if backward else Op.FORWARD
         peers = self.layout.consumers(s, gradients=True) if backward else self.layout.producers(s)
-        given_by = self.inbox[worker, i.op, s, m]
+        given_by = self.inbox[worker, kind, s, m]
         for peer in peers:
-            if given_by.get(peer) != (i.op, peer, m):
+            if given_by.get(peer) != (kind, peer, m):
                 raise Broken(f"{i} on worker {worker} has {given_by.get(peer)} of stage {peer}")
         if backward and Op.FORWARD in self.kinds and (worker, Op.FORWARD, s, m) not in self.result:
             raise Broken(f"{i}: no activations")
         if self.layout.worker_of(s, m) == worker:
             self.ran.append((i.op, s, m))
-        self.result[worker, i.op, s, m] = (i.op, s, m)
+        self.result[worker, kind, s, m] = (kind, s, m)
         targets = self.layout.producers(s, gradients=True) if backward else self.layout.consumers(s)
         for target in targets:
             if self.layout.worker_of(target, m) == worker:
-                self.inbox[worker, i.op, target, m][s] = (i.op, s, m)
+                self.inbox[worker, kind, target, m][s] = (kind, s, m)
 
     def deliver(self, worker: int, send: Instruction, receive: Instruction) -> None:
         kind = Op.FORWARD if send.op is Op.SEND_ACT else Op.BACKWARD
@@ -153,7 +180,8 @@ def dependent(a: Instruction, b: Instruction) -> bool:
 @st.composite
 def damaged(draw: st.DrawFn) -> Program:
     """A program of a schedule with one to three of its instructions dropped, doubled, moved or exchanged."""
-    program = draw(programs((*TRAINING_SCHEDULES, "forward-only", "backward-only")))
+    fused = programs((*TRAINING_SCHEDULES, "forward-only", "backward-only"))
+    program = draw(st.one_of(fused, published()))
     workers = [list(instructions) for instructions in program.workers]
     for _ in range(draw(st.integers(1, 3))):
         mine = workers[draw(st.sampled_from([w for w, own in enumerate(workers) if own] or [0]))]
@@ -176,7 +204,7 @@ def damaged(draw: st.DrawFn) -> Program:
 
 
 @property_test
-@given(programs((*TRAINING_SCHEDULES, "forward-only", "backward-only")))
+@given(st.one_of(programs((*TRAINING_SCHEDULES, "forward-only", "backward-only")), published()))
 def test_what_lowering_makes_is_accepted_and_runs_even_if_every_transfer_blocks(program: Program) -> None:
     check(program)
     BlockingExecutor(program).run()
@@ -198,7 +226,7 @@ def test_a_damaged_program_is_refused_or_runs_to_its_end(program: Program) -> No
     named = {str(i) for instructions in program.workers for i in instructions}
     missing = {
         str(Instruction(op, s, m))
-        for op in (Op.FORWARD, Op.BACKWARD)
+        for op in COMPUTE
         for s in range(program.layout.n_stages)
         for m in range(program.n_microbatches)
     }
@@ -294,6 +322,43 @@ def test_each_broken_rule_is_named() -> None:
             second,
         ),
         r"F\(stage 1, microbatch 0\): this worker does not own that stage": ([*first, second[1]], second),
+    }
+    for words, (one, two) in cases.items():
+        with pytest.raises(PlanError, match=words):
+            check(two_workers(one, two))
+
+
+def split() -> tuple[list[Instruction], list[Instruction]]:
+    """The same with the backward of stage 1's first microbatch in two parts."""
+    first, second = by_hand()
+    second[2] = Instruction(Op.BACKWARD_INPUT, 1, 0)
+    second.insert(4, Instruction(Op.BACKWARD_WEIGHT, 1, 0))
+    return first, second
+
+
+def test_a_backward_in_two_parts_is_accepted_and_its_rules_are_named() -> None:
+    first, second = split()
+    check(two_workers(first, second))
+    weight, whole = second[4], Instruction(Op.BACKWARD, 1, 0)
+    cases = {
+        r"I\(stage 1, microbatch 0\) is missing": (first, remove(second, Op.BACKWARD_INPUT, 0)),
+        r"W\(stage 1, microbatch 0\) is missing": (first, remove(second, Op.BACKWARD_WEIGHT, 0)),
+        r"W\(stage 1, microbatch 0\): its input gradient has not run": (
+            first,
+            [*second[:2], weight, *second[2:4], *second[5:]],
+        ),
+        r"B\(stage 1, microbatch 0\): the gradients of its inputs were computed before": (
+            first,
+            [*second[:3], whole, *second[3:]],
+        ),
+        r"W\(stage 1, microbatch 0\): uses what was freed before": (
+            first,
+            [*second[:4], second[5], weight, *second[6:]],
+        ),
+        r"W\(stage 1, microbatch 0\): runs after the gradients of its stage were reduced": (
+            first,
+            [*second[:4], second[-1], weight, second[5], *second[6:-1]],
+        ),
     }
     for words, (one, two) in cases.items():
         with pytest.raises(PlanError, match=words):
