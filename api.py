@@ -74,7 +74,7 @@ def compile(
         replicas: data-parallel copies of every stage, for a flat list of devices; one number, or one a stage:
             ``[3, 1]``. Chosen by the planner if None.
         microbatches: pieces of the batch that each replica was given; chosen by the planner if None.
-        schedule: ``"1f1b"`` or ``"fill-drain"``; chosen by the planner if None.
+        schedule: ``"1f1b"``, ``"eager-1f1b"`` or ``"fill-drain"``; chosen by the planner if None.
         recompute: whether stages keep only their inputs and compute activations again in the backward; by stage, where
             memory asks for it, if None.
         plan: a plan, or the path of a saved one, to run instead of planning.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..runtime.instructions import Layout
+from ..runtime.schedules.eager_1f1b import eager_warm_up
 from ..runtime.schedules.one_f_one_b import warm_up
 from .captured import Capture
 from .cluster import Cluster
@@ -62,7 +63,8 @@ def in_flight_of(layout: Layout, schedule: str, n_pieces: int) -> list[int]:
     mine = [len(layout.microbatches_of(s, 0, n_pieces)) for s in range(layout.n_stages)]
     if schedule == "fill-drain":
         return mine
-    return [min(warm_up(layout, s), mine[s]) for s in range(layout.n_stages)]
+    held = eager_warm_up if schedule == "eager-1f1b" else warm_up
+    return [min(held(layout, s), mine[s]) for s in range(layout.n_stages)]
 
 
 def assemble(capture: Capture, priced: Priced, decision: Decision, batch_rows: int) -> Plan:

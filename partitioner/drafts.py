@@ -83,5 +83,5 @@ def counts_of(task: Task, cluster: Cluster) -> list[int]:
 def _schedules(task: Task, n_stages: int) -> tuple[str, ...]:
     if task.wishes.schedule is not None:
         return (task.wishes.schedule,)
-    # Fill-drain holds more for nearly the same step: with one stage, or with many, it is not worth the search.
+    # The others hold more for nearly the same step: with one stage, or with many, they are not worth the search.
     return TRAINING_SCHEDULES if 1 < n_stages <= FEW_DEVICES else ("1f1b",)

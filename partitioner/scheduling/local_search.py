@@ -101,21 +101,22 @@ class _Search:
                 place -= 1
             found.append((worker, place, last))
             needed = self._awaited(self.orders[worker][place])
-            if needed is None:
+            if not needed:
                 break
-            worker, place = at[needed]
+            worker, place = next(at[action] for action in needed if action in at)
         return found
 
     def _start_s(self, worker: int, place: int) -> float:
         return self.ends[worker][place] - self.steps[worker][place][2]
 
-    def _awaited(self, action: Action) -> Action | None:
+    def _awaited(self, action: Action) -> tuple[Action, ...]:
+        """Return what an action waits for from another stage, under the names that it may have."""
         s, m = action.stage, action.microbatch
         if action.kind == "F":
-            return Action("F", s - 1, m) if s else None
+            return (Action("F", s - 1, m),) if s else ()
         if action.kind == "W" or s == self.problem.layout.n_stages - 1:
-            return None
-        return Action(action.kind, s + 1, m)
+            return ()
+        return Action("I", s + 1, m), Action("B", s + 1, m)
 
 
 _RANK = {"F": 0, "I": 1, "B": 1, "W": 2}

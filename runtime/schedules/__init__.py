@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ...errors import ConstraintError
 from ..instructions import Action, Layout
+from .eager_1f1b import eager_1f1b
 from .fill_drain import backward_only, fill_drain, forward_only
 from .one_f_one_b import one_f_one_b
 
@@ -14,10 +15,11 @@ Orders = tuple[tuple[Action, ...], ...]
 SCHEDULES: dict[str, Callable[[Layout, int], Orders]] = {
     "1f1b": one_f_one_b,
     "fill-drain": fill_drain,
+    "eager-1f1b": eager_1f1b,
     "forward-only": forward_only,
     "backward-only": backward_only,
 }
-TRAINING_SCHEDULES = ("1f1b", "fill-drain")
+TRAINING_SCHEDULES = ("1f1b", "fill-drain", "eager-1f1b")
 
 
 def schedule(name: str, layout: Layout, n_microbatches: int) -> Orders:
@@ -38,6 +40,7 @@ __all__ = [
     "TRAINING_SCHEDULES",
     "Orders",
     "backward_only",
+    "eager_1f1b",
     "fill_drain",
     "forward_only",
     "one_f_one_b",

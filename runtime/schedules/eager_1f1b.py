@@ -6,9 +6,25 @@ p - s; without transfers the bubble is that of 1F1B, and transfers of up to a fo
 
 from __future__ import annotations
 
+from ..instructions import Action, Layout
+from .one_f_one_b import alternating, warm_up
 from .one_way import Unit, warm_then_alternate
 
 
+def eager_warm_up(layout: Layout, stage: int) -> int:
+    """Return how many microbatches one replica of ``stage`` holds in the steady state."""
+    return 2 * warm_up(layout, stage) - 1
+
+
+def eager_1f1b(layout: Layout, n_microbatches: int) -> tuple[tuple[Action, ...], ...]:
+    """Return, per worker, the eager 1F1B order of its stage; replicas may differ in number.
+
+    Raises:
+        ConstraintError: a worker owns several stages.
+    """
+    return alternating("eager-1f1b", layout, n_microbatches, [eager_warm_up(layout, s) for s in range(layout.n_stages)])
+
+
 def order(position: int, n_workers: int, n_microbatches: int) -> list[Unit]:
-    """Return one worker's forwards and backwards."""
+    """Return one worker's forwards and backwards in a pipeline without replicas."""
     return warm_then_alternate(2 * (n_workers - position) - 1, n_microbatches)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ...errors import ConstraintError
 from ..instructions import Action, Layout
-from . import eager_1f1b, interleaved, vee, zero_bubble
+from . import interleaved, vee, zero_bubble
+from .eager_1f1b import order as eager_order
 from .fill_drain import fill_drain
 from .one_way import warm_then_alternate
 from .placement import Column, columns, on_stages, require
@@ -120,7 +121,7 @@ FAMILIES = {
             "Zhuang et al., 2022, https://arxiv.org/abs/2211.05322",
             "chain",
             False,
-            _in_chain("eager-1f1b", eager_1f1b.order),
+            _in_chain("eager-1f1b", eager_order),
         ),
         Family("interleaved-1f1b", _MEGATRON, "loop", False, _in_loop("interleaved-1f1b", interleaved.order_1f1b)),
         Family(

@@ -13,8 +13,11 @@ ceil(workers from here to the end / workers of this stage), PipeDream's rule (ht
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...errors import ConstraintError
 from ..instructions import Action, Layout
+from .one_way import warm_then_alternate
 
 
 def warm_up(layout: Layout, stage: int) -> int:
@@ -29,21 +32,23 @@ def one_f_one_b(layout: Layout, n_microbatches: int) -> tuple[tuple[Action, ...]
     Raises:
         ConstraintError: a worker owns several stages, which plain 1F1B does not order.
     """
+    return alternating("1f1b", layout, n_microbatches, [warm_up(layout, s) for s in range(layout.n_stages)])
+
+
+def alternating(name: str, layout: Layout, n_microbatches: int, held: Sequence[int]) -> tuple[tuple[Action, ...], ...]:
+    """Forward ``held[s]`` microbatches on each replica of stage s, then go backward and forward in turn.
+
+    Raises:
+        ConstraintError: a worker owns several stages.
+    """
     orders: list[tuple[Action, ...]] = [() for _ in range(layout.n_workers)]
     for s, owners in enumerate(layout.workers):
         for r, worker in enumerate(owners):
             if orders[worker]:
-                raise ConstraintError(f"1f1b runs one stage per worker; worker {worker} owns several: use 'fill-drain'")
+                raise ConstraintError(
+                    f"{name} runs one stage per worker; worker {worker} owns several: use 'fill-drain'"
+                )
             mine = layout.microbatches_of(s, r, n_microbatches)
-            orders[worker] = _order(s, list(mine), warm_up(layout, s))
+            units = warm_then_alternate(held[s], len(mine))
+            orders[worker] = tuple(Action(kind, s, mine[m]) for kind, m in units)
     return tuple(orders)
-
-
-def _order(stage: int, microbatches: list[int], held: int) -> tuple[Action, ...]:
-    forwards = [Action("F", stage, m) for m in microbatches]
-    backwards = [Action("B", stage, m) for m in microbatches]
-    held = min(held, len(microbatches))
-    order = forwards[:held]
-    for forward, backward in zip(forwards[held:], backwards):
-        order += [backward, forward]
-    return tuple(order + backwards[len(forwards) - held :])

@@ -113,6 +113,16 @@ def test_1f1b_holds_as_many_microbatches_as_stages_follow(p: int, m: int) -> Non
     assert [timeline.peak_in_flight(worker) for worker in range(p)] == [min(p - s, m) for s in range(p)]
 
 
+def test_eager_1f1b_hides_transfers_that_1f1b_waits_for() -> None:
+    p, m = 4, 12
+    costs = StepCosts((1.0,) * p, (2.0,) * p, {}, Link(0.5, float("inf"), "slow"))
+    layout = chain(*[1] * p)
+    steps = {name: simulate(lower(name, layout, schedule(name, layout, m), m), costs) for name in TRAINING_SCHEDULES}
+    assert steps["eager-1f1b"].makespan_s == pytest.approx(3.0 * m + (p - 1) * (3.0 + 2 * 0.5))
+    assert steps["1f1b"].makespan_s > steps["eager-1f1b"].makespan_s + 1.0
+    assert [steps["eager-1f1b"].peak_in_flight(w) for w in range(p)] == [7, 5, 3, 1]
+
+
 @property_test
 @given(replica_counts, st.integers(1, 9))
 def test_1f1b_never_holds_more_than_its_warm_up_with_any_replicas(replicas: list[int], m: int) -> None:
@@ -139,7 +149,7 @@ def test_unequal_replicas_that_balance_the_work_keep_all_busy_in_the_steady_stat
 
 
 def test_an_unknown_schedule_and_no_microbatch_are_refused() -> None:
-    with pytest.raises(ConstraintError, match=r"unknown schedule 'gpipe'; known: 1f1b, fill-drain"):
+    with pytest.raises(ConstraintError, match=r"unknown schedule 'gpipe'; known: 1f1b, fill-drain, eager-1f1b"):
         schedule("gpipe", chain(1), 1)
     with pytest.raises(ConstraintError, match="at least one microbatch, got 0"):
         schedule("1f1b", chain(1), 0)

@@ -234,7 +234,7 @@ def draw_case(chooser: Chooser, *, max_ops: int = 9, max_stages: int = 4, replic
     devices = [["cpu"] * chooser.choose(replicas) for _ in range(n_stages)]
     wishes = Wishes(
         n_microbatches=chooser.choose([1, 2, 3, 4]),
-        schedule=chooser.choose(["1f1b", "fill-drain"]),
+        schedule=chooser.choose(["1f1b", "fill-drain", "eager-1f1b"]),
         recompute=chooser.choose([False, True]),
         costs="analytic",
         assignment=stage_of,

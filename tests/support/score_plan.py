@@ -194,7 +194,13 @@ def _warm_up(stages: tuple[StageRecord, ...], s: int) -> int:
 
 def _in_flight(plan: Plan, s: int, n_pieces: int) -> int:
     mine = len(_mine(n_pieces, 0, len(plan.stages[s].devices)))
-    return mine if plan.schedule == "fill-drain" else min(mine, _warm_up(plan.stages, s))
+    return mine if plan.schedule == "fill-drain" else min(mine, _ahead(plan, s))
+
+
+def _ahead(plan: Plan, s: int) -> int:
+    """Say how far a stage forwards ahead: twice as far, less one, where transfers are to be hidden."""
+    most = _warm_up(plan.stages, s)
+    return 2 * most - 1 if plan.schedule == "eager-1f1b" else most
 
 
 def _crowd(plan: Plan) -> float:
@@ -213,7 +219,7 @@ def _crowd(plan: Plan) -> float:
 def _order(plan: Plan, s: int, replica: int, n_pieces: int) -> list[tuple[str, int]]:
     """List a replica's forwards and backwards."""
     waiting = _mine(n_pieces, replica, len(plan.stages[s].devices))
-    most = len(waiting) if plan.schedule == "fill-drain" else _warm_up(plan.stages, s)
+    most = len(waiting) if plan.schedule == "fill-drain" else _ahead(plan, s)
     order: list[tuple[str, int]] = []
     held: list[int] = []
     while waiting or held:

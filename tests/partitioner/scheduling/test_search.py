@@ -16,7 +16,7 @@ from stagecut.partitioner.scheduling import PipelineCosts, family_schedule, scor
 from stagecut.partitioner.scheduling.bounds import lower_bound_s
 from stagecut.partitioner.scheduling.clock import Problem, run
 from stagecut.partitioner.scheduling.listing import listed, rules
-from stagecut.partitioner.scheduling.local_search import improved
+from stagecut.partitioner.scheduling.local_search import HEATS, improved
 from stagecut.runtime.instructions import Action
 from stagecut.runtime.schedules.families import FAMILIES
 from stagecut.runtime.schedules.placement import chain, loop, vee
@@ -140,6 +140,18 @@ def test_local_search_keeps_what_it_is_given_or_betters_it() -> None:
     after = score("improved", problem, improved(problem, orders, 100_000, 0)).makespan_s
     assert after < before
     assert improved(problem, orders, 0, 0) == orders
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.trains])
+@pytest.mark.parametrize("heat", HEATS)
+def test_local_search_sets_out_from_any_schedule(name: str, heat: float) -> None:
+    """DualPipeV has whole backwards that wait for halves, and halves that wait for whole ones."""
+    layout = {"chain": chain(4), "loop": loop(2, 2), "vee": vee(2)}[FAMILIES[name].placement]
+    problem = Problem(replace(uniform(4), forward_s=(1.0, 0.4, 1.7, 0.8)), layout, 6)
+    orders = FAMILIES[name].make(layout, 6)
+    before = score(name, problem, orders)
+    after = score("improved", problem, improved(problem, orders, 50_000, 1, heat, before.lower_bound_s))
+    assert before.lower_bound_s * (1 - 1e-9) <= after.makespan_s <= before.makespan_s
 
 
 def test_list_scheduling_keeps_the_limits_of_its_rules() -> None:
