@@ -1,22 +1,29 @@
-"""What the runtime itself costs on CPU workers: the constants of partitioner/predict.py and partitioner/cpu.py.
+"""What the runtime itself costs on CPU workers: the constants of partitioner/timing.py and partitioner/cpu.py.
 
     python benchmarks/overhead.py
 
 Two workers, one thread each, a model with next to no compute. From profiled steps: how long a send keeps the sender
-busy, how long a packet travels, how both grow with the packet, and what is left per compute instruction.
+busy, how long a packet travels, how both grow with the packet, and what is left per compute instruction; from a worker
+alone, what is left per step. Then gradients, in memory that was last used a step ago: storing one that was just made,
+adding one that was just made, adding what a replica stored. And processes beside each other: two on two cores, four on
+two cores, over one alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import stagecut
+from stagecut.partitioner.cpu import this_cpu
+from stagecut.runtime.arena import Arena
 from stagecut.runtime.program import Span, Timeline
 
 MICROBATCHES = 16
@@ -61,6 +68,67 @@ def per_action_s(timeline: Timeline) -> float:
     return (steady[-1].end_s - steady[0].start_s) / len(steady)
 
 
+def rest_of_step_s(steps: int) -> float:
+    """Return what a step of one worker takes beside its computes."""
+    model, x = Wide(16), torch.randn(4, 16)
+    options = {"microbatches": 1, "costs": "analytic", "threads_per_worker": 1}
+    left = []
+    with stagecut.compile(model, ["cpu"], loss_fn=lambda out, y: F.mse_loss(out, y), **options) as pm:
+        for _ in range(steps):
+            timeline = pm.profile(x, target=x, steps=1).timeline
+            start = time.perf_counter()
+            pm.step(x, target=x)
+            left.append(time.perf_counter() - start - timeline.busy_s(0))
+    return statistics.median(left)
+
+
+def gradient_copies(rounds: int = 20) -> dict[str, float]:
+    """Return how many copies within caches storing and adding gradients takes, for 12 gradients of 4 MB."""
+    names = [f"{worker}/{layer}" for worker in range(2) for layer in range(12)]
+    arena = Arena.create([(name, torch.empty(1024, 1024)) for name in names])
+    slots = {name: arena.view(name).zero_() for name in names}
+    fresh = torch.ones(1024, 1024)
+    works = {
+        "storing": lambda layer: slots[f"0/{layer}"].copy_(fresh),
+        "adding fresh": lambda layer: slots[f"0/{layer}"].add_(fresh),
+        "adding a replica's": lambda layer: slots[f"0/{layer}"].add_(slots[f"1/{layer}"]),
+    }
+    n_bytes = 12 * fresh.nbytes
+    found = {}
+    for what, work in works.items():
+        times = []
+        for _ in range(rounds):
+            seconds = 0.0
+            for layer in range(12):
+                fresh.add_(0.0)  # as if autograd had just made it
+                start = time.perf_counter()
+                work(layer)
+                seconds += time.perf_counter() - start
+            times.append(seconds)
+        found[what] = statistics.median(times) * this_cpu().bytes_per_s / n_bytes
+    return found
+
+
+def busy_for(seconds: float) -> float:
+    """Return how many steps of a small MLP a process of one thread makes in a second."""
+    torch.set_num_threads(1)
+    model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(512, 512), nn.GELU())))
+    x = torch.randn(256, 512)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        model(x).square().mean().backward()
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+def beside(n_processes: int, alone: float, seconds: float = 4.0) -> float:
+    """Return how many times as long a step takes with so many processes at once."""
+    with ProcessPoolExecutor(n_processes) as pool:
+        list(pool.map(busy_for, [0.5] * n_processes))
+        rates = list(pool.map(busy_for, [seconds] * n_processes))
+    return alone / statistics.mean(rates)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=30)
@@ -80,6 +148,12 @@ def main() -> None:
     print(f"link bandwidth    {n_bytes / max(large_travel - travel, 1e-9) / 1e9:.2f} GB/s")
     action_s = statistics.median(per_action_s(t) for t in small)
     print(f"one action        {action_s * 1e6:.0f} us, sends and tiny compute included")
+    print(f"STEP_S            {rest_of_step_s(options.steps) * 1e3:.2f} ms")
+    for what, copies in gradient_copies().items():
+        print(f"{what:<18}{copies:.1f} copies within caches (_GRADIENT_COPIES, _ADDING_FRESH)")
+    alone = 1 / beside(1, 1.0)
+    print(f"BESIDE            {beside(2, alone):.3f}")
+    print(f"SHARING           {beside(4, alone) / 2:.3f}")
 
 
 if __name__ == "__main__":

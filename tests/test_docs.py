@@ -20,7 +20,6 @@ WITH_DOCTESTS = (
     "stagecut.records",
     "stagecut.partitioner.cluster",
     "stagecut.partitioner.folding",
-    "stagecut.partitioner.scheduling.bounds",
     "stagecut.partitioner.scheduling.files",
     "stagecut.structure",
     "stagecut.runtime.batch",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +107,15 @@ def _make(options: argparse.Namespace, costs: PipelineCosts) -> Scored:
     if options.name != "search":
         return family_schedule(options.name, costs, options.microbatches, options.workers)
     time_s = 5.0 if options.time_s is None else options.time_s
-    return search(costs, options.microbatches, options.workers, time_s=time_s, seed=options.seed or 0)
+    if not sys.stderr.isatty():
+        return search(costs, options.microbatches, options.workers, time_s=time_s, seed=options.seed or 0)
+    found = search(costs, options.microbatches, options.workers, time_s=time_s, seed=options.seed or 0, progress=_tell)
+    _tell("")
+    return found
+
+
+def _tell(what: str) -> None:
+    print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
 
 
 def _read(options: argparse.Namespace, costs: PipelineCosts) -> Scored:
@@ -144,6 +153,8 @@ _WIDTH = 96
 
 def _picture(scored: Scored, seconds: float) -> str:
     """Draw who computes what and when, a table of the workers, and how good that is."""
+    from ..partitioner.scheduling import idle_by_cause
+
     lines = [f"worker {w:>3} |{_row(scored, w)}|" for w in range(len(scored.orders))]
     lines += ["           F forward, B backward, I input gradient, W weight gradient, . idle", ""]
     rows = _rows(scored)
@@ -153,10 +164,12 @@ def _picture(scored: Scored, seconds: float) -> str:
     proof = (
         "optimal, proven" if above <= 1e-9 else f"{above:.1%} above the proven bound of {scored.lower_bound_s:.6g} s"
     )
+    causes = [f"{cause} {share:.1%}" for cause, share in idle_by_cause(scored).items() if share >= 5e-4]
     lines += [
         "",
         f"{scored.name}, {scored.problem.n_microbatches} microbatches: makespan {scored.makespan_s:.6g} s ({proof}), "
         f"bubble {scored.bubble:.1%}, of the longest span {scored.span_bubble:.1%}; {seconds:.2f} s",
+        *([f"idle: {', '.join(causes)}"] if causes else []),
     ]
     return "\n".join(lines) + "\n"
 

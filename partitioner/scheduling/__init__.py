@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .costs import PipelineCosts
 from .family import family_schedule
+from .idle import idle_by_cause
 from .score import Scored, score
 from .search import search
 
-__all__ = ["PipelineCosts", "Scored", "family_schedule", "score", "search"]
+__all__ = ["PipelineCosts", "Scored", "family_schedule", "idle_by_cause", "score", "search"]

@@ -16,9 +16,14 @@ def lower_bound_s(problem: Problem) -> float:
     - *residence*: a microbatch stays on a stage from its forward until its gradient has come back. If K fit at once,
       forward n + K starts no earlier than forward n and a round trip.
 
-    A schedule without backwards is bounded as one with them is not: pass training problems only. Time O(stages).
+    Time O(stages^2).
     """
     return max(_Worker(problem, worker).bound_s() for worker in range(problem.n_workers))
+
+
+def forward_bound_s(problem: Problem) -> float:
+    """Return seconds that no order of the forwards alone can beat: load, with the way to a worker and from it."""
+    return max(_Worker(problem, worker).forward_bound_s() for worker in range(problem.n_workers))
 
 
 class _Worker:
@@ -41,6 +46,12 @@ class _Worker:
             there_and_back = self.m * sum(self._seconds("F", s) + self._seconds("I", s) for s in self.stages)
             bound = head_s + wait_s + max(load_s, there_and_back + tail_s)
         return max([bound, *map(self._residence_s, self.stages)])
+
+    def forward_bound_s(self) -> float:
+        n = self.problem.layout.n_stages
+        load_s = self.m * sum(self._seconds("F", s) for s in self.stages)
+        after = [sum(self.problem.link_s(t - 1) + self._seconds("F", t) for t in range(s + 1, n)) for s in self.stages]
+        return min(map(self._head_s, self.stages)) + load_s + min(after)
 
     def _seconds(self, kind: str, s: int) -> float:
         return self.costs.seconds(kind, s)
@@ -101,12 +112,3 @@ class _Worker:
         rounds, rest = divmod(self.m - 1, fits)
         last_start_s = max(rounds * stay_s + rest * forward_s, (self.m - 1) * forward_s)
         return self._head_s(s) + last_start_s + stay_s + self._tail_s(s)
-
-
-def gap(makespan_s: float, bound_s: float) -> float:
-    """Return by which share a makespan is above a bound.
-
-    >>> round(gap(1.1, 1.0), 3)
-    0.1
-    """
-    return makespan_s / bound_s - 1.0 if bound_s > 0 else 0.0

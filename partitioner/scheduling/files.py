@@ -12,6 +12,8 @@ from ...errors import ConstraintError
 from ...runtime.instructions import Action, Layout
 from .clock import Problem
 from .costs import PipelineCosts
+from .critical import critical_path
+from .idle import idle_by_cause
 from .score import Orders, Scored, score
 
 _LISTS = ("forward_s", "backward_input_s", "backward_weight_s", "activation_bytes", "weight_grad_bytes")
@@ -101,6 +103,8 @@ def to_json(scored: Scored, seconds: float) -> dict[str, Any]:
         "makespan_s": scored.makespan_s,
         "bubble": scored.bubble,
         "span_bubble": scored.span_bubble,
+        "bubble_by_cause": idle_by_cause(scored),
+        "critical_path": [token(action) for action in critical_path(scored.problem, scored.orders, scored.ends_s)],
         "peak_bytes": list(scored.peak_bytes),
         "peak_in_flight": list(scored.peak_in_flight),
         "lower_bound_s": scored.lower_bound_s,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from ...runtime.instructions import Action
 from .clock import Problem, peak_bytes, run
+from .critical import critical_runs
 
 Orders = tuple[tuple[Action, ...], ...]
 _FARTHEST = 8  # places that one move spans
@@ -51,14 +52,14 @@ class _Search:
     def run(self, n_actions: int, heat: float, stop_s: float) -> Orders:
         now_s = best_s = max(own[-1] for own in self.ends if own)
         best = tuple(map(tuple, self.orders))
-        runs = self._critical_runs()
+        runs = critical_runs(self.problem, self.orders, self.ends)
         while self.spent < n_actions and best_s > stop_s * (1 + 1e-9):
             temperature_s = heat * best_s * (1.0 - self.spent / n_actions)
             made = self._try(runs, now_s - temperature_s * math.log(max(self.chance.random(), 1e-12)))
             if made is None:
                 continue
             now_s = made
-            runs = self._critical_runs()
+            runs = critical_runs(self.problem, self.orders, self.ends)
             if now_s < best_s * (1 - 1e-12):
                 best_s, best = now_s, tuple(map(tuple, self.orders))
         return best
@@ -88,35 +89,6 @@ class _Search:
                 return makespan_s
         self.steps[worker] = before
         return None
-
-    def _critical_runs(self) -> list[tuple[int, int, int]]:
-        """Return the runs (worker, first place, last place) of one critical path, the last of which ends the step."""
-        worker = max(range(len(self.ends)), key=lambda w: self.ends[w][-1] if self.ends[w] else 0.0)
-        place = len(self.ends[worker]) - 1
-        at = {action: (w, i) for w, order in enumerate(self.orders) for i, action in enumerate(order)}
-        found = []
-        while place >= 0:
-            last = place
-            while place > 0 and self.ends[worker][place - 1] >= self._start_s(worker, place) - 1e-12:
-                place -= 1
-            found.append((worker, place, last))
-            needed = self._awaited(self.orders[worker][place])
-            if not needed:
-                break
-            worker, place = next(at[action] for action in needed if action in at)
-        return found
-
-    def _start_s(self, worker: int, place: int) -> float:
-        return self.ends[worker][place] - self.steps[worker][place][2]
-
-    def _awaited(self, action: Action) -> tuple[Action, ...]:
-        """Return what an action waits for from another stage, under the names that it may have."""
-        s, m = action.stage, action.microbatch
-        if action.kind == "F":
-            return (Action("F", s - 1, m),) if s else ()
-        if action.kind == "W" or s == self.problem.layout.n_stages - 1:
-            return ()
-        return Action("I", s + 1, m), Action("B", s + 1, m)
 
 
 _RANK = {"F": 0, "I": 1, "B": 1, "W": 2}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...errors import ConstraintError, InfeasibleError
 from ...runtime.instructions import Action
-from .bounds import lower_bound_s
+from .bounds import forward_bound_s, lower_bound_s
 from .clock import Problem, peak_bytes, peak_in_flight, run
 
 Orders = tuple[tuple[Action, ...], ...]
@@ -97,7 +97,9 @@ def score(name: str, problem: Problem, orders: Orders) -> Scored:
                 f"memory_bytes of {limits[worker]:,.0f}",
                 hint="--name search looks for an order that fits",
             )
-    return Scored(name, problem, orders, tuple(map(tuple, ends)), lower_bound_s(problem))
+    trains = any(action.kind != "F" for order in orders for action in order)
+    bound_s = lower_bound_s(problem) if trains else forward_bound_s(problem)
+    return Scored(name, problem, orders, tuple(map(tuple, ends)), bound_s)
 
 
 def _check_complete(name: str, problem: Problem, orders: Sequence[Sequence[Action]]) -> None:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from ...errors import InfeasibleError, PlanError
+from ...errors import ConstraintError, InfeasibleError, PlanError
 from ...runtime.schedules.families import FAMILIES
 from .bounds import lower_bound_s
 from .clock import Problem, run
@@ -47,9 +47,11 @@ def search(
     ``time_s`` is counted in timed actions at a nominal pace: the same seed and time give the same schedule.
 
     Raises:
-        ConstraintError: stages cannot be spread evenly over the workers.
+        ConstraintError: stages cannot be spread evenly over the workers, or there are no microbatches.
         InfeasibleError: a microbatch alone does not fit on some worker, with the bytes that are missing.
     """
+    if n_microbatches < 1:
+        raise ConstraintError(f"a schedule needs at least one microbatch, got {n_microbatches}")
     n = workers_of(costs, "chain", n_workers)
     layouts = [placed(costs.n_stages, n, "chain")]
     if costs.n_stages > n > 1:
@@ -58,7 +60,7 @@ def search(
     _check_fits(problems)
     found: list[tuple[float, int, str, Orders]] = []  # makespan, number of the problem, where it is from
     for index, problem in enumerate(problems):
-        progress(f"placement {index + 1} of {len(problems)}")
+        progress(f"list scheduling, placement {index + 1} of {len(problems)}")
         listing_s = _SHARE_OF_LISTING * time_s / len(problems)
         found += [(s, index, name, orders) for s, name, orders in _candidates(problem, listing_s)]
     if not found:
@@ -68,10 +70,10 @@ def search(
         )
     found.sort(key=lambda entry: entry[0])
     bound_s = min(map(lower_bound_s, problems))
-    progress("local search")
     budget = int((1 - _SHARE_OF_LISTING) * time_s * _ACTIONS_PER_S)
     ways = list(itertools.product(found[:_STARTS], HEATS))
     for number, ((_, index, name, orders), heat) in enumerate(ways):
+        progress(f"local search {number + 1} of {len(ways)}, from {found[0][0]:.6g} s; no less than {bound_s:.6g} s")
         better = improved(problems[index], orders, budget // len(ways), seed + number, heat, bound_s)
         found.append((_makespan_s(problems[index], better), index, name, better))
     best = min(entry[0] for entry in found)

@@ -327,7 +327,11 @@ class Fixed(nn.Module):
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[StagecutError], str]] = {
-    "schedule": ({"schedule": "gpipe"}, ConstraintError, "schedule must be one of 1f1b, fill-drain, eager-1f1b, got 'gpipe'"),
+    "schedule": (
+        {"schedule": "gpipe"},
+        ConstraintError,
+        "schedule must be one of 1f1b, fill-drain, eager-1f1b, got 'gpipe'",
+    ),
     "half a schedule": ({"schedule": "forward-only"}, ConstraintError, "schedule must be one of 1f1b, fill-drain"),
     "more stages than devices": ({"stages": 3}, ConstraintError, "stages must be 1 to the number of devices, 2; got 3"),
     "no stages": ({"stages": 0}, ConstraintError, "got 0"),

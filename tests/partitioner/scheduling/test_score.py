@@ -168,6 +168,16 @@ def test_stages_that_do_not_fit_the_workers_are_refused(
         family_schedule(name, equal(n_stages), 4, n_workers)
 
 
+@property_test
+@given(st.integers(1, 5), st.integers(1, 2), st.integers(1, 9), st.data())
+def test_forwards_alone_have_a_bound_of_their_own(p: int, chunks: int, m: int, data: st.DataObject) -> None:
+    costs = data.draw(pipelines(p * chunks, p, limited=False))
+    made = family_schedule("forward-only", costs, m, p)
+    assert made.lower_bound_s <= made.makespan_s * (1 + 1e-9)
+    if p == 1 or m == 1:
+        assert made.lower_bound_s == pytest.approx(made.makespan_s)
+
+
 def test_idle_time_of_the_span_leaves_out_the_way_to_the_last_worker() -> None:
     made: Scored = family_schedule("zb-h2", equal(4), 12)
     assert made.span_bubble == pytest.approx(0.0)

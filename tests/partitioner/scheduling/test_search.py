@@ -171,6 +171,15 @@ def test_a_microbatch_that_does_not_fit_is_refused_by_how_much() -> None:
     assert "memory_bytes" in caught.value.hint
     with pytest.raises(ConstraintError, match="cannot be spread evenly"):
         search(uniform(4), 4, 3)
+    with pytest.raises(ConstraintError, match="at least one microbatch, got 0"):
+        search(uniform(4), 0)
+
+
+def test_the_search_says_what_it_does() -> None:
+    heard: list[str] = []
+    search(replace(uniform(4, 3.0), link_s=(0.1,) * 3), 4, 2, time_s=0.02, progress=heard.append)
+    assert heard[:3] == [f"list scheduling, placement {i} of 3" for i in (1, 2, 3)]
+    assert all("no less than" in what for what in heard[3:])
 
 
 def test_a_clock_without_a_way_on_says_so() -> None:
