@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 import runpy
 from pathlib import Path
@@ -80,6 +81,33 @@ def test_the_commands_of_the_readme_are_understood(repository: Path, capsys: pyt
     for command in commands:
         assert main([command.split()[0], "--help"]) == 0
         assert "partition-viz" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("document", ["planner.md", "schedules.md"])
+def test_the_code_in_documents_runs(
+    document: str, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (repository / "docs" / document).read_text(), re.DOTALL))
+    (tmp_path / "code.py").write_text(code)
+    with torch.random.fork_rng():
+        runpy.run_path(str(tmp_path / "code.py"))
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_schedule_in_the_documents_is_what_the_command_draws(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (drawn,) = re.findall(r"```text\n(.*?)```", (repository / "docs" / "schedules.md").read_text(), re.DOTALL)
+    names = ("forward_s", "backward_input_s", "backward_weight_s", "activation_bytes")
+    costs = {**{name: [1, 1, 1] for name in names}, "weight_grad_bytes": [0.5, 0.5, 0.5]}
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    main(["schedule", "--costs", str(tmp_path / "costs.json"), "--name", "zb-h1", "--microbatches", "4"])
+    assert _without_seconds(capsys.readouterr().out) == _without_seconds(drawn)
+
+
+def _without_seconds(text: str) -> str:
+    return re.sub(r"; \d+\.\d+ s$", "", text, flags=re.MULTILINE)
 
 
 def test_the_capture_example_of_the_readme_prints_what_it_says(
