@@ -177,7 +177,7 @@ def test_a_microbatch_that_does_not_fit_is_refused_by_how_much() -> None:
 
 def test_the_search_says_what_it_does() -> None:
     heard: list[str] = []
-    search(replace(uniform(4, 3.0), link_s=(0.1,) * 3), 4, 2, time_s=0.02, progress=heard.append)
+    search(replace(uniform(4), forward_s=(1.0, 1.4, 0.7, 1.1)), 4, 2, time_s=0.02, progress=heard.append)
     assert heard[:3] == [f"list scheduling, placement {i} of 3" for i in (1, 2, 3)]
     assert all("no less than" in what for what in heard[3:])
 
