@@ -109,6 +109,9 @@ class _Simulation:
         names = (costs.hosts or tuple(range(n_workers))) if costs.n_cores is not None else (0,) * n_workers
         self.hosts = {name: _Host(costs.n_cores, costs.beside, costs.sharing) for name in names}
         self.host_of = [self.hosts[name] for name in names]
+        stages = range(self.layout.n_stages)
+        self.givers = {(False, s): self.layout.producers(s) for s in stages}  # of a stage's packets
+        self.givers |= {(True, s): self.layout.consumers(s, gradients=True) for s in stages}
         self.arrival: dict[Packet, float] = {}
         self.done: set[tuple[bool, int, int]] = set()  # is a gradient, stage, microbatch
         self.reached: dict[int, set[int]] = {}
@@ -119,8 +122,9 @@ class _Simulation:
     def run(self) -> Timeline:
         for worker in range(len(self.at)):
             self._proceed(worker, 0.0)
+        hosts = list(self.hosts.values())
         while True:
-            host = min(self.hosts.values(), key=_Host.next_end_s)
+            host = min(hosts, key=_Host.next_end_s) if len(hosts) > 1 else hosts[0]
             end = host.next_end_s()
             if self.wakes and self.wakes[0][0] <= end:
                 now, worker = heapq.heappop(self.wakes)
@@ -205,7 +209,7 @@ class _Simulation:
         if i.op is Op.BACKWARD_WEIGHT:
             return
         s, m, backward = i.stage, i.microbatch, i.op in INPUT_GRADIENTS
-        for peer in self.layout.consumers(s, gradients=True) if backward else self.layout.producers(s):
+        for peer in self.givers[backward, s]:
             if self.layout.worker_of(peer, m) == worker:
                 yield 0.0 if (backward, peer, m) in self.done else None
             else:
