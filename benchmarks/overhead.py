@@ -30,15 +30,18 @@ MICROBATCHES = 16
 
 
 class Wide(nn.Module):
-    """One multiplication a stage, so that a packet of ``width`` floats a row crosses and little else happens."""
+    """One layer a stage, so that a packet of ``width`` floats a row crosses and little else happens.
+
+    Layers, as a function of the inputs would be computed again on the second stage rather than sent.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first = nn.Parameter(torch.ones(width))
-        self.second = nn.Parameter(torch.ones(width))
+        self.first = nn.LayerNorm(width)
+        self.second = nn.LayerNorm(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x * self.first) * self.second
+        return self.second(self.first(x))
 
 
 def timelines(width: int, steps: int) -> list[Timeline]:
@@ -46,7 +49,7 @@ def timelines(width: int, steps: int) -> list[Timeline]:
     model = Wide(width)
     x = torch.randn(MICROBATCHES, width)
     options = {"microbatches": MICROBATCHES, "schedule": "1f1b", "costs": "analytic", "threads_per_worker": 1}
-    with stagecut.compile(model, ["cpu", "cpu"], loss_fn=lambda out, y: F.mse_loss(out, y), **options) as pm:
+    with stagecut.compile(model, [["cpu"], ["cpu"]], loss_fn=F.mse_loss, **options) as pm:
         return [pm.profile(x, target=x, steps=1).timeline for _ in range(steps)]
 
 
@@ -150,7 +153,7 @@ def main() -> None:
     print(f"one action        {action_s * 1e6:.0f} us, sends and tiny compute included")
     print(f"STEP_S            {rest_of_step_s(options.steps) * 1e3:.2f} ms")
     for what, copies in gradient_copies().items():
-        print(f"{what:<18}{copies:.1f} copies within caches (_GRADIENT_COPIES, _ADDING_FRESH)")
+        print(f"{what:<20}{copies:.1f} copies within caches (_GRADIENT_COPIES, _ADDING_FRESH)")
     alone = 1 / beside(1, 1.0)
     print(f"BESIDE            {beside(2, alone):.3f}")
     print(f"SHARING           {beside(4, alone) / 2:.3f}")
