@@ -18,6 +18,7 @@ from .cluster import DeviceKind, Link
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _QUICK_SIZE = 384
 _QUICK_FLOATS = 1 << 21
+_PACE_RUNS = 120
 _FILE = "cpu-1.json"
 
 
@@ -32,23 +33,35 @@ def this_cpu() -> DeviceKind:
 
 @functools.cache
 def pace() -> tuple[float, float]:
-    """Return how fast this machine is now, as FLOP/s and bytes/s of one thread, measured once a process."""
-    kind = _quick()
-    return kind.flops_per_s[dtype_name(torch.float32)], kind.bytes_per_s
+    """Return how fast this machine is now, as FLOP/s and bytes/s of one thread, measured once a process.
+
+    The best of a tenth of a second, so that a stall of some milliseconds is not taken for a slower machine.
+    """
+    with threads(1):
+        return _matrix_rate(torch.float32, _PACE_RUNS), _copy_rate(_PACE_RUNS // 8)
 
 
-@functools.cache
 def _quick() -> DeviceKind:
     with threads(1):
         rates = {}
         for dtype in DTYPES:
-            matrix = torch.ones(_QUICK_SIZE, _QUICK_SIZE, dtype=dtype)
-            rates[dtype_name(dtype)] = 2 * _QUICK_SIZE**3 / best_s(lambda m=matrix: m @ m)  # type: ignore[misc]
-        block, target = torch.ones(_QUICK_FLOATS), torch.empty(_QUICK_FLOATS)
-        bandwidth = 2 * block.numel() * 4 / best_s(lambda: target.copy_(block))
+            rates[dtype_name(dtype)] = _matrix_rate(dtype)
+        bandwidth = _copy_rate()
         tiny = torch.ones(8)
         overhead = best_s(lambda: tiny + tiny)
     return cpu_kind(rates, bandwidth, overhead, "measured on this CPU, one thread, a tenth of a second")
+
+
+def _matrix_rate(dtype: torch.dtype, repeats: int = 5) -> float:
+    """Return the FLOP/s of a matrix product."""
+    matrix = torch.ones(_QUICK_SIZE, _QUICK_SIZE, dtype=dtype)
+    return 2 * _QUICK_SIZE**3 / best_s(lambda: matrix @ matrix, repeats)
+
+
+def _copy_rate(repeats: int = 5) -> float:
+    """Return the bytes/s of a copy, read and written."""
+    block, target = torch.ones(_QUICK_FLOATS), torch.empty(_QUICK_FLOATS)
+    return 2 * block.numel() * 4 / best_s(lambda: target.copy_(block), repeats)
 
 
 def cpu_kind(rates: Mapping[str, float], bytes_per_s: float, overhead_s: float, source: str) -> DeviceKind:
