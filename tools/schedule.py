@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConstraintError, InfeasibleError, StagecutError
 from ..runtime.schedules.families import FAMILIES
 from .arguments import count, not_negative, positive
+from .json_file import read_json
 
 if TYPE_CHECKING:
     from ..partitioner.scheduling import PipelineCosts, Scored
@@ -75,7 +76,7 @@ def schedule_text(options: argparse.Namespace) -> str:
     from ..partitioner.scheduling.files import chrome_trace, costs_from_json, to_csv, to_json
 
     _check_options(options)
-    costs = _at(options.costs, costs_from_json, _read_json(options.costs))
+    costs = _at(options.costs, costs_from_json, read_json(options.costs))
     start = time.perf_counter()
     scored = _read(options, costs) if options.source else _make(options, costs)
     if options.certify_s:
@@ -89,7 +90,8 @@ def schedule_text(options: argparse.Namespace) -> str:
         options.trace.write_text(json.dumps(chrome_trace(scored)), encoding="utf-8")
     if options.json:
         return json.dumps(to_json(scored, seconds)) + "\n"
-    return _picture(scored, seconds)
+    everywhere = options.name == "search" and not options.certify_s
+    return _picture(scored, seconds, everywhere)
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -125,7 +127,7 @@ def _read(options: argparse.Namespace, costs: PipelineCosts) -> Scored:
     if path.suffix == ".csv":
         orders = _at(path, orders_from_csv, path.read_text(encoding="utf-8"))
     else:
-        orders = _at(path, orders_from_json, _read_json(path))
+        orders = _at(path, orders_from_json, read_json(path))
     return scored_orders(str(path), costs, orders)
 
 
@@ -139,20 +141,14 @@ def _at(path: Path, function: Any, value: Any) -> Any:
         raise StagecutError(f"{path}: {error.message}", hint=error.hint) from error
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise StagecutError(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise StagecutError(f"{path}: byte {error.start}: not UTF-8 text: {error.reason}") from error
-
-
 _WIDTH = 96
 
 
-def _picture(scored: Scored, seconds: float) -> str:
-    """Draw who computes what and when, a table of the workers, and how good that is."""
+def _picture(scored: Scored, seconds: float, everywhere: bool) -> str:
+    """Draw who computes what and when, a table of the workers, and how good that is.
+
+    ``everywhere`` says that the bound is not of the schedule's own placement alone.
+    """
     from ..partitioner.scheduling import idle_by_cause
 
     lines = [f"worker {w:>3} |{_row(scored, w)}|" for w in range(len(scored.orders))]
@@ -164,6 +160,8 @@ def _picture(scored: Scored, seconds: float) -> str:
     proof = (
         "optimal, proven" if above <= 1e-9 else f"{above:.1%} above the proven bound of {scored.lower_bound_s:.6g} s"
     )
+    if not everywhere and scored.problem.layout.n_stages > len(scored.orders):
+        proof += ", on this placement"
     causes = [f"{cause} {share:.1%}" for cause, share in idle_by_cause(scored).items() if share >= 5e-4]
     lines += [
         "",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConstraintError, StagecutError
 from .arguments import count, positive
+from .json_file import read_json
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -77,12 +78,7 @@ def read_graph(path: Path) -> nx.DiGraph:
         StagecutError: the file is no JSON, or not of the form that :func:`networkx.node_link_data` writes.
         OSError: the file cannot be read.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise StagecutError(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise StagecutError(f"{path}: byte {error.start}: not UTF-8 text: {error.reason}") from error
+    data = read_json(path)
     fault = _fault(data)
     if fault:
         raise StagecutError(f"{path}: {fault}")

@@ -20,7 +20,8 @@ def certified(scored: Scored, time_s: float, n_threads: int = 1) -> Scored:
 
     The bound is of the schedule's own placement, and some ten-thousandths below the exact one, as seconds are rounded
     down to whole units. Microbatches are alike, so those are looked at that pass every stage in order: any schedule can
-    be relabelled to be one of them, without a change to its times or its memory.
+    be relabelled to be one of them, without a change to its times or its memory. A whole backward is one whose parts
+    follow each other, so a weight gradient has no overhead of its own in the bound.
 
     Raises:
         StagecutError: ``ortools`` is not installed.
@@ -29,6 +30,8 @@ def certified(scored: Scored, time_s: float, n_threads: int = 1) -> Scored:
         from ortools.sat.python import cp_model
     except ImportError as error:
         raise StagecutError("a certificate needs OR-tools", hint="pip install ortools") from error
+    if scored.makespan_s <= 0:
+        return scored
     model = _Model(cp_model, scored)
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = time_s
@@ -58,7 +61,7 @@ class _Model:
                 for kind in self.kinds:
                     action = Action(kind, s, m)
                     start = self.model.new_int_var(0, horizon, str(action))
-                    size = self._units(self.costs.seconds(kind, s))
+                    size = self._units(self.costs.backward_weight_s[s] if kind == "W" else self.costs.seconds(kind, s))
                     self.intervals[action] = self.model.new_fixed_size_interval_var(start, size, str(action))
                     self.model.add(start + size <= self.makespan)
         self._order()

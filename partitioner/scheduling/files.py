@@ -154,11 +154,14 @@ def scored_orders(name: str, costs: PipelineCosts, orders: Orders) -> Scored:
     """Time orders from elsewhere: stages are placed as the orders say.
 
     Raises:
-        ConstraintError: two workers compute the same stage, a stage has none, or the orders are no schedule.
+        ConstraintError: two workers compute the same stage, a stage or a worker is without the other, or the orders are
+            no schedule.
         InfeasibleError: a worker holds more than its memory.
     """
     owner: dict[int, int] = {}
     for worker, order in enumerate(orders):
+        if not order:
+            raise ConstraintError(f"{name}: worker {worker} computes nothing; leave its line out")
         for action in order:
             if owner.setdefault(action.stage, worker) != worker:
                 raise ConstraintError(

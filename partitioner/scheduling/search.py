@@ -42,7 +42,7 @@ def search(
 
     Stages are placed as a chain, a loop and a V, as far as their number allows. In the pool are all published
     schedules, so none that fits is better than the result. Of equally short ones that is taken which is shortest when
-    durations vary by 5 %. ``lower_bound_s`` of the result holds for all placements.
+    durations vary by 5 %. ``lower_bound_s`` of the result holds for all placements that were tried.
 
     ``time_s`` is counted in timed actions at a nominal pace: the same seed and time give the same schedule.
 

@@ -101,6 +101,9 @@ def test_the_picture_shows_workers_and_the_proof(costs, capsys):
     assert "1f1b, 4 microbatches: makespan 21 s" in out
     assert "above the proven bound of" in out
     assert "B backward" in out
+    assert "on this placement" not in out, "there is but one"
+    assert main(["schedule", "--costs", costs(record()), "--name", "zb-v", "--microbatches", "4"]) == 0
+    assert "on this placement" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,20 @@ def test_a_found_schedule_is_proven_or_bettered(split: bool) -> None:
     assert proven.lower_bound_s == pytest.approx(proven.makespan_s, rel=2e-3)
 
 
+def test_whole_backwards_that_spare_an_overhead_are_not_below_the_bound() -> None:
+    """A backward in two parts has two overheads, so 1F1B is the best here, though it is not what CP-SAT looks at."""
+    costs = replace(uniform(1, 9.0, split=True), op_overhead_s=0.5)
+    whole = family_schedule("1f1b", costs, 3)
+    halves = family_schedule("zb-h1", costs, 3)
+    assert whole.makespan_s < halves.makespan_s
+    assert certified(halves, 20.0).lower_bound_s <= whole.makespan_s * (1 + 1e-9)
+
+
+def test_nothing_to_do_takes_no_time() -> None:
+    nothing = PipelineCosts((0.0,), (0.0,), (0.0,), (1.0,), (1.0,), ())
+    assert certified(family_schedule("1f1b", nothing, 2), 1.0).makespan_s == 0.0
+
+
 def test_a_bad_schedule_is_bettered() -> None:
     poor = family_schedule("fill-drain", uniform(3, 9.0, split=True), 4)
     better = certified(replace(poor, lower_bound_s=0.0), 20.0)

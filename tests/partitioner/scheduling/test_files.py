@@ -107,6 +107,7 @@ def test_a_computation_is_written_as_torch_does() -> None:
     ("rows", "why"),
     [
         (["0F0,0B0", "0F1,0B1"], "stage 0 is computed by workers 0 and 1"),
+        (["", "0F0,0B0,1F0,1B0"], "worker 0 computes nothing"),
         (["0F0,0B0"], r"it orders stages \[0\], and the costs are of 2 stages"),
         (["0F0,0B0,1F0,1B0"], "it is for 1 workers, and memory_bytes has 2"),
     ],
