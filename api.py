@@ -17,8 +17,8 @@ from .building import (
     check_stages,
     check_threads,
     constant,
-    gradients_on,
     loss_of_batch,
+    planning,
     tensors_of,
 )
 from .errors import ConstraintError, DeviceError
@@ -57,6 +57,7 @@ def compile(
     launch: str = "auto",
     threads_per_worker: int | None = None,
     timeout_s: float = 300.0,
+    trial_s: float = 20.0,
 ) -> Pipeline:
     """Compile ``model`` into a pipelined, replicated training program.
 
@@ -88,6 +89,9 @@ def compile(
             torchrun.
         threads_per_worker: CPU threads of each worker; an equal share of the cores among those used if None.
         timeout_s: seconds without any progress after which a step fails with :class:`StallError`.
+        trial_s: where predictions are too close to tell which plan is fastest, run the closest ones in turn for some
+            steps, about so many seconds, before the first step; 0 goes by the predictions. The model stays as it was.
+            Local workers with measured costs only; ``pm.plan.reasons`` says what was tried.
 
     Raises:
         DeviceError: a device does not exist or cannot be used.
@@ -99,6 +103,8 @@ def compile(
         raise ConstraintError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
     if launch not in LAUNCHES:
         raise ConstraintError(f"launch must be one of {', '.join(LAUNCHES)}, got {launch!r}")
+    if not trial_s >= 0:
+        raise ConstraintError(f"trial_s must be 0 seconds or more, got {trial_s!r}")
     check_threads(threads_per_worker)
     if launch == "auto":
         launch = "torchrun" if under_torchrun() else "local"
@@ -108,8 +114,8 @@ def compile(
     _check_cluster(cluster, known, launch)
     _announce(devices, cluster)
     wishes = Wishes(microbatches, schedule, costs, None, stages, recompute, all_devices=launch == "torchrun")
-    builder = Builder(model, cluster, wishes, known, opaque, threads_per_worker, launch, loss_fn)
-    builder.target = example_target
+    builder = Builder(model, cluster, wishes, known, opaque, threads_per_worker, launch, loss_fn, trial_s)
+    builder.target, builder.can_step = example_target, None not in (loss_fn, example_target)
     launcher = Launcher(model, loss_fn, launch, threads_per_worker, timeout_s, cluster.n_devices)
     pipeline = Pipeline(
         model,
@@ -156,7 +162,7 @@ def plan(
     cluster = describe(devices, replicas, memory_bytes)
     check_stages(cluster, stages)
     wishes = Wishes(microbatches, schedule, costs, None, stages, recompute)
-    with gradients_on(), shown_progress() as progress:
+    with planning(), shown_progress() as progress:
         captured = capture(model, example_inputs, kwargs, opaque=opaque)
         tensors = tensors_of(captured, example_inputs, kwargs)
         threads_of = None if threads_per_worker is None else constant(threads_per_worker)

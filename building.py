@@ -14,12 +14,13 @@ from torch import nn
 from .errors import ConstraintError, StagecutError
 from .partitioner.analysis import analyse
 from .partitioner.capture import Capture, capture
+from .partitioner.choice import Choice
 from .partitioner.cluster import Cluster
 from .partitioner.configurations import Wishes
-from .partitioner.cpu import usable_cores
+from .partitioner.cpu import free_memory_bytes, usable_cores
 from .partitioner.loss import Loss
 from .partitioner.plan import Plan, parse
-from .partitioner.planner import make_plan, random_ops
+from .partitioner.planner import choose, random_ops
 from .partitioner.replan import better_plan, stage_seconds
 from .partitioner.split import split
 from .progress import shown_progress
@@ -29,13 +30,19 @@ from .runtime.launch import WorkerPool
 from .runtime.local import LocalEngine
 from .runtime.program import PipelineSpec, Timeline
 from .runtime.spmd import SpmdEngine, ensure_process_group, share_text
+from .runtime.trials import LEAST_STEPS, Trial
 from .structure import call_leaves
+
+_SHARE_OF_MEMORY = 0.8  # of what is free, that trials may take
 
 
 @contextmanager
-def gradients_on() -> Iterator[None]:
-    """Plan for training also where the first call happens to be an evaluation under ``torch.no_grad()``."""
-    with torch.inference_mode(False), torch.enable_grad():
+def planning() -> Iterator[None]:
+    """Plan for training also where the first call happens to be an evaluation under ``torch.no_grad()``.
+
+    The process's random state stays as it was: an op that draws random numbers is measured by running it.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
         yield
 
 
@@ -96,28 +103,43 @@ class Builder:
         n_threads: int | None,
         launch: str,
         loss_fn: Callable[..., Any] | None,
+        trial_s: float = 0.0,
     ) -> None:
         if known is not None and n_threads is not None:
             known = replace(known, n_threads=n_threads)
         self.model, self.cluster, self.wishes, self.known = model, cluster, wishes, known
         self.opaque, self.n_threads, self.launch, self.loss_fn = opaque, n_threads, launch, loss_fn
+        self.trial_s = trial_s
         self.target: Any = None  # an example of what the loss compares with
+        self.can_step = False  # whether the arguments and the target at hand make a training step
         self.current: Plan | None = None
+        self._undecided: tuple[Choice, list[Plan]]
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Plan]:
-        with gradients_on():
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[PipelineSpec, Plan]]:
+        with planning():
             return self._build(args, kwargs)
 
-    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Plan]:
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[PipelineSpec, Plan]]:
         captured = self._capture(args, kwargs)
         tensors = tensors_of(captured, args, kwargs)
         if self.launch == "torchrun":
             ensure_process_group()
-            chosen = parse(json.loads(share_text(lambda: json.dumps(to_json(self._plan(captured, tensors))))))
+            text = share_text(lambda: json.dumps(to_json(self._plans(captured, tensors)[0])))
+            plans = [parse(json.loads(text))]
         else:
-            chosen = self._plan(captured, tensors)
-        self.current, self.target = chosen, None
-        return self._split(captured, tensors, chosen), chosen
+            plans = self._plans(captured, tensors)
+        self.current, self.target = plans[0], None
+        return [(self._split(captured, tensors, plan), plan) for plan in plans]
+
+    def settle(self, trial: Trial | None, problem: Exception | None = None) -> tuple[int, Plan]:
+        """Take the contender that was fastest, or the one that was predicted to be if the trial met a problem."""
+        choice, contenders = self._undecided
+        if trial is None:
+            taken, plan = 0, choice.predicted(f"not tried: {type(problem).__name__}: {problem}")
+        else:
+            taken, plan = choice.settled(contenders, trial.step_s, trial.n_steps)
+        self.current = plan
+        return taken, plan
 
     def replan(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], measure: Callable[[], Timeline], gain: float
@@ -134,7 +156,7 @@ class Builder:
             )
         assert self.current is not None
         timeline = measure()
-        with gradients_on():
+        with planning():
             captured = self._capture(args, kwargs)
             tensors = tensors_of(captured, args, kwargs)
             loss, self.target = loss_of_batch(self.loss_fn, self.target, captured, tensors), None
@@ -168,11 +190,12 @@ class Builder:
         facts = analyse(captured, tensors, tensors[0].shape[0] if tensors[0].dim() else 1)
         return split(captured, chosen, random_ops(facts))
 
-    def _plan(self, captured: Capture, tensors: list[torch.Tensor]) -> Plan:
+    def _plans(self, captured: Capture, tensors: list[torch.Tensor]) -> list[Plan]:
+        """List the plan to run; or several, of which trials are to choose."""
         if self.known is not None:
-            return self.known
+            return [self.known]
         with shown_progress() as progress:
-            return make_plan(
+            choice = choose(
                 captured,
                 tensors,
                 self.cluster,
@@ -181,6 +204,26 @@ class Builder:
                 progress=progress,
                 loss=loss_of_batch(self.loss_fn, self.target, captured, tensors),
             )
+        contenders = choice.contenders() if self.wishes.costs == "measured" and self.trial_s > 0 else []
+        if self.launch != "local" or len(contenders) < 2:
+            return [choice.predicted()]
+        obstacle = self._obstacle(contenders)
+        if obstacle is not None:
+            return [choice.predicted(f"not tried, though predictions are too close to tell: {obstacle}")]
+        self._undecided = choice, contenders
+        return contenders
+
+    def _obstacle(self, contenders: Sequence[Plan]) -> str | None:
+        """Say what keeps plans from being tried side by side."""
+        if not self.can_step:
+            return "this call is no training step, with a target for the loss"
+        least_s = LEAST_STEPS * sum(plan.prediction.step_s for plan in contenders)
+        if least_s > self.trial_s:
+            return f"it would take {least_s:.0f} s, and trial_s is {self.trial_s:g}"
+        n_bytes = sum(stage.worker_bytes * len(stage.devices) for plan in contenders for stage in plan.stages)
+        if n_bytes > _SHARE_OF_MEMORY * free_memory_bytes():
+            return f"all at once they need {n_bytes / 2**30:.1f} GiB, more than is free"
+        return None
 
 
 class Launcher:

@@ -7,8 +7,9 @@ sitting, since a shared machine is faster now and slower then. Run on an otherwi
     python benchmarks/prediction.py
 
 The table has the median step of each configuration beside its prediction, and the peak resident memory of its workers
-beside what the plan says. The lines above it have the planner's own choice against the best of all: the configurations,
-one process of plain PyTorch with two threads, and DistributedDataParallel over two processes with one thread each.
+beside what the plan says. The lines above it have the choice that ``stagecut.compile`` makes (trials included, where
+predictions are too close to tell) against the best of all: the configurations, one process of plain PyTorch with two
+threads, and DistributedDataParallel over two processes with one thread each.
 """
 
 from __future__ import annotations
@@ -179,7 +180,8 @@ def run(name: str, sittings: int, steps: int) -> Found:
     base = base_bytes()
     example = {"example_inputs": (x,), "loss_fn": loss_fn, "example_target": y}
     with tempfile.TemporaryDirectory() as folder, environment(STAGECUT_CACHE=folder):
-        chosen = stagecut.plan(model, ["cpu", "cpu"], **example)
+        with stagecut.compile(copy.deepcopy(model), ["cpu", "cpu"], **example) as pm:
+            chosen = pm.plan
         plans = {what: stagecut.plan(model, **wishes, **example) for what, wishes in CONFIGURATIONS.items()}
     choice = next((what for what, plan in plans.items() if same_configuration(plan, chosen)), CHOSEN)
     plans.setdefault(choice, chosen)
@@ -237,7 +239,7 @@ def choice_line(name: str, found: Found, measured: dict[str, float]) -> str:
     return (
         f"{name}: chosen {found.choice} ({replicas} device(s) a stage, {found.chosen.n_microbatches} microbatches), "
         f"measured {measured[found.choice] * 1e3:.1f} ms; best: {best}, {measured[best] * 1e3:.1f} ms; "
-        f"ratio {measured[found.choice] / measured[best]:.3f}; {plain}"
+        f"ratio {measured[found.choice] / measured[best]:.3f}; {plain}; {found.chosen.reasons[0]}"
     )
 
 

@@ -149,6 +149,14 @@ def machine_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def free_memory_bytes() -> int:
+    """Return the bytes that new processes could have without swapping; all of the machine's where it does not say."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return machine_memory_bytes()
+
+
 def cache_folder() -> Path:
     """Return where measured costs and the calibration are kept: ``$STAGECUT_CACHE`` or ``~/.cache/stagecut``."""
     return Path(os.environ.get("STAGECUT_CACHE") or Path.home() / ".cache" / "stagecut")

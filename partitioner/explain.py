@@ -15,7 +15,13 @@ _WORTH = 0.01  # changes that gain less are not worth a line
 
 
 def reasons(
-    plan: Plan, others: Sequence[Plan], rivals: Sequence[Plan], failures: Sequence[Exception], asked_for: bool = False
+    plan: Plan,
+    others: Sequence[Plan],
+    rivals: Sequence[Plan],
+    failures: Sequence[Exception],
+    asked_for: bool = False,
+    tried: Sequence[tuple[Plan, float]] = (),
+    notes: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Explain the choice of ``plan``.
 
@@ -24,9 +30,15 @@ def reasons(
         rivals: one device and data parallelism where the user's wishes left them out.
         failures: why configurations were no choice.
         asked_for: recompute was the user's wish.
+        tried: plans that were run, with the seconds of a step; ``plan`` is the one that was taken of them.
+        notes: what else there is to say of trials.
     """
     lines = [
-        *_against(plan, others, rivals),
+        *(
+            _against_tried(plan, tried, [*others, *rivals], notes)
+            if tried
+            else [*_against(plan, others, rivals), *notes]
+        ),
         *_cut(plan),
         *_recompute(plan, asked_for),
         *_unfit(plan, others, failures),
@@ -83,11 +95,27 @@ def _against(plan: Plan, others: Sequence[Plan], rivals: Sequence[Plan]) -> list
     elif others:
         lines.append(f"next best: {_order(others[0])}, {_compare(others[0].prediction.step_s, step_s)}")
     shapes = {describe_shape(plan), *(describe_shape(other) for other in others[:1])}
-    for rival in [*others[1:], *rivals]:
-        shape = describe_shape(rival)
-        if len(rival.stages) == 1 and shape not in shapes:
+    return lines + _without_pipeline([*others[1:], *rivals], shapes, step_s)
+
+
+def _against_tried(
+    plan: Plan, tried: Sequence[tuple[Plan, float]], others: Sequence[Plan], notes: Sequence[str]
+) -> list[str]:
+    """Say how long the tried plans took, and how long one device and data parallelism would, if they were not tried."""
+    took = "; ".join(f"{_order(own)}, {own_s * 1e3:.3g} ms" for own, own_s in sorted(tried, key=lambda pair: pair[1]))
+    line = f"tried, as predictions are too close to tell: {took} ({', '.join(notes)})"
+    shapes = {describe_shape(own) for own, _ in tried}
+    return [line, *_without_pipeline(others, shapes, plan.prediction.step_s)]
+
+
+def _without_pipeline(others: Sequence[Plan], known: set[str], step_s: float) -> list[str]:
+    """Compare one device and data parallelism with a step, where their shape is not among the known ones."""
+    lines, shapes = [], set(known)
+    for other in others:
+        shape = describe_shape(other)
+        if len(other.stages) == 1 and shape not in shapes:
             shapes.add(shape)
-            lines.append(f"{shape}: {_compare(rival.prediction.step_s, step_s)}")
+            lines.append(f"{shape}: {_compare(other.prediction.step_s, step_s)}")
     return lines
 
 

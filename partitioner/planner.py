@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -11,22 +11,25 @@ from ..errors import ConstraintError
 from ..runtime.schedules import TRAINING_SCHEDULES
 from .analysis import OpFacts
 from .captured import Capture
+from .choice import Choice
 from .closest import closest
 from .cluster import Cluster
 from .configurations import Groups, Wishes
 from .drafts import Draft, counts_of, drafts_of, has_room
-from .explain import describe_shape, reasons
 from .loss import Loss
-from .plan import Alternative, Plan
+from .plan import Plan
 from .pricing import Corrections, Pricer, Progress, silent
-from .ranking import Configuration, fitted, rank, simplest_of_close
+from .ranking import Configuration, fitted, rank
 from .task import Task
 from .ways import ways_of
 
-_KEPT = 12
+
+def make_plan(*args: Any, **kwargs: Any) -> Plan:
+    """Choose stages, replicas, microbatches, schedule and recompute, without trying anything: see :func:`choose`."""
+    return choose(*args, **kwargs).predicted()
 
 
-def make_plan(
+def choose(
     capture: Capture,
     tensors: Sequence[torch.Tensor],
     cluster: Cluster,
@@ -36,8 +39,8 @@ def make_plan(
     progress: Progress = silent,
     corrections: Corrections | None = None,
     loss: Loss | None = None,
-) -> Plan:
-    """Choose stages, replicas, microbatches, schedule and recompute for ``cluster``.
+) -> Choice:
+    """Find plans of stages, replicas, microbatches, schedule and recompute for ``cluster``.
 
     ``tensors`` are the tensor leaves of an example call; the rows of the batched ones are the batch that the plan is
     for. ``threads_of`` gives the CPU threads of each worker for a number of workers; by default they share the cores of
@@ -81,24 +84,13 @@ class _Planner:
         self.task = task
         self.ways = ways_of(task)
 
-    def run(self) -> Plan:
+    def run(self) -> Choice:
         candidates = self._candidates()
         if not candidates:
             candidates = [closest(self.task, self.ways)]
         rivals = self._rivals()
-        ranked = sorted(candidates, key=rank)
-        chosen = simplest_of_close(ranked)
-        ranked.remove(chosen)
-        others = _kept(sorted([*ranked, *rivals], key=rank))
-        alone = [plan.prediction.step_s for plan in (*candidates, *rivals) if len(plan.devices) == 1]
-        one_device_s = min([*alone, chosen.prediction.one_device_s])
-        chosen = replace(
-            chosen,
-            prediction=replace(chosen.prediction, one_device_s=one_device_s),
-            alternatives=tuple(map(_alternative, others)),
-        )
         asked_for = self.task.wishes.recompute is not None
-        return replace(chosen, reasons=reasons(chosen, ranked, rivals, self.task.failures, asked_for))
+        return Choice(tuple(sorted(candidates, key=rank)), tuple(rivals), tuple(self.task.failures), asked_for)
 
     def _candidates(self) -> list[Plan]:
         """Cut configurations without regard to memory; then make those fit that may still be the best.
@@ -155,26 +147,6 @@ class _Planner:
             wanted.append((tuple(range(cluster.n_devices)),))
         drafts = [drafts_of(task, cluster.with_groups(groups), 1) for groups in wanted if groups not in self.ways]
         return fitted(task, [draft for of_groups in drafts for draft in of_groups])
-
-
-def _kept(ranked: Sequence[Plan]) -> list[Plan]:
-    """Leave out what is far behind, except one device and data parallelism, which everything is compared with."""
-    kept = list(ranked[:_KEPT])
-    for plan in ranked[_KEPT:]:
-        if len(plan.stages) == 1 and all(describe_shape(plan) != describe_shape(other) for other in kept):
-            kept.append(plan)
-    return kept
-
-
-def _alternative(plan: Plan) -> Alternative:
-    return Alternative(
-        plan.schedule,
-        plan.n_microbatches,
-        plan.prediction.step_s,
-        tuple(len(stage.devices) for stage in plan.stages),
-        tuple(stage.index for stage in plan.stages if stage.recompute),
-        max(stage.memory_bytes for stage in plan.stages),
-    )
 
 
 def random_ops(facts: Mapping[str, OpFacts]) -> dict[str, bool]:

@@ -53,7 +53,12 @@ def simplest_of_close(ranked: Sequence[Plan]) -> Plan:
     if best.timing.n_cores is None:
         return best
     close = [plan for plan in ranked if plan.prediction.step_s <= best.prediction.step_s * (1 + _TOO_CLOSE)]
-    return min(close, key=lambda plan: (len(plan.devices), len(plan.stages), _pieces(plan), rank(plan)))
+    return min(close, key=simplest_first)
+
+
+def simplest_first(plan: Plan) -> tuple[object, ...]:
+    """Order plans by workers, stages, and microbatches that nobody needs; then by their step."""
+    return (len(plan.devices), len(plan.stages), _pieces(plan), rank(plan))
 
 
 def _pieces(plan: Plan) -> int:

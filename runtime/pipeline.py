@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..errors import ConstraintError, ShapeError, StagecutError, StageError
+from ..progress import shown_progress
 from ..structure import flatten, unflatten
 from .attach import Pending, attach
 from .batch import (
@@ -28,19 +31,26 @@ from .program import PipelineSpec, Timeline
 from .program.timeline import Span
 from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepRequest
 from .results import EvalResult, Profile, StepResult
+from .trials import Trial, try_steps
 from .verify import VerifyReport, compare, gradients_of, preserved, reference_step, whole
 
 
 class Build(Protocol):
     """Capture, plan and cut the model for the arguments of a first call.
 
-    ``target`` is an example of what the loss compares with, where there is one.
+    ``target`` is an example of what the loss compares with, where there is one; ``can_step`` says whether it and the
+    arguments make a training step; ``trial_s`` is how long contenders may be tried.
     """
 
     target: Any
+    can_step: bool
+    trial_s: float
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[PipelineSpec, Any]:
-        """Return what to launch, and the plan that it came from."""
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[tuple[PipelineSpec, Any]]:
+        """Return what to launch, and the plan that it came from; several where they are to be tried."""
+
+    def settle(self, trial: Trial | None, problem: Exception | None = None) -> tuple[int, Any]:
+        """Return which of several to launch, and its plan, by their trial, or without one if it met a problem."""
 
     def replan(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], measure: Callable[[], Timeline], gain: float
@@ -262,8 +272,44 @@ class Pipeline(nn.Module):
             )
         if self._engine is None:
             if self._spec is None:
-                self._spec, self._plan = self._build(args, kwargs)
+                target = self._build.target
+                contenders = self._build(args, kwargs)
+                settled = contenders[0] if len(contenders) == 1 else self._try(contenders, args, kwargs, target)
+                self._spec, self._plan = settled
             self._engine = self._launch(self._spec)
+
+    def _try(
+        self, contenders: Sequence[tuple[PipelineSpec, Any]], args: tuple[Any, ...], kwargs: dict[str, Any], target: Any
+    ) -> tuple[PipelineSpec, Any]:
+        """Run some steps under each plan in turn, and settle for one; the model stays as it was.
+
+        All share the model: whichever engine runs next takes its parameters into its own workers' memory.
+        """
+        engines: list[Engine] = []
+
+        def step(spec: PipelineSpec, engine: Engine) -> None:
+            self._spec, self._engine = spec, engine
+            self.model.zero_grad(set_to_none=True)
+            self._step(args, kwargs, target, profile=False)
+
+        try:
+            with preserved(self.model), shown_progress() as progress:
+                for spec, _ in contenders:
+                    engines.append(self._launch(spec))
+                steps = [partial(step, spec, engine) for (spec, _), engine in zip(contenders, engines)]
+                taken, plan = self._build.settle(try_steps(steps, self._build.trial_s, progress))
+        except Exception as error:
+            warnings.warn(
+                f"stagecut: plans could not be tried, the one predicted to be fastest is taken: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+            taken, plan = self._build.settle(None, error)
+        finally:
+            self._spec = self._engine = self._broken = None
+            for engine in engines:
+                engine.close()
+        return contenders[taken][0], plan
 
     def restart(self) -> None:
         """Start the workers again after an error; parameters and buffers are kept as they are."""
@@ -282,8 +328,9 @@ class Pipeline(nn.Module):
         want_outputs: bool = False,
         profile: bool = False,
     ) -> tuple[StepRequest, list[int]]:
-        if self._spec is None and target is not None:
-            self._build.target = target
+        if self._spec is None:
+            self._build.target = target if target is not None else self._build.target
+            self._build.can_step = want_loss and (target is not None or kind == TRAIN)
         self.prepare(*args, **kwargs)
         spec = self._spec
         assert spec is not None

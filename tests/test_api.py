@@ -189,3 +189,13 @@ def test_plain_leaves_before_tensors_in_a_result_keep_their_gradients() -> None:
             (result["y"].pow(2).mean() + result["hidden"].sum()).backward()
         for given, expected in zip(pm.parameters(), plain.parameters()):
             torch.testing.assert_close(given.grad, expected.grad)
+
+
+def test_planning_draws_no_random_numbers_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGECUT_CACHE", str(tmp_path))  # so that the dropout is measured, by running it
+    x, _ = batch()
+    random = nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 3)).double()
+    before = torch.get_rng_state()
+    stagecut.plan(random, ["cpu"], example_inputs=(x,))
+    with stagecut.compile(random, ["cpu"], loss_fn=F.cross_entropy, example_inputs=(x,), launch="inline"):
+        assert torch.equal(torch.get_rng_state(), before)
