@@ -18,6 +18,7 @@ from .packets import decode, encode
 from .program.timeline import Span
 from .replicate import Reducer
 from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepRequest
+from .sinks import Arm
 from .stage import StageRuntime
 from .transport import MessageKey, Transport
 
@@ -53,17 +54,18 @@ class Executor:
         self.position = 0
         self.report = StepReport()
         self._local.clear()
-        self._backwards_left = {s: self._count(Op.BACKWARD, s) for s in self.stages}
+        self._backwards_left = {s: self._count(s, Op.BACKWARD, Op.BACKWARD_WEIGHT) for s in self.stages}
         held = self._calls.pop(request.call) if request.kind == BACKWARD else {s: {} for s in self.stages}
         for s, stage in self.stages.items():
             stage.held = held[s]
             stage.seed.base = request.seed
+            stage.begin(splits=self._count(s, Op.BACKWARD_WEIGHT) > 0)
         if request.kind == FORWARD:
             self._calls[request.call] = held
         self.transport.begin([i for i in instructions if i.op in RECEIVES], request.signature)
 
-    def _count(self, op: Op, stage: int) -> int:
-        return sum(1 for i in self.instructions if i.op is op and i.stage == stage)
+    def _count(self, stage: int, *ops: Op) -> int:
+        return sum(1 for i in self.instructions if i.op in ops and i.stage == stage)
 
     @property
     def finished(self) -> bool:
@@ -107,8 +109,10 @@ class Executor:
     def _execute(self, i: Instruction) -> None:
         if i.op is Op.FORWARD:
             self._forward(i)
-        elif i.op is Op.BACKWARD:
+        elif i.op in (Op.BACKWARD, Op.BACKWARD_INPUT):
             self._backward(i)
+        elif i.op is Op.BACKWARD_WEIGHT:
+            self._backward_weight(i)
         elif i.op is Op.SEND_ACT:
             values, wanted = self._activations(i.stage, i.microbatch, i.peer_stage)
             self.transport.send(i, encode(values, wanted))
@@ -121,14 +125,12 @@ class Executor:
             self._free(i)
         elif i.op is Op.REDUCE:
             self.reducers[i.stage].complete()
-        else:
-            raise AssertionError(f"{i}: compile() offers no schedule with split backwards")
 
     def _awaited(self, i: Instruction) -> list[MessageKey]:
         s, m = i.stage, i.microbatch
         if i.op is Op.FORWARD:
             keys = [(False, peer, s, m) for peer in self.layout.producers(s)]
-        elif i.op is Op.BACKWARD:
+        elif i.op in (Op.BACKWARD, Op.BACKWARD_INPUT):
             keys = [(True, peer, s, m) for peer in self.layout.consumers(s, gradients=True)]
         else:
             return []
@@ -188,14 +190,23 @@ class Executor:
         if stage.spec.is_last:
             own_roots, own_gradients = self._last_roots(stage, m)
             roots, gradients = roots + own_roots, gradients + own_gradients
-        self._backwards_left[i.stage] -= 1
-        if self._backwards_left[i.stage] == 0:
-            self.reducers[i.stage].arm(roots)
-        stage.backward(m, roots, gradients)
+        if i.op is Op.BACKWARD_INPUT:
+            stage.backward_input(m, roots, gradients)
+        else:
+            stage.backward(m, roots, gradients, self._arm(i))
         for producer in self.layout.producers(i.stage, gradients=True):
             if self.layout.worker_of(producer, m) == self.worker:
                 values = stage.input_gradients(m, producer)
                 self._local[True, i.stage, producer, m] = (values, [False] * len(values))
+
+    def _backward_weight(self, i: Instruction) -> None:
+        self.stages[i.stage].backward_weight(i.microbatch, self._arm(i))
+
+    def _arm(self, i: Instruction) -> Arm | None:
+        """Return what arms the stage's reducer, if it has to be and this backward is the last to add to gradients."""
+        self._backwards_left[i.stage] -= 1
+        reducer = self.reducers[i.stage]
+        return reducer.arm if reducer.follows_autograd and self._backwards_left[i.stage] == 0 else None
 
     def _last_roots(self, stage: StageRuntime, m: int) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         if self.request.kind == TRAIN:

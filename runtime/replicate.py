@@ -22,7 +22,12 @@ _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broa
 
 
 class Reducer(Protocol):
-    """How a stage's gradients become complete."""
+    """How a stage's gradients become complete.
+
+    ``follows_autograd`` says whether it has to be armed before the last gradients reach the parameters.
+    """
+
+    follows_autograd: bool
 
     def arm(self, roots: list[torch.Tensor]) -> None:
         """Announce the last backward of the step, which starts from ``roots``."""
@@ -33,6 +38,8 @@ class Reducer(Protocol):
 
 class NoReduction:
     """A stage with one replica, or whose replicas add into the same ``.grad``: nothing to do."""
+
+    follows_autograd = False
 
     def arm(self, roots: list[torch.Tensor]) -> None:
         """Nothing to announce."""
@@ -49,6 +56,8 @@ class DataParallelReducer:
     the last microbatch did not use are found by DDP from ``roots`` (``find_unused_parameters``), so a stage with
     conditional parameters neither hangs nor loses gradients.
     """
+
+    follows_autograd = True
 
     def __init__(self, module: nn.Module, group: Any, n_replicas: int) -> None:
         self.module = module

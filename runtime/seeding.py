@@ -11,14 +11,21 @@ from torch import nn
 
 
 class Seed:
-    """The seed that random ops of the current microbatch mix with their own name."""
+    """The seed that random ops of the current microbatch mix with their own name.
+
+    ``recording`` is called instead of seeding while somebody records what a stage does.
+    """
 
     def __init__(self) -> None:
         self.base = 0
         self.microbatch = 0
+        self.recording: Callable[[str], None] | None = None
 
     def apply(self, name: str) -> None:
         """Seed this process's generators for the op ``name``."""
+        if self.recording is not None:
+            self.recording(name)
+            return
         mixed = zlib.crc32(f"{self.base}/{self.microbatch}/{name}".encode())
         _seed_all((self.base << 32 | mixed) & 0x7FFF_FFFF_FFFF_FFFF)
 
@@ -36,6 +43,17 @@ def _seed_all(seed: int) -> None:
     module = torch.get_device_module(accelerator)
     if getattr(module, "is_initialized", lambda: True)():
         torch.manual_seed(seed)
+
+
+class MethodCall:
+    """Call a tensor method by name (picklable, unlike a lambda)."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+
+    def __call__(self, owner: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the method of ``owner``."""
+        return getattr(owner, self.method)(*args, **kwargs)
 
 
 class Seeded(nn.Module):

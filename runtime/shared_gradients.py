@@ -66,6 +66,8 @@ class SharedMemoryReducer:
     a parameter that no replica used has none. Replicas are added in their order, so that sums are the same every time.
     """
 
+    follows_autograd = False
+
     def __init__(
         self,
         own: GradientSlots,

@@ -12,20 +12,13 @@ from torch import fx, nn
 
 from ..errors import ShapeError
 from ..structure import flatten, map_leaves, unflatten
+from .explicit import Apart, Recorder, run_backward, run_backward_input, run_backward_weight, run_forward, state_of
+from .joint import Untraceable
 from .program.calls import Folded
 from .program.specs import NodeRecord, NodeRef, StageSpec
 from .recompute import recomputed
-from .seeding import Seed, Seeded
-
-
-class _Caller:
-    """Call a tensor method by name (picklable, unlike a lambda)."""
-
-    def __init__(self, method: str) -> None:
-        self.method = method
-
-    def __call__(self, owner: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(owner, self.method)(*args, **kwargs)
+from .seeding import MethodCall, Seed, Seeded
+from .sinks import Accumulate, Arm, Sink, ThroughAutograd, finish, has_hooks
 
 
 def build_module(
@@ -108,7 +101,7 @@ def _seed_op(record: NodeRecord, root: dict[str, Any], seed: Seed) -> str:
     if record.op == "call_module":
         function = root[record.target]
     elif record.op == "call_method":
-        function = _Caller(record.target)
+        function = MethodCall(record.target)
     else:
         function = record.target
     path = f"_seeded_{_safe(record.name)}"
@@ -138,6 +131,7 @@ class Held:
     leaves: dict[str, Any] = field(default_factory=dict)
     output: Any = None
     loss: torch.Tensor | None = None
+    apart: Apart | None = None
 
 
 class StageRuntime:
@@ -157,6 +151,30 @@ class StageRuntime:
         self._modes = (True,) * len(self._deciding)
         self._variants: dict[tuple[bool, ...], fx.GraphModule] = {self._modes: self.module}
         self.held: dict[int, Held] = {}
+        self.whole_because: str | None = None
+        self._splits = False
+        self._recorder = Recorder(self.seed)
+        self.slots: dict[int, torch.Tensor] = {}  # by id of a parameter: where its gradient belongs
+        self._slots: list[torch.Tensor | None] = []
+        self._has_hooks = False
+        self._changed = True  # since begin() last looked at the modules
+        self._leaf_modes: tuple[bool, ...] = ()
+        self._weights: list[torch.Tensor] = []
+        self._state: tuple[Any, ...] = ()
+
+    def begin(self, splits: bool) -> None:
+        """Prepare for a step whose program computes input and weight gradients apart, or does not."""
+        self._splits = splits
+        if not splits:
+            return
+        if self._changed:
+            module = self._variant()
+            self._weights = list(state_of(module).values())
+            self._slots = [self.slots.get(id(weight)) for weight in self._weights]
+            self._leaf_modes = tuple(inner.training for inner in module.modules())
+            self._changed = False
+        self._has_hooks = not self.slots and has_hooks(self._weights)
+        self._state = (self._leaf_modes, tuple(weight.requires_grad for weight in self._weights))
 
     def forward(self, m: int, graph_inputs: dict[str, Any], packets: dict[str, tuple[Any, bool]]) -> Held:
         """Compute microbatch ``m``: ``packets`` holds (value, gradient wanted) for each incoming wire value."""
@@ -168,19 +186,25 @@ class StageRuntime:
                 held.leaves[name] = _as_leaf(value) if wanted and torch.is_grad_enabled() else value
                 values.append(held.leaves[name])
         self.seed.microbatch = m
-        held.results = self._compute(m, values)
+        held.results, held.apart = self._compute(m, values)
         self.held[m] = held
         if self.spec.is_last:
             held.output = self._output(held, dict(zip(input_names(self.spec), values)))
         return held
 
-    def _compute(self, m: int, values: list[Any]) -> dict[str, Any]:
-        results: dict[str, Any]
+    def _compute(self, m: int, values: list[Any]) -> tuple[dict[str, Any], Apart | None]:
+        module = self._variant()
         if self.spec.recompute and torch.is_grad_enabled():
-            results = recomputed(self._variant(), self.seed, m, values)
-        else:
-            results = self._variant().forward(*values)
-        return results
+            self.whole_because = "it computes its activations again"
+            return recomputed(module, self.seed, m, values), None
+        if self._splits and torch.is_grad_enabled():
+            try:
+                recorded = self._recorder.parts_for(module, values, self._state)
+            except Untraceable as reason:
+                self.whole_because = str(reason)
+            else:
+                return run_forward(recorded, self._weights, values)
+        return module.forward(*values), None
 
     def _variant(self) -> fx.GraphModule:
         """Choose the ops that run in the present modes; all variants share the stage's modules."""
@@ -211,11 +235,45 @@ class StageRuntime:
             raise ValueError(f"the loss must be a 0-dim tensor (a mean over the microbatch), got {what}")
         return loss
 
-    def backward(self, m: int, roots: list[torch.Tensor], gradients: list[torch.Tensor | None]) -> None:
-        """Add the gradients of microbatch ``m`` to the stage's parameters and to its incoming values."""
+    def backward(
+        self, m: int, roots: list[torch.Tensor], gradients: list[torch.Tensor | None], arm: Arm | None = None
+    ) -> None:
+        """Add the gradients of microbatch ``m`` to the stage's parameters and to its incoming values.
+
+        ``arm`` is called right before gradients reach the parameters, with the roots of the graph that they come by.
+        """
+        apart = self.held[m].apart
+        if apart is not None:
+            sink = self._sink(arm)
+            run_backward(apart, roots, gradients, sink)
+            finish(sink, arm)
+            return
+        if arm is not None:
+            arm(roots)
         pairs = [(root, gradient) for root, gradient in zip(roots, gradients) if root.requires_grad]
         if pairs:
             torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
+
+    def backward_input(self, m: int, roots: list[torch.Tensor], gradients: list[torch.Tensor | None]) -> None:
+        """Give the incoming values of microbatch ``m`` their gradients; the whole backward where it cannot be split."""
+        apart = self.held[m].apart
+        if apart is None:
+            self.backward(m, roots, gradients)
+        else:
+            run_backward_input(apart, roots, gradients)
+
+    def backward_weight(self, m: int, arm: Arm | None = None) -> None:
+        """Add to the stage's parameters what :meth:`backward_input` left out of microbatch ``m``."""
+        apart = self.held[m].apart
+        if apart is not None:
+            sink = self._sink(arm)
+            run_backward_weight(apart, sink)
+            finish(sink, arm)
+
+    def _sink(self, arm: Arm | None) -> Sink:
+        if arm is not None or self._has_hooks:
+            return ThroughAutograd(self._weights)
+        return Accumulate(self._weights, self._slots)
 
     def input_gradients(self, m: int, producer: int) -> list[Any]:
         """Return the gradients for the packet that came from stage ``producer``, None where there is none."""
@@ -252,6 +310,7 @@ class StageRuntime:
 
     def set_modes(self, modes: dict[str, bool]) -> None:
         """Put leaf modules, and what is inside them, into the mode of their owners in the user's model."""
+        self._changed = True
         self._modes = tuple(modes[path] for path in self._deciding)
         for path, owner in self.spec.mode_owners.items():
             held = self.spec.modules[path]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ...errors import ConstraintError
 from ..instructions import Action, Layout
 from .eager_1f1b import eager_1f1b
+from .families import FAMILIES
 from .fill_drain import backward_only, fill_drain, forward_only
 from .one_f_one_b import one_f_one_b
 
@@ -16,10 +17,12 @@ SCHEDULES: dict[str, Callable[[Layout, int], Orders]] = {
     "1f1b": one_f_one_b,
     "fill-drain": fill_drain,
     "eager-1f1b": eager_1f1b,
+    "zb-h1": FAMILIES["zb-h1"].make,
+    "zb-h2": FAMILIES["zb-h2"].make,
     "forward-only": forward_only,
     "backward-only": backward_only,
 }
-TRAINING_SCHEDULES = ("1f1b", "fill-drain", "eager-1f1b")
+TRAINING_SCHEDULES = ("1f1b", "fill-drain", "eager-1f1b", "zb-h1", "zb-h2")
 
 
 def schedule(name: str, layout: Layout, n_microbatches: int) -> Orders:

@@ -1,0 +1,148 @@
+"""The joint graph of a function: its forward and its gradients as one torch.fx graph of ATen ops.
+
+``make_fx`` runs the function and autograd's backward of it once under fake tensors, and records what reaches the
+dispatcher below autograd. AOTAutograd's own entry points to the same thing functionalize the graph first, for
+compilers; here it runs as recorded, so ops in place stay in place and BatchNorm writes its buffers as in eager mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..seeding import Seed
+
+# An op that does nothing, to mark places in a recording: where random numbers are seeded, and the forward's end.
+_LIBRARY = torch.library.Library("stagecut", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("mark(int number) -> ()")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("mark", lambda number: None, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_END_OF_FORWARD = -1
+
+
+class Untraceable(Exception):
+    """A function that no joint graph can stand for; the message says why."""
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A recorded function of ``n_inputs`` tensors.
+
+    Attributes:
+        module: takes the inputs, then a tangent per result that has a gradient; returns ``n_results`` results and then
+            the gradients of the inputs that want one (None for those that no result depends on).
+        n_inputs, n_results: counts of tensors.
+        wanted: the inputs that want gradients.
+        differentiable: the results that have gradients.
+    """
+
+    module: fx.GraphModule
+    n_forward: int
+    n_inputs: int
+    n_results: int
+    wanted: tuple[int, ...]
+    differentiable: tuple[int, ...]
+
+
+def trace(
+    function: Callable[..., Sequence[torch.Tensor]],
+    inputs: Sequence[torch.Tensor],
+    seed: Seed,
+    autocast: tuple[str, torch.dtype] | None = None,
+) -> Joint:
+    """Record ``function(*inputs)``, a sequence of tensors, and the gradients of the inputs that require them.
+
+    Args:
+        seed: what ``function`` seeds its random numbers by; the graph does the same in the same places.
+        autocast: device type and dtype of the autocast region that the function runs in; its backward does not.
+
+    Raises:
+        Untraceable: it looks at the values of tensors, or does what fake tensors cannot.
+    """
+    wanted = tuple(index for index, tensor in enumerate(inputs) if tensor.requires_grad)
+
+    def forward(*given: torch.Tensor) -> Sequence[torch.Tensor]:
+        with torch.enable_grad():
+            if autocast is None:
+                return function(*given)
+            with torch.autocast(autocast[0], dtype=autocast[1]):
+                return function(*given)
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    names: list[str] = []
+
+    def record_seed(name: str) -> None:
+        names.append(name)
+        torch.ops.stagecut.mark(len(names) - 1)
+
+    seed.recording = record_seed
+    try:
+        with mode:
+            shapes = [result.detach() if result.requires_grad else None for result in forward(*_faked(mode, inputs))]
+        fakes = _faked(mode, inputs)
+        differentiable = tuple(index for index, tangent in enumerate(shapes) if tangent is not None)
+        tangents = [tangent for tangent in shapes if tangent is not None]
+
+        def joint(*given: torch.Tensor) -> list[torch.Tensor | None]:
+            own, incoming = given[: len(inputs)], given[len(inputs) :]
+            results = list(forward(*own))
+            torch.ops.stagecut.mark(_END_OF_FORWARD)
+            gradients: Sequence[torch.Tensor | None] = ()
+            if wanted and differentiable:
+                gradients = torch.autograd.grad(
+                    [results[index] for index in differentiable],
+                    [own[index] for index in wanted],
+                    incoming,
+                    allow_unused=True,
+                )
+            return [*results, *(gradients or [None] * len(wanted))]
+
+        with mode:
+            module = make_fx(joint, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes, *tangents)
+    except Exception as error:
+        raise Untraceable(f"{type(error).__name__}: {error}") from error
+    finally:
+        seed.recording = None
+    n_forward = _resolve_marks(module, names, seed)
+    return Joint(module, n_forward, len(inputs), len(shapes), wanted, differentiable)
+
+
+def _faked(mode: FakeTensorMode, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors without memory like ``inputs``: the same shapes, strides and needs of gradients."""
+    fakes: list[torch.Tensor] = []
+    for tensor in inputs:
+        with mode:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        fakes.append(fake.requires_grad_(tensor.requires_grad))
+    return fakes
+
+
+class _SeedFor(torch.nn.Module):
+    def __init__(self, seed: Seed, name: str) -> None:
+        super().__init__()
+        self._seed, self._name = seed, name
+
+    def forward(self) -> None:
+        self._seed.apply(self._name)
+
+
+def _resolve_marks(module: fx.GraphModule, names: Sequence[str], seed: Seed) -> int:
+    """Let the marked places seed random numbers, and return how many nodes come before the end of the forward."""
+    n_forward = 0
+    for place, node in enumerate(list(module.graph.nodes)):
+        if node.target is not torch.ops.stagecut.mark.default:
+            continue
+        number = node.args[0]
+        if number == _END_OF_FORWARD:
+            n_forward = place
+        else:
+            path = f"_seed_{number}"
+            setattr(module, path, _SeedFor(seed, names[number]))
+            with module.graph.inserting_before(node):
+                module.graph.call_module(path)
+        module.graph.erase_node(node)
+    return n_forward
