@@ -75,7 +75,8 @@ def compile(
         replicas: data-parallel copies of every stage, for a flat list of devices; one number, or one a stage:
             ``[3, 1]``. Chosen by the planner if None.
         microbatches: pieces of the batch that each replica was given; chosen by the planner if None.
-        schedule: ``"1f1b"``, ``"eager-1f1b"`` or ``"fill-drain"``; chosen by the planner if None.
+        schedule: ``"1f1b"``, ``"eager-1f1b"``, ``"fill-drain"``, or with input and weight gradients apart ``"zb-h1"``
+            or ``"zb-h2"``; chosen by the planner, as it pays, if None or ``"auto"``.
         recompute: whether stages keep only their inputs and compute activations again in the backward; by stage, where
             memory asks for it, if None.
         plan: a plan, or the path of a saved one, to run instead of planning.
@@ -113,6 +114,7 @@ def compile(
     check_stages(cluster, stages)
     _check_cluster(cluster, known, launch)
     _announce(devices, cluster)
+    schedule = None if schedule == "auto" else schedule
     wishes = Wishes(microbatches, schedule, costs, None, stages, recompute, all_devices=launch == "torchrun")
     builder = Builder(model, cluster, wishes, known, opaque, threads_per_worker, launch, loss_fn, trial_s)
     builder.target, builder.can_step = example_target, None not in (loss_fn, example_target)
@@ -161,6 +163,7 @@ def plan(
     kwargs = example_kwargs or {}
     cluster = describe(devices, replicas, memory_bytes)
     check_stages(cluster, stages)
+    schedule = None if schedule == "auto" else schedule
     wishes = Wishes(microbatches, schedule, costs, None, stages, recompute)
     with planning(), shown_progress() as progress:
         captured = capture(model, example_inputs, kwargs, opaque=opaque)

@@ -63,6 +63,9 @@ def in_flight_of(layout: Layout, schedule: str, n_pieces: int) -> list[int]:
     mine = [len(layout.microbatches_of(s, 0, n_pieces)) for s in range(layout.n_stages)]
     if schedule == "fill-drain":
         return mine
+    if schedule in ("zb-h1", "zb-h2"):  # forwards ahead, and weight gradients behind
+        most = layout.n_stages if schedule == "zb-h1" else 2 * layout.n_stages - 1
+        return [min(most, own) for own in mine]
     held = eager_warm_up if schedule == "eager-1f1b" else warm_up
     return [min(held(layout, s), mine[s]) for s in range(layout.n_stages)]
 
@@ -228,7 +231,12 @@ class _Assembly:
             input_bytes=memory.input_bytes,
             workspace_bytes=memory.workspace_bytes,
             recompute=again,
+            backward_weight_s=0.0 if again or not self._splits(mine) else sum(cost.backward_weight_s for cost in costs),
         )
+
+    def _splits(self, mine: Sequence[str]) -> bool:
+        """Say whether all ops of a stage can be recorded, so that its input and weight gradients run apart."""
+        return self.capture.kept_whole.isdisjoint(mine)
 
     def _memory(self, s: int, mine: Sequence[str]) -> StageMemory:
         reported = [leaf.node for leaf in self.capture.outputs if leaf.node is not None]

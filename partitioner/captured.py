@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
@@ -11,6 +12,7 @@ from torch import fx, nn
 from ..errors import ShapeError
 from ..runtime.program import InputSpec, OutputLeaf
 from ..runtime.program.calls import ModeSwitch
+from ..runtime.program.recordable import why_not_node
 from ..structure import Structure, call_leaves, unflatten
 from .hidden import Hidden, hidden
 from .recording.emit import ONLY, OWNER, is_structural, specialise
@@ -92,6 +94,11 @@ class Capture:
     def is_whole(self) -> bool:
         """Say whether the model is one opaque module."""
         return any(call.name == WHOLE_MODEL for call in self.opaque)
+
+    @cached_property
+    def kept_whole(self) -> frozenset[str]:
+        """Name the ops that hold code which no recording stands for, so that their backward cannot be split."""
+        return frozenset(n.name for n in self.graph.nodes if why_not_node(n, self.graph_module) is not None)
 
     @property
     def graph(self) -> fx.Graph:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import InfeasibleError
-from ..runtime.schedules import TRAINING_SCHEDULES
+from ..runtime.schedules import IN_COLUMNS, TRAINING_SCHEDULES
 from .assemble import Decision, assemble, n_pieces_of
 from .cluster import Cluster
 from .configurations import FEW_DEVICES, microbatch_counts
@@ -52,7 +52,7 @@ def drafts_of(task: Task, cluster: Cluster, n_microbatches: int) -> list[Draft]:
     n_pieces = n_pieces_of(cluster.groups, n_microbatches, task.batch_rows)
     mode: Recompute = "always" if task.wishes.recompute else "never"
     drafts = []
-    for schedule in _schedules(task, cluster.n_stages):
+    for schedule in _schedules(task, cluster):
         try:
             stages = task.stages(priced, cluster, schedule, n_pieces, mode, [float("inf")] * cluster.n_stages)
         except InfeasibleError as error:
@@ -80,8 +80,13 @@ def counts_of(task: Task, cluster: Cluster) -> list[int]:
     return microbatch_counts(task.wishes, cluster.groups, task.batch_rows, task.has_fixed_rows)
 
 
-def _schedules(task: Task, n_stages: int) -> tuple[str, ...]:
+def _schedules(task: Task, cluster: Cluster) -> tuple[str, ...]:
     if task.wishes.schedule is not None:
         return (task.wishes.schedule,)
+    assert cluster.groups is not None
     # The others hold more for nearly the same step: with one stage, or with many, they are not worth the search.
-    return TRAINING_SCHEDULES if 1 < n_stages <= FEW_DEVICES else ("1f1b",)
+    if not 1 < cluster.n_stages <= FEW_DEVICES:
+        return ("1f1b",)
+    if len({len(group) for group in cluster.groups}) > 1:
+        return tuple(name for name in TRAINING_SCHEDULES if name not in IN_COLUMNS)
+    return TRAINING_SCHEDULES

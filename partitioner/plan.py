@@ -54,7 +54,8 @@ class StageRecord:
     ``memory_bytes`` is the predicted peak of one replica: parameters with gradients and optimizer state, what is
     saved for the microbatches in flight, and the workspace of one op. With ``recompute`` only ``input_bytes`` are held
     for each microbatch in flight, ``backward_s`` contains a second forward, and one microbatch at a time is saved
-    whole.
+    whole. ``backward_weight_s`` is the part of ``backward_s`` that schedules with split backwards run apart; 0 where
+    the stage runs its backward as a whole under them too.
     """
 
     index: int
@@ -69,6 +70,7 @@ class StageRecord:
     input_bytes: int = 0
     workspace_bytes: int = 0
     recompute: bool = False
+    backward_weight_s: float = 0.0
 
     @property
     def held_bytes(self) -> int:
@@ -122,6 +124,7 @@ class Timing:
             memory that they share, and by how much its later ones are, which add to them.
         loss_s: of a microbatch's loss, forward and backward; both are part of the last stage's seconds.
         start_s: before the workers begin, and after they are done.
+        split: how many times as long the two parts of a backward take as the whole.
         hosts: per worker, its machine (() for one each); n_cores: workers that a machine runs at full speed at once;
             beside: how many times as long work takes while others of the machine are busy too; sharing: the same,
             beyond its share of a core, while there are more of them than cores.
@@ -137,6 +140,7 @@ class Timing:
     accumulate_s: tuple[float, ...] = ()
     loss_s: tuple[float, float] = (0.0, 0.0)
     start_s: float = 0.0
+    split: float = 1.0
     hosts: tuple[int, ...] = ()
     n_cores: int | None = None
     beside: float = 1.0

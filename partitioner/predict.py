@@ -76,6 +76,8 @@ def _simulated(plan: Plan, layout: Layout, n_pieces: int) -> Timeline:
         StepCosts(
             forward_s=tuple(stage.forward_s for stage in plan.stages),
             backward_s=tuple(stage.backward_s for stage in plan.stages),
+            backward_input_s=tuple(timing.split * (s.backward_s - s.backward_weight_s) for s in plan.stages),
+            backward_weight_s=tuple(timing.split * s.backward_weight_s for s in plan.stages),
             packet_bytes=packets,
             gradient_bytes=back,
             link=Link(0.0, float("inf"), timing.source),

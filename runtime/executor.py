@@ -100,6 +100,8 @@ class Executor:
     def end(self) -> StepReport:
         """Complete the step: every packet has left."""
         self.transport.end()
+        because = {s: stage.whole_because for s, stage in self.stages.items()}
+        self.report.whole_because.update({s: why for s, why in because.items() if why is not None})
         return self.report
 
     def forget(self, call: int) -> None:

@@ -17,12 +17,9 @@ from torch import fx, nn
 
 from ..structure import Structure, flatten, unflatten
 from .joint import Part, Parts, Untraceable, cut, trace
-from .program.calls import Folded, Guarded, InRegion, ModeSwitch, SameForm, Settled
+from .program.recordable import why_not_call, why_not_module, why_not_node
 from .seeding import MethodCall, Seed, Seeded
 from .sinks import Only, Sink
-
-_OWN_CALLS = (Guarded, Settled, SameForm, MethodCall)  # they look at sizes and forms, which are part of a signature
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
@@ -88,7 +85,9 @@ class Recorder:
         structure: Structure,
         autocast: tuple[str, torch.dtype] | None,
     ) -> _Recorded:
-        refuse_opaque(module)
+        why = why_not_stage(module)
+        if why is not None:
+            raise Untraceable(why)
         _refuse_shared_memory(leaves)
         state = state_of(module)
         made: dict[str, Any] = {}
@@ -206,33 +205,19 @@ def _add_to(leaf: torch.Tensor, gradient: torch.Tensor) -> None:
     leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
 
 
-def refuse_opaque(module: nn.Module) -> None:
-    """Refuse code that recording would run once instead of at every step: no graph holds it.
-
-    Raises:
-        Untraceable: there is such code; the message names it.
-    """
-    for path, inner in module.named_modules():
-        if any(getattr(inner, name, None) for name in _HOOKS):
-            raise Untraceable(f"module {path!r} has hooks")
-        if isinstance(inner, fx.GraphModule):
-            for node in inner.graph.nodes:
-                if node.op == "call_function" and not _is_recordable(node.target):
-                    raise Untraceable(f"{node.name} is a call that is kept whole")
-        elif isinstance(inner, Seeded):
-            if not isinstance(inner.function, nn.Module) and not _is_recordable(inner.function):
-                raise Untraceable(f"{path} is a call that is kept whole")
-        elif type(inner) not in (Folded, ModeSwitch) and not type(inner).__module__.startswith("torch.nn."):
-            raise Untraceable(f"module {path!r} ({type(inner).__name__}) is kept whole")
-
-
-def _is_recordable(target: Any) -> bool:
-    if isinstance(target, InRegion):
-        return target.function is None or isinstance(target.function, str) or _is_recordable(target.function)
-    if isinstance(target, _OWN_CALLS):
-        return True
-    home = getattr(target, "__module__", None) or "builtins"
-    return home.split(".")[0] in ("torch", "operator", "_operator", "builtins", "math")
+def why_not_stage(module: fx.GraphModule) -> str | None:
+    """Say what in a stage no recording can stand for; None if all can be recorded."""
+    for node in module.graph.nodes:
+        seeded = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(seeded, Seeded):
+            why = why_not_node(node, module)
+        elif isinstance(seeded.function, nn.Module):
+            why = why_not_module(seeded.function)
+        else:
+            why = None if isinstance(seeded.function, MethodCall) else why_not_call(seeded.function)
+        if why is not None:
+            return why
+    return None
 
 
 def _autocast_of(leaves: Sequence[Any]) -> tuple[str, torch.dtype] | None:

@@ -94,6 +94,7 @@ class Pipeline(nn.Module):
         self._closed = False
         self._n_calls = 0
         self._forgotten: list[int] = []
+        self._told: set[int] = set()  # stages
         self.training = model.training
 
     @property
@@ -368,12 +369,25 @@ class Pipeline(nn.Module):
         while self._forgotten:
             self._engine.forget(self._forgotten.pop())
         try:
-            return self._engine.run(request)
+            report = self._engine.run(request)
         except BaseException as error:
             self._broken = error
             self._engine.close()
             self._engine = None
             raise
+        self._tell_whole(report)
+        return report
+
+    def _tell_whole(self, report: StepReport) -> None:
+        """Say once which stages run backwards whole that the schedule has in two parts."""
+        for stage, why in report.whole_because.items():
+            if stage not in self._told:
+                self._told.add(stage)
+                warnings.warn(
+                    f"stagecut: stage {stage} runs its backward whole: {why}; gradients are exact, and the stages "
+                    "before it wait longer than the schedule means them to",
+                    stacklevel=5,
+                )
 
     def _run_backward(self, engine: Engine | None, forward: StepRequest, gradients: tuple[list[Any], ...]) -> None:
         if engine is None or engine is not self._engine:

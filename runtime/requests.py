@@ -51,14 +51,19 @@ class StepRequest:
 
 @dataclass
 class StepReport:
-    """What workers answer: losses and results by microbatch, and the times of what they did."""
+    """What workers answer: losses and results by microbatch, and the times of what they did.
+
+    ``whole_because`` says, by stage, why a backward ran whole that the schedule has in two parts.
+    """
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
+    whole_because: dict[int, str] = field(default_factory=dict)
 
     def merge(self, other: StepReport) -> None:
         """Add what another worker reports."""
         self.losses.update(other.losses)
         self.outputs.update(other.outputs)
         self.spans.extend(other.spans)
+        self.whole_because.update(other.whole_because)

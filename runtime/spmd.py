@@ -242,7 +242,7 @@ class SpmdEngine:
     def _gather(self, report: StepReport, request: StepRequest) -> StepReport:
         """Give losses, results and times to every rank."""
         last = self._spec.layout.n_stages - 1
-        whole = StepReport()
+        whole = StepReport(whole_because=report.whole_because)  # every rank speaks for its own stages
         if request.want_loss:
             losses = torch.zeros(request.n_microbatches, 2, dtype=torch.float64)
             for m, loss in report.losses.items():

@@ -165,6 +165,7 @@ class StageRuntime:
     def begin(self, splits: bool) -> None:
         """Prepare for a step whose program computes input and weight gradients apart, or does not."""
         self._splits = splits
+        self.whole_because = None
         if not splits:
             return
         if self._changed:
@@ -195,7 +196,7 @@ class StageRuntime:
     def _compute(self, m: int, values: list[Any]) -> tuple[dict[str, Any], Apart | None]:
         module = self._variant()
         if self.spec.recompute and torch.is_grad_enabled():
-            self.whole_because = "it computes its activations again"
+            self.whole_because = "it computes its activations again" if self._splits else None
             return recomputed(module, self.seed, m, values), None
         if self._splits and torch.is_grad_enabled():
             try:

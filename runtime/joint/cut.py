@@ -108,7 +108,7 @@ class _Graph:
         """List what the results, the saved values and all effects need of the forward."""
         own = [node for node in self._computed() if node.name in self.forward_names]
         kept = set(saved)
-        roots = [node for node in own if node.name in kept or node.is_impure()]
+        roots = [node for node in own if node.name in kept or node.op == "call_module" or node.is_impure()]
         needed = _ancestors([*roots, *filter(None, self.results)])
         return [node for node in own if node in needed]
 

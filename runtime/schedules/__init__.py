@@ -23,6 +23,7 @@ SCHEDULES: dict[str, Callable[[Layout, int], Orders]] = {
     "backward-only": backward_only,
 }
 TRAINING_SCHEDULES = ("1f1b", "fill-drain", "eager-1f1b", "zb-h1", "zb-h2")
+IN_COLUMNS = ("zb-h1", "zb-h2")  # these want as many replicas of every stage
 
 
 def schedule(name: str, layout: Layout, n_microbatches: int) -> Orders:
@@ -39,6 +40,7 @@ def schedule(name: str, layout: Layout, n_microbatches: int) -> Orders:
 
 
 __all__ = [
+    "IN_COLUMNS",
     "SCHEDULES",
     "TRAINING_SCHEDULES",
     "Orders",

@@ -330,7 +330,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[StagecutError], str]] = {
     "schedule": (
         {"schedule": "gpipe"},
         ConstraintError,
-        "schedule must be one of 1f1b, fill-drain, eager-1f1b, got 'gpipe'",
+        "schedule must be one of 1f1b, fill-drain, eager-1f1b, zb-h1, zb-h2, got 'gpipe'",
     ),
     "half a schedule": ({"schedule": "forward-only"}, ConstraintError, "schedule must be one of 1f1b, fill-drain"),
     "more stages than devices": ({"stages": 3}, ConstraintError, "stages must be 1 to the number of devices, 2; got 3"),

@@ -40,7 +40,7 @@ def stepped(model: nn.Module, x: torch.Tensor, y: torch.Tensor, **wishes) -> tup
     return loss, {name: p.grad for name, p in own.named_parameters()}, dict(own.named_buffers())
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "fill-drain", "eager-1f1b"])
+@pytest.mark.parametrize("schedule", ["1f1b", "fill-drain", "eager-1f1b", "zb-h1"])
 def test_gradients_statistics_and_random_numbers_are_those_without_recompute(schedule: str) -> None:
     torch.manual_seed(0)
     model, x, y = Noisy().double(), torch.randn(11, 6, dtype=torch.float64), torch.randint(3, (11,))

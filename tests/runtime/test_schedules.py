@@ -149,7 +149,9 @@ def test_unequal_replicas_that_balance_the_work_keep_all_busy_in_the_steady_stat
 
 
 def test_an_unknown_schedule_and_no_microbatch_are_refused() -> None:
-    with pytest.raises(ConstraintError, match=r"unknown schedule 'gpipe'; known: 1f1b, fill-drain, eager-1f1b"):
+    with pytest.raises(
+        ConstraintError, match=r"unknown schedule 'gpipe'; known: 1f1b, fill-drain, eager-1f1b, zb-h1, zb-h2"
+    ):
         schedule("gpipe", chain(1), 1)
     with pytest.raises(ConstraintError, match="at least one microbatch, got 0"):
         schedule("1f1b", chain(1), 0)

@@ -18,6 +18,7 @@ from stagecut.partitioner.configurations import Wishes
 from stagecut.partitioner.describe import describe
 from stagecut.partitioner.planner import make_plan
 from stagecut.partitioner.pricing import Pricer
+from stagecut.runtime.schedules import IN_COLUMNS, TRAINING_SCHEDULES
 
 WIDTH = 4
 T = TypeVar("T")
@@ -232,9 +233,11 @@ def draw_case(chooser: Chooser, *, max_ops: int = 9, max_stages: int = 4, replic
     captured = capture(model, args, kwargs)
     stage_of, n_stages = _draw_cut(chooser, captured, args, kwargs, max_stages)
     devices = [["cpu"] * chooser.choose(replicas) for _ in range(n_stages)]
+    alike = len({len(group) for group in devices}) == 1
+    schedules = [name for name in TRAINING_SCHEDULES if alike or name not in IN_COLUMNS]
     wishes = Wishes(
         n_microbatches=chooser.choose([1, 2, 3, 4]),
-        schedule=chooser.choose(["1f1b", "fill-drain", "eager-1f1b"]),
+        schedule=chooser.choose(schedules),
         recompute=chooser.choose([False, True]),
         costs="analytic",
         assignment=stage_of,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from stagecut.partitioner.plan import OpRecord, Plan, StageRecord
 
 CLOSE = 1e-9
+_LAG = {"zb-h1": 1, "zb-h2": 2}  # by how many microbatches a stage for each before it is behind with weight gradients
 STATE_AT_MOST = 4  # a parameter, its gradient, and two moments of the optimizer
 
 
@@ -104,6 +105,9 @@ def _stages(plan: Plan, one_kind: bool) -> Iterator[str]:
         backward_s = math.fsum(op.backward_s for op in mine) + (forward_s if stage.recompute else 0.0) + loss_s[1]
         forward_s += loss_s[0]
         exact = one_kind or not any(op.copies for op in mine)
+        weight_s = math.fsum(op.backward_weight_s for op in mine)
+        if exact and stage.backward_weight_s and _differ(stage.backward_weight_s, weight_s):
+            yield f"stage {stage.index} has weight gradients of {stage.backward_weight_s} s, and its ops {weight_s} s"
         if exact and (_differ(stage.forward_s, forward_s) or _differ(stage.backward_s, backward_s)):
             yield (
                 f"stage {stage.index} takes {stage.forward_s} + {stage.backward_s} s, "
@@ -194,13 +198,15 @@ def _warm_up(stages: tuple[StageRecord, ...], s: int) -> int:
 
 def _in_flight(plan: Plan, s: int, n_pieces: int) -> int:
     mine = len(_mine(n_pieces, 0, len(plan.stages[s].devices)))
+    if plan.schedule in _LAG:
+        return min(mine, _ahead(plan, s) + _LAG[plan.schedule] * s)
     return mine if plan.schedule == "fill-drain" else min(mine, _ahead(plan, s))
 
 
 def _ahead(plan: Plan, s: int) -> int:
     """Say how far a stage forwards ahead: twice as far, less one, where transfers are to be hidden."""
     most = _warm_up(plan.stages, s)
-    return 2 * most - 1 if plan.schedule == "eager-1f1b" else most
+    return 2 * most - 1 if plan.schedule in ("eager-1f1b", "zb-h2") else most
 
 
 def _crowd(plan: Plan) -> float:
@@ -228,7 +234,18 @@ def _order(plan: Plan, s: int, replica: int, n_pieces: int) -> list[tuple[str, i
             order.append(("F", held[-1]))
         else:
             order.append(("B", held.pop(0)))
-    return order
+    return order if plan.schedule not in _LAG else _split(order, _LAG[plan.schedule] * s)
+
+
+def _split(order: list[tuple[str, int]], lag: int) -> list[tuple[str, int]]:
+    """Put an input gradient for each backward, and its weight gradient behind the one that comes ``lag`` later."""
+    backwards = [m for kind, m in order if kind == "B"]
+    split: list[tuple[str, int]] = []
+    for kind, m in order:
+        split.append(("F" if kind == "F" else "I", m))
+        if kind == "B" and backwards.index(m) >= lag:
+            split.append(("W", backwards[backwards.index(m) - lag]))
+    return split + [("W", m) for m in backwards[max(0, len(backwards) - lag) :]]
 
 
 class _Clock:
@@ -274,12 +291,18 @@ class _Clock:
         stage, timing = self.plan.stages[s], self.plan.timing
         if order[position][0] == "F":
             return stage.forward_s + timing.action_s
-        adds = any(kind == "B" for kind, _ in order[:position])
-        return stage.backward_s + timing.action_s + self._end_s(timing.accumulate_s if adds else timing.store_s, s)
+        kind = order[position][0]
+        if kind == "I":
+            return timing.split * (stage.backward_s - stage.backward_weight_s) + timing.action_s
+        own_s = stage.backward_s if kind == "B" else timing.split * stage.backward_weight_s
+        adds = any(before == kind for before, _ in order[:position])
+        return own_s + timing.action_s + self._end_s(timing.accumulate_s if adds else timing.store_s, s)
 
     def _sends(self, kind: str, s: int) -> dict[int, float]:
         """Give, per stage that gets a packet, the seconds that sending it keeps the sender busy."""
         timing = self.plan.timing
+        if kind == "W":
+            return {}
         if kind == "F":
             pairs = {b: self.bytes[a, b] for a, b in sorted(self.bytes) if a == s}
         else:
@@ -305,16 +328,16 @@ class _Clock:
                 while at[worker] < len(self.orders[worker]):
                     kind, m = self.orders[worker][at[worker]]
                     if kind == "F":
-                        needed = [(kind, a, s, m) for a, b in self.bytes if b == s]
+                        needed = [("F", a, s, m) for a, b in self.bytes if b == s]
                     else:
-                        needed = [(kind, b, s, m) for a, b in self.back if a == s]
+                        needed = [("G", b, s, m) for a, b in self.back if a == s and kind != "W"]
                     if any(packet not in arrival for packet in needed):
                         break
                     begin = max([now[worker], *(arrival[packet] for packet in needed)])
                     now[worker] = begin + slower * self._seconds(self.orders[worker], at[worker], s)
                     for peer, busy_s in self._sends(kind, s).items():
                         now[worker] += slower * busy_s
-                        arrival[kind, s, peer, m] = now[worker] + self._travel_s(s, peer)
+                        arrival["F" if kind == "F" else "G", s, peer, m] = now[worker] + self._travel_s(s, peer)
                     at[worker] += 1
                     moved = True
         assert at == [len(order) for order in self.orders], "workers wait for each other"

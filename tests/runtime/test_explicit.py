@@ -1,0 +1,319 @@
+"""Split backwards: explicit graphs give autograd's gradients, and what cannot be recorded runs whole, and says why."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import stagecut
+from stagecut.building import tensors_of
+from stagecut.partitioner.analysis import analyse
+from stagecut.partitioner.planner import random_ops
+from stagecut.partitioner.split import split
+from stagecut.runtime.stage import StageRuntime
+
+
+class Twice(nn.Module):
+    """A weight used twice, and one that nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.unused = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.own(torch.tanh(self.own(x)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.LSTM(6, 6, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, _ = self.own(x.unsqueeze(1).expand(-1, 3, -1))
+        return out[:, -1]
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.norm = nn.MultiheadAttention(6, 2, batch_first=True), nn.LayerNorm(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.norm(x.view(-1, 1, 6).repeat(1, 4, 1))
+        return self.own(tokens, tokens, tokens, need_weights=False)[0].mean(1)
+
+
+class Pixels(nn.Module):
+    """Convolutions with and without bias, BatchNorm's buffers, and a ReLU in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 2, 2),
+            nn.MaxPool2d(2),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(self.layers(x.view(-1, 1, 3, 6).clone()).flatten(1), (0, 2))
+
+
+class Added(nn.Module):
+    """Two weights that get the same gradient tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (self.a + self.b)
+
+
+class Random(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.own(x), 0.3) + torch.randn_like(x) * 0.1
+
+
+class Scaled(nn.Module):
+    """Views that are not contiguous, a constant, and a buffer that the forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Linear(6, 6)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.add_(1.0)
+        return (self.own(x).t() * torch.tensor(0.5, dtype=x.dtype)).t()
+
+
+MIDDLES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)),
+    "twice": Twice,
+    "recurrent": Recurrent,
+    "attention": Attention,
+    "pixels": lambda: nn.Sequential(nn.Linear(6, 18), Pixels(), nn.LazyLinear(6)),
+    "added": Added,
+    "random": Random,
+    "scaled": Scaled,
+}
+
+
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 6), MIDDLES[name](), nn.Tanh(), nn.Linear(6, 6), MIDDLES[name](), nn.Linear(6, 3)
+    )
+    model(torch.randn(4, 6))
+    return model.double()
+
+
+def batch(rows: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, 6, dtype=torch.float64, generator=generator), torch.arange(rows) % 3
+
+
+def compiled(model: nn.Module, schedule: str = "zb-h1", **wishes: Any) -> Any:
+    wishes = {"microbatches": 3, "launch": "inline", "costs": "analytic", **wishes}
+    return stagecut.compile(model, [["cpu"], ["cpu"]], loss_fn=F.cross_entropy, schedule=schedule, **wishes)
+
+
+def stages_of(pm: Any) -> list[StageRuntime]:
+    return [stage for executor in pm._engine._executors for stage in executor.stages.values()]
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-h2"])
+def test_split_backwards_give_the_gradients_and_buffers_of_whole_ones(name: str, schedule: str) -> None:
+    x, y = batch()
+    found = []
+    for own in (schedule, "1f1b"):
+        model = model_of(name)
+        model[0].weight.requires_grad_(False)
+        with compiled(model, own) as pm:
+            for step in range(2):
+                torch.manual_seed(step)
+                pm.step(x + step, target=y)
+            assert all(stage.whole_because is None for stage in stages_of(pm))
+            found.append((pm.verify(x, target=y, raises=False), copy.deepcopy(model)))
+    (check, ours), (_, theirs) = found
+    assert check.worst <= 1e-10, check
+    for (parameter, own), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (own.grad is None) == (other.grad is None), parameter
+        if own.grad is not None:
+            torch.testing.assert_close(own.grad, other.grad, rtol=1e-10, atol=1e-12, msg=parameter)
+    for (buffer, value), other in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-12, atol=0, msg=buffer)
+
+
+def test_worker_processes_split_backwards_too_with_replicas() -> None:
+    x, y = batch(12)
+    model = model_of("linear")
+    with compiled(model, launch="local", stages=2) as pm:
+        assert pm.verify(x, target=y).worst <= 1e-10
+    wishes = {"loss_fn": F.cross_entropy, "schedule": "zb-h1", "microbatches": 2, "costs": "analytic"}
+    with stagecut.compile(model_of("scaled"), [["cpu", "cpu"], ["cpu", "cpu"]], **wishes) as pm:
+        assert pm.verify(x, target=y).worst <= 1e-10
+        pm.step(x[:3], target=y[:3])
+        assert pm.verify(x, target=y).worst <= 1e-10
+
+
+class Branching(nn.Module):
+    """Code that has to run at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.own(x)
+        return -y if y.mean() > 0 else y
+
+
+def test_a_stage_with_opaque_code_runs_its_backward_whole_and_the_other_does_not() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), Branching(), nn.Linear(6, 3)).double()
+    x, y = batch()
+    with compiled(model) as pm:
+        with pytest.warns(UserWarning, match=r"stage \d runs its backward whole: .*is kept whole"):
+            pm.step(x, target=y)
+        assert pm.verify(x, target=y).worst <= 1e-10
+        reasons = [stage.whole_because for stage in stages_of(pm)]
+        assert sorted(reason is None for reason in reasons) == [False, True]
+        planned = [stage.backward_weight_s > 0 for stage in pm.plan.stages]
+        assert planned == [reason is None for reason in reasons]
+
+
+def test_recomputing_stages_run_their_backward_whole() -> None:
+    x, y = batch()
+    with compiled(model_of("random"), recompute=True) as pm:
+        with pytest.warns(UserWarning, match="computes its activations again"):
+            pm.step(x, target=y)
+        assert pm.verify(x, target=y).worst <= 1e-10
+
+
+def test_hooks_on_parameters_are_called_once_a_microbatch() -> None:
+    x, y = batch()
+    model = model_of("linear")
+    calls: list[float] = []
+    model[3].weight.register_hook(lambda gradient: calls.append(float(gradient.sum())) or gradient * 2)
+    with compiled(model) as pm:
+        pm.step(x, target=y)
+        assert len(calls) == 3
+        assert all(stage.whole_because is None for stage in stages_of(pm))
+        doubled = model[3].weight.grad.clone()
+    plain = model_of("linear")
+    F.cross_entropy(plain(x), y).backward()
+    torch.testing.assert_close(doubled, 2 * plain[3].weight.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_changed_shapes_modes_and_frozen_weights_are_recorded_anew() -> None:
+    x, y = batch()
+    model = model_of("pixels")
+    with compiled(model) as pm:
+        pm.step(x, target=y)
+        pm.step(x[:7], target=y[:7])
+        assert pm.verify(x[:7], target=y[:7]).worst <= 1e-10
+        model.eval()
+        assert pm.verify(x, target=y).worst <= 1e-10
+        model.train()
+        model[3].weight.requires_grad_(False)
+        model.zero_grad()
+        assert pm.verify(x, target=y).worst <= 1e-10
+        pm.step(x, target=y)
+        assert model[3].weight.grad is None
+        assert model[3].bias.grad is not None
+
+
+def test_autocast_is_part_of_the_recording() -> None:
+    x, y = (part.float() if part.is_floating_point() else part for part in batch())
+    model = model_of("linear").float()
+    with compiled(model) as pm:
+        pm.step(x, target=y)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert pm.verify(x, target=y).ok
+        assert pm.verify(x, target=y).ok
+
+
+def test_losses_that_weigh_nothing_leave_no_gradient() -> None:
+    x, y = batch()
+    model = model_of("linear")
+    with compiled(model, loss_weight=lambda target: 0.0 if int(target[0]) == 0 else 1.0, microbatches=5) as pm:
+        pm.step(x, target=y)
+        assert pm.verify(x, target=y).worst <= 1e-10
+
+
+def middle_stage(model: nn.Module, x: torch.Tensor) -> tuple[StageRuntime, dict[str, Any]]:
+    """Return the middle stage of three and packets for it."""
+    wishes: Any = {"costs": "analytic", "microbatches": 1, "schedule": "1f1b"}
+    plan = stagecut.plan(model, [["cpu"]] * 3, example_inputs=(x,), **wishes)
+    captured = stagecut.capture(model, (x,))
+    spec = split(captured, plan, random_ops(analyse(captured, tensors_of(captured, (x,), {}), len(x))))
+    first, own = (StageRuntime(spec.stages[s], torch.device("cpu"), None) for s in (0, 1))
+    results = first.forward(0, dict.fromkeys(first.spec.graph_inputs, x), {}).results
+    return own, {name: (results[name].detach(), True) for group in own.spec.wires_in for name in group.values}
+
+
+def test_input_gradients_release_what_weight_gradients_do_not_need() -> None:
+    x, _ = batch()
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (nn.Linear(6, 6), nn.GELU())]
+    stage, packets = middle_stage(nn.Sequential(*layers).double(), x)
+    stage.begin(splits=True)
+    held = stage.forward(0, {}, packets)
+    assert held.apart is not None
+    saved = {value.data_ptr(): weakref.ref(value) for value in held.apart.saved if value.dim() == 2}
+    roots = [value for value in held.results.values() if value.requires_grad]
+    stage.backward_input(0, roots, [torch.ones_like(root) for root in roots])
+    assert all(weight.grad is None for weight in stage.module.parameters())
+    assert all(leaf.grad is not None for leaf in held.leaves.values())
+    gc.collect()
+    needed = {value.data_ptr() for value in held.apart.saved}
+    alive = {place for place, reference in saved.items() if reference() is not None}
+    assert alive - needed <= {value.data_ptr() for value in (*held.leaves.values(), *held.results.values())} | {
+        weight.data_ptr() for weight in stage.module.parameters()
+    }
+    assert alive != set(saved)
+    stage.backward_weight(0)
+    assert held.apart.saved == []
+    given = [weight.grad.clone() for weight in stage.module.parameters()]
+    stage.module.zero_grad()
+    stage.begin(splits=False)
+    held = stage.forward(0, {}, packets)
+    roots = [value for value in held.results.values() if value.requires_grad]
+    stage.backward(0, roots, [torch.ones_like(root) for root in roots])
+    for own, weight in zip(given, stage.module.parameters(), strict=True):
+        torch.testing.assert_close(own, weight.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_a_backward_as_a_whole_of_a_recorded_stage_is_the_sum_of_its_parts() -> None:
+    x, _ = batch()
+    stage, packets = middle_stage(model_of("pixels"), x)
+    found = []
+    for splits in (True, False):
+        stage.module.zero_grad()
+        stage.begin(splits)
+        for m in range(2):
+            held = stage.forward(m, {}, packets)
+            assert (held.apart is not None) == splits
+            roots = [value for value in held.results.values() if value.requires_grad]
+            stage.backward(m, roots, [torch.ones_like(root) for root in roots])
+        inputs = [leaf.grad for leaf in held.leaves.values()]
+        found.append([*inputs, *(weight.grad for weight in stage.module.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
