@@ -30,7 +30,7 @@ from .runtime.launch import WorkerPool
 from .runtime.local import LocalEngine
 from .runtime.program import PipelineSpec, Timeline
 from .runtime.spmd import SpmdEngine, ensure_process_group, share_text
-from .runtime.trials import LEAST_STEPS, Trial
+from .runtime.trials import LEAST_STEPS, try_steps
 from .structure import call_leaves
 
 _SHARE_OF_MEMORY = 0.8  # of what is free, that trials may take
@@ -131,15 +131,19 @@ class Builder:
         self.current, self.target = plans[0], None
         return [(self._split(captured, tensors, plan), plan) for plan in plans]
 
-    def settle(self, trial: Trial | None, problem: Exception | None = None) -> tuple[int, Plan]:
-        """Take the contender that was fastest, or the one that was predicted to be if the trial met a problem."""
+    def try_out(self, steps: Sequence[Callable[[], None]]) -> tuple[int, Plan]:
+        """Take the contender whose steps are fastest."""
         choice, contenders = self._undecided
-        if trial is None:
-            taken, plan = 0, choice.predicted(f"not tried: {type(problem).__name__}: {problem}")
-        else:
-            taken, plan = choice.settled(contenders, trial.step_s, trial.n_steps)
-        self.current = plan
-        return taken, plan
+        with shown_progress() as progress:
+            trial = try_steps(steps, self.trial_s, progress)
+        taken, self.current = choice.settled(contenders, trial.step_s, trial.n_steps)
+        return taken, self.current
+
+    def without_trial(self, problem: Exception) -> tuple[int, Plan]:
+        """Take the contender that is predicted to be fastest."""
+        choice, _ = self._undecided
+        self.current = choice.predicted(f"not tried: {type(problem).__name__}: {problem}")
+        return 0, self.current
 
     def replan(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], measure: Callable[[], Timeline], gain: float

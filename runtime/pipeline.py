@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ..errors import ConstraintError, ShapeError, StagecutError, StageError
-from ..progress import shown_progress
 from ..structure import flatten, unflatten
 from .attach import Pending, attach
 from .batch import (
@@ -31,7 +30,6 @@ from .program import PipelineSpec, Timeline
 from .program.timeline import Span
 from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepRequest
 from .results import EvalResult, Profile, StepResult
-from .trials import Trial, try_steps
 from .verify import VerifyReport, compare, gradients_of, preserved, reference_step, whole
 
 
@@ -39,18 +37,20 @@ class Build(Protocol):
     """Capture, plan and cut the model for the arguments of a first call.
 
     ``target`` is an example of what the loss compares with, where there is one; ``can_step`` says whether it and the
-    arguments make a training step; ``trial_s`` is how long contenders may be tried.
+    arguments make a training step.
     """
 
     target: Any
     can_step: bool
-    trial_s: float
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[tuple[PipelineSpec, Any]]:
         """Return what to launch, and the plan that it came from; several where they are to be tried."""
 
-    def settle(self, trial: Trial | None, problem: Exception | None = None) -> tuple[int, Any]:
-        """Return which of several to launch, and its plan, by their trial, or without one if it met a problem."""
+    def try_out(self, steps: Sequence[Callable[[], None]]) -> tuple[int, Any]:
+        """Return which of several to launch, and its plan, by running a step of each in turn."""
+
+    def without_trial(self, problem: Exception) -> tuple[int, Any]:
+        """Return which of several to launch, and its plan, where running them met a problem."""
 
     def replan(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], measure: Callable[[], Timeline], gain: float
@@ -294,18 +294,18 @@ class Pipeline(nn.Module):
             self._step(args, kwargs, target, profile=False)
 
         try:
-            with preserved(self.model), shown_progress() as progress:
+            with preserved(self.model):
                 for spec, _ in contenders:
                     engines.append(self._launch(spec))
                 steps = [partial(step, spec, engine) for (spec, _), engine in zip(contenders, engines)]
-                taken, plan = self._build.settle(try_steps(steps, self._build.trial_s, progress))
+                taken, plan = self._build.try_out(steps)
         except Exception as error:
             warnings.warn(
                 f"stagecut: plans could not be tried, the one predicted to be fastest is taken: "
                 f"{type(error).__name__}: {error}",
                 stacklevel=2,
             )
-            taken, plan = self._build.settle(None, error)
+            taken, plan = self._build.without_trial(error)
         finally:
             self._spec = self._engine = self._broken = None
             for engine in engines:

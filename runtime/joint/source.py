@@ -29,7 +29,7 @@ def function_of(
     the values that ``sunk`` names, each as soon as it is there, under the numbers that ``sunk`` has for it.
     """
     writer, body, sunk = _Writer(owner), list(nodes), sunk or {}
-    lines = [f"    {', '.join([*takes, '*_'])} = values", "    values.clear()"]
+    lines = [f"    [{', '.join(takes)}] = values", "    values.clear()"]
     lines += [f"    sink.add({number}, {name})" for name in takes for number in sunk.get(name, ())]
     last = _last_uses(takes, body, gives)
     for node in body:

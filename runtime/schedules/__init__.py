@@ -22,8 +22,9 @@ SCHEDULES: dict[str, Callable[[Layout, int], Orders]] = {
     "forward-only": forward_only,
     "backward-only": backward_only,
 }
-TRAINING_SCHEDULES = ("1f1b", "fill-drain", "eager-1f1b", "zb-h1", "zb-h2")
+WHOLE_SCHEDULES = ("1f1b", "fill-drain", "eager-1f1b")
 IN_COLUMNS = ("zb-h1", "zb-h2")  # these want as many replicas of every stage
+TRAINING_SCHEDULES = (*WHOLE_SCHEDULES, *IN_COLUMNS)
 
 
 def schedule(name: str, layout: Layout, n_microbatches: int) -> Orders:
@@ -43,6 +44,7 @@ __all__ = [
     "IN_COLUMNS",
     "SCHEDULES",
     "TRAINING_SCHEDULES",
+    "WHOLE_SCHEDULES",
     "Orders",
     "backward_only",
     "eager_1f1b",

@@ -75,6 +75,8 @@ def _in_vee(name: str, order: Callable[[int, int, int], list[tuple[str, int, int
 def _by_column(name: str, layout: Layout, n_microbatches: int, order_of: OrderOf) -> Orders:
     orders: list[tuple[Action, ...]] = [()] * layout.n_workers
     for column in columns(name, layout, n_microbatches):
+        if not column.microbatches:
+            continue  # a batch of fewer rows than replicas
         least = FAMILIES[name].least(len(column.workers))
         if len(column.microbatches) < least:
             n_columns = layout.n_replicas

@@ -14,7 +14,7 @@ from stagecut.partitioner.cluster import Link
 from stagecut.partitioner.simulate import StepCosts, simulate
 from stagecut.runtime.instructions import Instruction, Layout, Op
 from stagecut.runtime.program import Program, Span, Timeline, lower
-from stagecut.runtime.schedules import TRAINING_SCHEDULES, schedule
+from stagecut.runtime.schedules import WHOLE_SCHEDULES, schedule
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
 FREE_LINK = Link(0.0, float("inf"), "none")
@@ -38,7 +38,7 @@ def uniform(p: int, forward_s: float, backward_s: float, link: Link = FREE_LINK,
     return StepCosts((forward_s,) * p, (backward_s,) * p, packets, link)
 
 
-@pytest.mark.parametrize("name", TRAINING_SCHEDULES)
+@pytest.mark.parametrize("name", WHOLE_SCHEDULES)
 @pytest.mark.parametrize(("p", "m"), [(1, 1), (1, 5), (2, 1), (2, 6), (4, 3), (4, 8)])
 def test_equal_stages_take_one_slot_per_microbatch_and_one_per_further_stage(name: str, p: int, m: int) -> None:
     timeline = simulate(program_of(name, chain(*[1] * p), m), uniform(p, 0.25, 0.75))
@@ -123,7 +123,7 @@ def problems(draw: st.DrawFn) -> tuple[Program, StepCosts]:
     replicas = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
     p = len(replicas)
     skips = tuple((a, b) for a in range(p) for b in range(a + 2, p) if draw(st.booleans()))
-    name = draw(st.sampled_from(TRAINING_SCHEDULES))
+    name = draw(st.sampled_from(WHOLE_SCHEDULES))
     program = program_of(name, chain(*replicas, skips=skips), draw(st.integers(1, 6)))
     costs = StepCosts(
         tuple(draw(seconds) for _ in range(p)),
