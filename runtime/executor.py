@@ -59,7 +59,7 @@ class Executor:
         for s, stage in self.stages.items():
             stage.held = held[s]
             stage.seed.base = request.seed
-            stage.begin(splits=self._count(s, Op.BACKWARD_WEIGHT) > 0)
+            stage.begin(self._count(s, Op.BACKWARD_WEIGHT) > 0, request.kind == TRAIN)
         if request.kind == FORWARD:
             self._calls[request.call] = held
         self.transport.begin([i for i in instructions if i.op in RECEIVES], request.signature)

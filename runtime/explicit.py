@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,11 @@ from ..structure import Structure, flatten, unflatten
 from .joint import Part, Parts, Untraceable, cut, trace
 from .program.recordable import why_not_call, why_not_module, why_not_node
 from .seeding import MethodCall, Seed, Seeded
-from .sinks import Only, Sink
+from .sinks import Accumulate, Arm, Only, Sink, ThroughAutograd, finish, has_hooks
+
+_STEPS_BEFORE = 2  # that a signature comes up in, before it is recorded for steps that do not split backwards
+_MOST_RECORDED = 16
+_MOST_SEEN = 1024
 
 
 @dataclass
@@ -49,34 +53,107 @@ class _Recorded:
     autocast: tuple[str, torch.dtype] | None
 
 
-@dataclass
-class Recorder:
-    """Records a stage's module once per signature of its arguments."""
+class Explicit:
+    """The explicit parts of one stage, recorded once per signature of its arguments.
 
-    seed: Seed
-    known: dict[Any, _Recorded | Untraceable] = field(default_factory=dict)
+    A step that computes input and weight gradients apart records what it meets at once. One that does not records what
+    has come up in a few steps: explicit graphs do the same work as autograd, with less to do per op, and put weight
+    gradients where they belong without a copy; but recording takes as long as some steps.
 
-    def parts_for(self, module: fx.GraphModule, values: Sequence[Any], state: Any) -> _Recorded:
+    Attributes:
+        slots: by id of a parameter, where its gradient belongs.
+        why_not: why the latest forward was not recorded, if it was to be.
+    """
+
+    def __init__(self, seed: Seed) -> None:
+        self.seed = seed
+        self.slots: dict[int, torch.Tensor] = {}
+        self.why_not: str | None = None
+        self._known: dict[Any, _Recorded | Untraceable] = {}
+        self._seen: dict[Any, list[int]] = {}
+        self._n_steps = 0
+        self._wanted = False
+        self._at_once = False
+        self._has_hooks = False
+        self._weights: list[torch.Tensor] = []
+        self._places: list[torch.Tensor | None] = []
+        self._modes: tuple[bool, ...] = ()
+        self._state: Any = None
+
+    def look_at(self, module: fx.GraphModule) -> None:
+        """Note what of the stage's modules may have changed."""
+        self._weights = list(state_of(module).values())
+        self._places = [self.slots.get(id(weight)) for weight in self._weights]
+        self._modes = tuple(inner.training for inner in module.modules())
+
+    def begin(self, splits: bool, steady: bool) -> None:
+        """Prepare for a step: one that ``splits`` backwards, or one like many others to come (``steady``)."""
+        self._n_steps += 1
+        self._at_once, self._wanted, self.why_not = splits, splits or steady, None
+        if self._wanted:
+            self._has_hooks = not self.slots and has_hooks(self._weights)
+            self._state = (self._modes, tuple(weight.requires_grad for weight in self._weights))
+
+    def forward(self, module: fx.GraphModule, values: Sequence[Any]) -> tuple[dict[str, Any], Apart] | None:
+        """Compute the results of ``module``, and what its backward needs; None where autograd is to do it."""
+        if not self._wanted or not torch.is_grad_enabled():
+            return None
+        try:
+            recorded = self._parts_for(module, values)
+        except Untraceable as reason:
+            self.why_not = str(reason) if self._at_once else None
+            return None
+        return None if recorded is None else run_forward(recorded, self._weights, values)
+
+    def backward(
+        self, apart: Apart, roots: list[torch.Tensor], gradients: list[torch.Tensor | None], arm: Arm | None
+    ) -> None:
+        """Do what both parts do, at once."""
+        sink = self._sink(arm)
+        _give_inputs(apart, _run(apart, apart.parts.backward, _tangents(apart, roots, gradients), sink))
+        finish(sink, arm)
+
+    def backward_weight(self, apart: Apart, arm: Arm | None) -> None:
+        """Give the weights what :func:`run_backward_input` left."""
+        sink = self._sink(arm)
+        _run(apart, apart.parts.backward_weight, [], sink)
+        finish(sink, arm)
+
+    def _sink(self, arm: Arm | None) -> Sink:
+        if arm is not None or self._has_hooks:
+            return ThroughAutograd(self._weights)
+        return Accumulate(self._weights, self._places)
+
+    def _parts_for(self, module: fx.GraphModule, values: Sequence[Any]) -> _Recorded | None:
         """Return the parts of ``module`` for arguments like ``values`` and the autocast region that is open.
-
-        ``state`` stands for its modes and parameters.
 
         Raises:
             Untraceable: the module cannot be recorded; asked again, the same.
         """
         leaves, structure = flatten(list(values))
         autocast = _autocast_of(leaves)
-        key = (id(module), state, autocast, repr(structure), tuple(map(_signature, leaves)))
-        found = self.known.get(key)
+        key = (id(module), self._state, autocast, repr(structure), tuple(map(_signature, leaves)))
+        found = self._known.get(key)
         if found is None:
+            if not self._at_once and not self._is_worth_it(key):
+                return None
             try:
                 found = self._record(module, leaves, structure, autocast)
             except Untraceable as error:
                 found = error
-            self.known[key] = found
+            self._known[key] = found
         if isinstance(found, Untraceable):
             raise found
         return found
+
+    def _is_worth_it(self, key: Any) -> bool:
+        """Say whether a signature has come up in some steps, and is not one of many."""
+        if len(self._known) >= _MOST_RECORDED or (key not in self._seen and len(self._seen) >= _MOST_SEEN):
+            return False
+        count = self._seen.setdefault(key, [0, 0])
+        if count[1] != self._n_steps:
+            count[:] = [count[0] + 1, self._n_steps]
+        return count[0] > _STEPS_BEFORE
 
     def _record(
         self,
@@ -145,18 +222,6 @@ def run_backward_input(apart: Apart, roots: Sequence[torch.Tensor], gradients: S
     found = _run(apart, apart.parts.backward_input, _tangents(apart, roots, gradients))
     _give_inputs(apart, found)
     apart.saved = found[len(apart.parts.input_gradients) :]
-
-
-def run_backward_weight(apart: Apart, sink: Sink) -> None:
-    """Give the sink what this microbatch adds to the weights."""
-    _run(apart, apart.parts.backward_weight, [], sink)
-
-
-def run_backward(
-    apart: Apart, roots: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], sink: Sink
-) -> None:
-    """Do what both parts do, at once."""
-    _give_inputs(apart, _run(apart, apart.parts.backward, _tangents(apart, roots, gradients), sink))
 
 
 def _run(apart: Apart, part: Part, tangents: list[torch.Tensor], sink: Sink | None = None) -> list[Any]:

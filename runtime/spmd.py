@@ -102,7 +102,7 @@ class SpmdEngine:
         self._compare_fingerprints()
         self._take_over_state()
         own = [s for s, owners in enumerate(layout.workers) if self._worker in owners]
-        stages = {s: StageRuntime(spec.stages[s], self._device, loss_fn) for s in own}
+        stages = {s: StageRuntime(spec.stages[s], self._device, loss_fn, steady=True) for s in own}
         transport = DistTransport(self._group, tuple(range(layout.n_workers)), layout.n_stages)
         self._executor = Executor(self._worker, layout, stages, transport, self._reducers(stages))
         self._ties = self._tie_groups()

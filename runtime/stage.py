@@ -12,13 +12,12 @@ from torch import fx, nn
 
 from ..errors import ShapeError
 from ..structure import flatten, map_leaves, unflatten
-from .explicit import Apart, Recorder, run_backward, run_backward_input, run_backward_weight, run_forward, state_of
-from .joint import Untraceable
+from .explicit import Apart, Explicit, run_backward_input
 from .program.calls import Folded
 from .program.specs import NodeRecord, NodeRef, StageSpec
 from .recompute import recomputed
 from .seeding import MethodCall, Seed, Seeded
-from .sinks import Accumulate, Arm, Sink, ThroughAutograd, finish, has_hooks
+from .sinks import Arm
 
 
 def build_module(
@@ -138,10 +137,13 @@ class StageRuntime:
     """One stage on one worker.
 
     ``loss_fn`` is called as ``loss_fn(output, target)`` on the last stage; without one the model's own loss is taken
-    from its result (a 0-dim tensor, or ``result.loss`` / ``result["loss"]``).
+    from its result (a 0-dim tensor, or ``result.loss`` / ``result["loss"]``). With ``steady`` training steps that come
+    up again and again are recorded (see :class:`Explicit`).
     """
 
-    def __init__(self, spec: StageSpec, device: torch.device, loss_fn: Callable[..., Any] | None) -> None:
+    def __init__(
+        self, spec: StageSpec, device: torch.device, loss_fn: Callable[..., Any] | None, steady: bool = False
+    ) -> None:
         self.spec = spec
         self.device = device
         self.loss_fn = loss_fn
@@ -151,31 +153,23 @@ class StageRuntime:
         self._modes = (True,) * len(self._deciding)
         self._variants: dict[tuple[bool, ...], fx.GraphModule] = {self._modes: self.module}
         self.held: dict[int, Held] = {}
-        self.whole_because: str | None = None
-        self._splits = False
-        self._recorder = Recorder(self.seed)
-        self.slots: dict[int, torch.Tensor] = {}  # by id of a parameter: where its gradient belongs
-        self._slots: list[torch.Tensor | None] = []
-        self._has_hooks = False
+        self.steady = steady
+        self.explicit = Explicit(self.seed)
         self._changed = True  # since begin() last looked at the modules
-        self._leaf_modes: tuple[bool, ...] = ()
-        self._weights: list[torch.Tensor] = []
-        self._state: tuple[Any, ...] = ()
 
-    def begin(self, splits: bool) -> None:
-        """Prepare for a step whose program computes input and weight gradients apart, or does not."""
-        self._splits = splits
-        self.whole_because = None
-        if not splits:
-            return
+    @property
+    def whole_because(self) -> str | None:
+        """Say why a backward of this step ran whole that was to run in two parts, if one did."""
+        return self.explicit.why_not
+
+    def begin(self, splits: bool, trains: bool) -> None:
+        """Prepare for a step that ``trains`` or not, whose program computes input and weight gradients apart or not."""
         if self._changed:
-            module = self._variant()
-            self._weights = list(state_of(module).values())
-            self._slots = [self.slots.get(id(weight)) for weight in self._weights]
-            self._leaf_modes = tuple(inner.training for inner in module.modules())
+            self.explicit.look_at(self._variant())
             self._changed = False
-        self._has_hooks = not self.slots and has_hooks(self._weights)
-        self._state = (self._leaf_modes, tuple(weight.requires_grad for weight in self._weights))
+        self.explicit.begin(splits, trains and self.steady)
+        if splits and self.spec.recompute:
+            self.explicit.why_not = "it computes its activations again"
 
     def forward(self, m: int, graph_inputs: dict[str, Any], packets: dict[str, tuple[Any, bool]]) -> Held:
         """Compute microbatch ``m``: ``packets`` holds (value, gradient wanted) for each incoming wire value."""
@@ -196,16 +190,8 @@ class StageRuntime:
     def _compute(self, m: int, values: list[Any]) -> tuple[dict[str, Any], Apart | None]:
         module = self._variant()
         if self.spec.recompute and torch.is_grad_enabled():
-            self.whole_because = "it computes its activations again" if self._splits else None
             return recomputed(module, self.seed, m, values), None
-        if self._splits and torch.is_grad_enabled():
-            try:
-                recorded = self._recorder.parts_for(module, values, self._state)
-            except Untraceable as reason:
-                self.whole_because = str(reason)
-            else:
-                return run_forward(recorded, self._weights, values)
-        return module.forward(*values), None
+        return self.explicit.forward(module, values) or (module.forward(*values), None)
 
     def _variant(self) -> fx.GraphModule:
         """Choose the ops that run in the present modes; all variants share the stage's modules."""
@@ -245,9 +231,7 @@ class StageRuntime:
         """
         apart = self.held[m].apart
         if apart is not None:
-            sink = self._sink(arm)
-            run_backward(apart, roots, gradients, sink)
-            finish(sink, arm)
+            self.explicit.backward(apart, roots, gradients, arm)
             return
         if arm is not None:
             arm(roots)
@@ -267,14 +251,7 @@ class StageRuntime:
         """Add to the stage's parameters what :meth:`backward_input` left out of microbatch ``m``."""
         apart = self.held[m].apart
         if apart is not None:
-            sink = self._sink(arm)
-            run_backward_weight(apart, sink)
-            finish(sink, arm)
-
-    def _sink(self, arm: Arm | None) -> Sink:
-        if arm is not None or self._has_hooks:
-            return ThroughAutograd(self._weights)
-        return Accumulate(self._weights, self._slots)
+            self.explicit.backward_weight(apart, arm)
 
     def input_gradients(self, m: int, producer: int) -> list[Any]:
         """Return the gradients for the packet that came from stage ``producer``, None where there is none."""

@@ -118,11 +118,13 @@ class _Server:
         if setup.torchvision:
             import_torchvision()
         specs, loss_fn = loads(setup.payload, self.state)
-        self.stages = {spec.index: StageRuntime(spec, torch.device(setup.device), loss_fn) for spec in specs}
+        self.stages = {
+            spec.index: StageRuntime(spec, torch.device(setup.device), loss_fn, steady=True) for spec in specs
+        }
         own = {name: self.arena.view(gradient_slot(setup.worker, name)) for name in setup.gradients}
         self.gradients = GradientSlots({name: self.state[name] for name in own}, own)
         for stage in self.stages.values():
-            stage.slots = {id(self.state[name]): slot for name, slot in own.items()}
+            stage.explicit.slots = {id(self.state[name]): slot for name, slot in own.items()}
         self.programs: dict[tuple[str, int], tuple[Instruction, ...]] = {}
         self._join(specs)
 

@@ -274,7 +274,7 @@ def test_input_gradients_release_what_weight_gradients_do_not_need() -> None:
     torch.manual_seed(0)
     layers = [layer for _ in range(6) for layer in (nn.Linear(6, 6), nn.GELU())]
     stage, packets = middle_stage(nn.Sequential(*layers).double(), x)
-    stage.begin(splits=True)
+    stage.begin(splits=True, trains=True)
     held = stage.forward(0, {}, packets)
     assert held.apart is not None
     saved = {value.data_ptr(): weakref.ref(value) for value in held.apart.saved if value.dim() == 2}
@@ -293,7 +293,7 @@ def test_input_gradients_release_what_weight_gradients_do_not_need() -> None:
     assert held.apart.saved == []
     given = [weight.grad.clone() for weight in stage.module.parameters()]
     stage.module.zero_grad()
-    stage.begin(splits=False)
+    stage.begin(splits=False, trains=True)
     held = stage.forward(0, {}, packets)
     roots = [value for value in held.results.values() if value.requires_grad]
     stage.backward(0, roots, [torch.ones_like(root) for root in roots])
@@ -307,7 +307,7 @@ def test_a_backward_as_a_whole_of_a_recorded_stage_is_the_sum_of_its_parts() -> 
     found = []
     for splits in (True, False):
         stage.module.zero_grad()
-        stage.begin(splits)
+        stage.begin(splits, trains=True)
         for m in range(2):
             held = stage.forward(m, {}, packets)
             assert (held.apart is not None) == splits
