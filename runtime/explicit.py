@@ -8,6 +8,7 @@ graphs that were cut beforehand (joint/) do the work of one.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,7 @@ class Explicit:
         self.seed = seed
         self.slots: dict[int, torch.Tensor] = {}
         self.why_not: str | None = None
-        self._known: dict[Any, _Recorded | Untraceable] = {}
+        self._known: dict[Any, _Recorded | str] = {}  # or why there is none
         self._seen: dict[Any, list[int]] = {}
         self._n_steps = 0
         self._wanted = False
@@ -140,10 +141,10 @@ class Explicit:
             try:
                 found = self._record(module, leaves, structure, autocast)
             except Untraceable as error:
-                found = error
+                found = str(error)
             self._known[key] = found
-        if isinstance(found, Untraceable):
-            raise found
+        if isinstance(found, str):
+            raise Untraceable(found)
         return found
 
     def _is_worth_it(self, key: Any) -> bool:
@@ -298,7 +299,16 @@ def _signature(leaf: Any) -> Any:
 
 
 def _refuse_shared_memory(leaves: Sequence[Any]) -> None:
-    """Refuse arguments that may be two views of one memory: a change in place of one would be one of the other."""
-    places = [leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.numel()]
-    if len(set(places)) < len(places):
-        raise Untraceable("two of its inputs share memory")
+    """Refuse arguments that overlap in memory: a change in place of one would be one of the other.
+
+    The values of one packet lie beside each other in one storage, which is no overlap.
+    """
+    extents = sorted(map(_extent, (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.numel())))
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(extents)):
+        raise Untraceable("two of its inputs overlap in memory")
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return where a tensor's first element begins and its last one ends."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

@@ -18,6 +18,8 @@ from stagecut.building import tensors_of
 from stagecut.partitioner.analysis import analyse
 from stagecut.partitioner.planner import random_ops
 from stagecut.partitioner.split import split
+from stagecut.runtime.explicit import _refuse_shared_memory
+from stagecut.runtime.joint import Untraceable
 from stagecut.runtime.stage import StageRuntime
 
 
@@ -89,6 +91,15 @@ class Random(nn.Module):
         return F.dropout(self.own(x), 0.3) + torch.randn_like(x) * 0.1
 
 
+class Skipping(nn.Module):
+    """More than one value on the wire, one of them of integers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        picked = x.detach().argsort(1)
+        y = torch.tanh(x) * 2
+        return (y + x.sin()).gather(1, picked)
+
+
 class Scaled(nn.Module):
     """Views that are not contiguous, a constant, and a buffer that the forward changes."""
 
@@ -111,6 +122,7 @@ MIDDLES: dict[str, Callable[[], nn.Module]] = {
     "added": Added,
     "random": Random,
     "scaled": Scaled,
+    "skipping": Skipping,
 }
 
 
@@ -170,6 +182,33 @@ def test_worker_processes_split_backwards_too_with_replicas() -> None:
     with stagecut.compile(model_of("scaled"), [["cpu", "cpu"], ["cpu", "cpu"]], **wishes) as pm:
         assert pm.verify(x, target=y).worst <= 1e-10
         pm.step(x[:3], target=y[:3])
+        assert pm.verify(x, target=y).worst <= 1e-10
+
+
+def test_values_of_one_packet_do_not_overlap_and_views_of_one_tensor_do() -> None:
+    torch.manual_seed(0)
+    packet = torch.zeros(20)
+    _refuse_shared_memory([packet[:10].view(2, 5), 3, packet[10:], torch.zeros(4), torch.zeros(0)])
+    with pytest.raises(Untraceable, match="two of its inputs overlap in memory"):
+        _refuse_shared_memory([packet[:11], packet[10:]])
+
+
+def test_a_stage_that_cannot_be_recorded_keeps_nothing_of_earlier_steps() -> None:
+    x, y = batch()
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), Branching(), nn.Linear(6, 3)).double()
+    with compiled(model, "1f1b") as pm:
+        pm.prepare(x)
+        stages = stages_of(pm)
+        for stage in stages:
+            stage.steady = True
+        for _ in range(4):
+            pm.step(x, target=y)
+        gc.collect()
+        alive = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        for _ in range(4):
+            pm.step(x, target=y)
+        gc.collect()
+        assert sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()) <= alive
         assert pm.verify(x, target=y).worst <= 1e-10
 
 
