@@ -2,7 +2,7 @@
 
 All plans are made before anything runs. Then come several sittings: costs are measured afresh, every plan's step is
 predicted from them, and the configurations run a few steps each. A prediction is compared with the steps of its own
-sitting, since a shared machine is faster now and slower then. Run on an otherwise idle machine:
+sitting, since a shared machine is faster now and slower then; who begins changes from turn to turn. Run on an otherwise idle machine:
 
     python benchmarks/prediction.py
 
@@ -22,9 +22,10 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 CHOSEN = "the planner's choice"
+TURNS = 2  # that each has in a sitting
 LOSSES = {"transformer": next_token_loss}
 
 
@@ -198,16 +200,17 @@ def run(name: str, sittings: int, steps: int) -> Found:
     }
     predicted: dict[str, list[float]] = {what: [] for what in plans}
     times: dict[str, list[list[float]]] = {what: [] for what in plans}
-    for _ in range(sittings):
+    contenders: dict[str, Callable[[], float]] = {what: partial(timed_step, pm, x, y) for what, pm in pipelines.items()}
+    contenders |= {what: rival.step for what, rival in rivals.items()}
+    for sitting in range(sittings):
         for what, seconds in predictor.measure().items():
             predicted[what].append(seconds)
-            times[what].append([])
-        for what, pm in pipelines.items():
-            timed_step(pm, x, y)  # its memory was not used for a while
-            times[what][-1].extend(timed_step(pm, x, y) for _ in range(steps))
-        for what, rival in rivals.items():
-            rival.step()
-            times.setdefault(what, []).append([rival.step() for _ in range(steps)])
+        for what in contenders:
+            times.setdefault(what, []).append([])
+        for turn in range(TURNS):
+            for what in rotated(list(contenders), TURNS * sitting + turn):
+                contenders[what]()  # its memory was not used for a while
+                times[what][-1].extend(contenders[what]() for _ in range(steps))
     rows = []
     for what, plan in plans.items():
         medians = [statistics.median(sitting) for sitting in times[what]]
@@ -229,6 +232,12 @@ def run(name: str, sittings: int, steps: int) -> Found:
         pm.close()
     plain_s = {what: statistics.median(map(statistics.median, times[what])) for what in rivals}
     return Found(rows, chosen, choice, plain_s)
+
+
+def rotated(names: list[str], by: int) -> list[str]:
+    """Begin with another name each time, so that nobody always comes after the same one."""
+    by = 3 * by % len(names)
+    return names[by:] + names[:by]
 
 
 def choice_line(name: str, found: Found, measured: dict[str, float]) -> str:
@@ -278,7 +287,7 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sittings", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="of each configuration in a sitting")
+    parser.add_argument("--steps", type=int, default=3, help="of each configuration in a turn; a sitting has two")
     parser.add_argument("--model", action="append", choices=["transformer", "resnet50", "mlp"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
