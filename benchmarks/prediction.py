@@ -1,15 +1,18 @@
 """Predicted against measured: step time and peak memory of several configurations of several models.
 
 All plans are made before anything runs. Then come several sittings: costs are measured afresh, every plan's step is
-predicted from them, and the configurations run a few steps each. A prediction is compared with the steps of its own
-sitting, since a shared machine is faster now and slower then; who begins changes from turn to turn. Run on an otherwise idle machine:
+predicted from them, and the configurations run a few steps each, in turns that each begin with another. A prediction is
+compared with the steps of its own sitting, since a shared machine is faster now and slower then. Run on an otherwise
+idle machine:
 
     python benchmarks/prediction.py
+    python benchmarks/prediction.py --families
 
 The table has the median step of each configuration beside its prediction, and the peak resident memory of its workers
 beside what the plan says. The lines above it have the choice that ``stagecut.compile`` makes (trials included, where
 predictions are too close to tell) against the best of all: the configurations, one process of plain PyTorch with two
-threads, and DistributedDataParallel over two processes with one thread each.
+threads, and DistributedDataParallel over two processes with one thread each. With ``--families`` the configurations are
+two stages under every schedule that runs.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from stagecut.partitioner.describe import describe
 from stagecut.partitioner.loss import Loss
 from stagecut.partitioner.plan import Plan
 from stagecut.partitioner.pricing import Pricer
+from stagecut.runtime.schedules import TRAINING_SCHEDULES
 from stagecut.vision_compat import import_torchvision
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -51,8 +55,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "2 stages, 1f1b": {"devices": ["cpu", "cpu"], "replicas": 1, "schedule": "1f1b", "microbatches": 4},
     "2 stages x 2 replicas": {"devices": ["cpu"] * 4, "replicas": 2, "schedule": "1f1b", "microbatches": 2},
 }
-
-
+FAMILIES: dict[str, dict[str, Any]] = {
+    f"2 stages, {name}": {"devices": ["cpu", "cpu"], "replicas": 1, "schedule": name, "microbatches": 4}
+    for name in TRAINING_SCHEDULES
+}
 CHOSEN = "the planner's choice"
 TURNS = 2  # that each has in a sitting
 LOSSES = {"transformer": next_token_loss}
@@ -175,7 +181,7 @@ def same_configuration(a: Plan, b: Plan) -> bool:
     return devices and recompute and one_way and (a.n_microbatches, a.n_threads) == (b.n_microbatches, b.n_threads)
 
 
-def run(name: str, sittings: int, steps: int) -> Found:
+def run(name: str, sittings: int, steps: int, configurations: dict[str, dict[str, Any]]) -> Found:
     """Plan all configurations of a model; then, several times, measure costs, predict, and run each in turn."""
     model, x, y = models()[name]
     loss_fn = LOSSES.get(name, F.cross_entropy)
@@ -184,7 +190,7 @@ def run(name: str, sittings: int, steps: int) -> Found:
     with tempfile.TemporaryDirectory() as folder, environment(STAGECUT_CACHE=folder):
         with stagecut.compile(copy.deepcopy(model), ["cpu", "cpu"], **example) as pm:
             chosen = pm.plan
-        plans = {what: stagecut.plan(model, **wishes, **example) for what, wishes in CONFIGURATIONS.items()}
+        plans = {what: stagecut.plan(model, **wishes, **example) for what, wishes in configurations.items()}
     choice = next((what for what, plan in plans.items() if same_configuration(plan, chosen)), CHOSEN)
     plans.setdefault(choice, chosen)
     predictor = Predictor(copy.deepcopy(model), x, y, loss_fn, plans)
@@ -289,12 +295,13 @@ def main() -> None:
     parser.add_argument("--sittings", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="of each configuration in a turn; a sitting has two")
     parser.add_argument("--model", action="append", choices=["transformer", "resnet50", "mlp"])
+    parser.add_argument("--families", action="store_true", help="two stages under every schedule that runs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows: list[Row] = []
     for name in options.model or ["transformer", "resnet50", "mlp"]:
-        found = run(name, options.sittings, options.steps)
+        found = run(name, options.sittings, options.steps, FAMILIES if options.families else CONFIGURATIONS)
         rows += found.rows
         measured = {row.configuration: row.measured_s for row in found.rows} | found.plain_s
         print(choice_line(name, found, measured), flush=True)
