@@ -15,6 +15,7 @@ from ..errors import FailureSite
 from ..structure import flatten, map_leaves
 from .instructions import RECEIVES, Instruction, Layout, Op
 from .packets import decode, encode
+from .parts import FILE, OP
 from .program.timeline import Span
 from .replicate import Reducer
 from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepRequest
@@ -259,5 +260,7 @@ def _module_path(trace: TracebackType | None, stage: StageRuntime) -> str | None
             line = linecache.getline(code.co_filename, trace.tb_lineno).strip()
             name = line.split("=", 1)[0].split(":", 1)[0].strip()
             found = paths.get(name, found)
+        elif code.co_filename.startswith(FILE):
+            found = paths.get(linecache.getline(code.co_filename, trace.tb_lineno).strip().partition(OP)[2], found)
         trace = trace.tb_next
     return found or None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from ..structure import Structure, flatten, unflatten
-from .joint import Part, Parts, Untraceable, cut, trace
+from .parts import Part, Parts, Untraceable
 from .program.recordable import why_not_call, why_not_module, why_not_node
 from .seeding import MethodCall, Seed, Seeded
 from .sinks import Accumulate, Arm, Only, Sink, ThroughAutograd, finish, has_hooks
@@ -25,6 +25,7 @@ from .sinks import Accumulate, Arm, Only, Sink, ThroughAutograd, finish, has_hoo
 _STEPS_BEFORE = 2  # that a signature comes up in, before it is recorded for steps that do not split backwards
 _MOST_RECORDED = 16
 _MOST_SEEN = 1024
+_MOST_OPS = 2000  # of a stage that is recorded though its backward is not split: it takes some milliseconds an op
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Explicit:
         self.why_not: str | None = None
         self._known: dict[Any, _Recorded | str] = {}  # or why there is none
         self._seen: dict[Any, list[int]] = {}
-        self._n_steps = 0
+        self._n_steps = self._n_ops = 0
         self._wanted = False
         self._at_once = False
         self._has_hooks = False
@@ -86,6 +87,7 @@ class Explicit:
         self._weights = list(state_of(module).values())
         self._places = [self.slots.get(id(weight)) for weight in self._weights]
         self._modes = tuple(inner.training for inner in module.modules())
+        self._n_ops = len(module.graph.nodes)
 
     def begin(self, splits: bool, steady: bool) -> None:
         """Prepare for a step: one that ``splits`` backwards, or one like many others to come (``steady``)."""
@@ -142,6 +144,8 @@ class Explicit:
                 found = self._record(module, leaves, structure, autocast)
             except Untraceable as error:
                 found = str(error)
+            while len(self._known) >= _MOST_RECORDED:
+                del self._known[next(iter(self._known))]
             self._known[key] = found
         if isinstance(found, str):
             raise Untraceable(found)
@@ -149,7 +153,11 @@ class Explicit:
 
     def _is_worth_it(self, key: Any) -> bool:
         """Say whether a signature has come up in some steps, and is not one of many."""
-        if len(self._known) >= _MOST_RECORDED or (key not in self._seen and len(self._seen) >= _MOST_SEEN):
+        if (
+            self._n_ops > _MOST_OPS
+            or len(self._known) >= _MOST_RECORDED
+            or (key not in self._seen and len(self._seen) >= _MOST_SEEN)
+        ):
             return False
         count = self._seen.setdefault(key, [0, 0])
         if count[1] != self._n_steps:
@@ -163,6 +171,8 @@ class Explicit:
         structure: Structure,
         autocast: tuple[str, torch.dtype] | None,
     ) -> _Recorded:
+        from .joint import cut, trace  # what they import takes longer than all else that a worker imports of torch.fx
+
         why = why_not_stage(module)
         if why is not None:
             raise Untraceable(why)
@@ -170,11 +180,12 @@ class Explicit:
         state = state_of(module)
         made: dict[str, Any] = {}
 
-        def function(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        def function(place: Callable[[str], None], *tensors: torch.Tensor) -> list[torch.Tensor]:
             given = iter(tensors[len(state) :])
             values = unflatten(structure, [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
-            named = dict(zip(state, tensors))
-            results, made["structure"] = flatten(torch.func.functional_call(module, named, tuple(values)))
+            named = {f"module.{name}": tensor for name, tensor in zip(state, tensors)}
+            called = torch.func.functional_call(_Placed(module, place), named, tuple(values))
+            results, made["structure"] = flatten(called)
             made["leaves"] = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in results)
             made["is_tensor"] = tuple(isinstance(leaf, torch.Tensor) for leaf in results)
             return [leaf for leaf in results if isinstance(leaf, torch.Tensor)]
@@ -183,6 +194,24 @@ class Explicit:
         joint = trace(function, tensors, self.seed, autocast)
         parts = cut(joint, len(state))
         return _Recorded(parts, made["structure"], made["leaves"], made["is_tensor"], joint.differentiable, autocast)
+
+
+class _Placed(nn.Module):
+    """A stage's module that tells ``place`` the name of every op before it runs."""
+
+    def __init__(self, module: fx.GraphModule, place: Callable[[str], None]) -> None:
+        super().__init__()
+        self.module, self._place = module, place
+
+    def forward(self, *values: Any) -> Any:
+        place = self._place
+
+        class Placing(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                place(n.name)
+                return super().run_node(n)
+
+        return Placing(self.module).run(*values)
 
 
 def state_of(module: nn.Module) -> dict[str, torch.Tensor]:

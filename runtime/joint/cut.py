@@ -8,45 +8,18 @@ what it was given as soon as it has used it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
+from ..parts import Part, Parts, Untraceable
 from .simplify import simplify
 from .source import function_of
-from .trace import Joint, Untraceable
+from .trace import Joint
 
-Part = Callable[..., list[Any]]
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a joint graph, as functions of lists of tensors, which they empty, to lists of tensors.
-
-    Attributes:
-        forward: from the inputs to ``n_results`` results, followed by what the backward needs.
-        backward_input: from what the backward needs, followed by the tangents, to the gradients of ``input_gradients``,
-            followed by what the weight gradients need.
-        backward_weight: gives the gradients of ``weight_gradients`` to a sink, which it takes besides.
-        backward: from what the backward needs, followed by the tangents, to the gradients of ``input_gradients``, and
-            the others to a sink, which it takes besides.
-        input_gradients, weight_gradients: inputs of the forward, by number.
-        depends: per input that wants a gradient, the tangents that it depends on, by number.
-    """
-
-    forward: Part
-    backward_input: Part
-    backward_weight: Part
-    backward: Part
-    n_results: int
-    input_gradients: tuple[int, ...]
-    weight_gradients: tuple[int, ...]
-    depends: dict[int, frozenset[int]]
 
 
 def cut(joint: Joint, n_weights: int) -> Parts:

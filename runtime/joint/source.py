@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..parts import FILE, OP
+
 _n_files = 0
 
 
@@ -41,7 +43,8 @@ def function_of(
             line = f"    {node.name} = {writer.call(node)}"
             line += "".join(f"; sink.add({number}, {node.name})" for number in numbers)
             done = last[node.name]
-        lines.append(line + "".join(f"; del {name}" for name in done))
+        place = node.meta.get("op")
+        lines.append(line + "".join(f"; del {name}" for name in done) + (f"  {OP}{place}" if place else ""))
     lines.append(f"    return [{', '.join(map(str, gives))}]")
     return writer.compiled(f"def part(values{', sink' if sunk else ''}):\n" + "\n".join(lines) + "\n")
 
@@ -102,7 +105,7 @@ class _Writer:
     def compiled(self, source: str) -> Callable[..., list[Any]]:
         global _n_files
         _n_files += 1
-        file = f"<stagecut part {_n_files}>"
+        file = f"{FILE} {_n_files}>"
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         exec(compile(source, file, "exec"), self.names)
         part: Callable[..., list[Any]] = self.names["part"]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..parts import Untraceable
 from ..seeding import Seed
 
 # An op that does nothing, to mark places in a recording: where random numbers are seeded, and the forward's end.
@@ -22,10 +24,7 @@ _LIBRARY = torch.library.Library("stagecut", "FRAGMENT")  # type: ignore[no-unty
 _LIBRARY.define("mark(int number) -> ()")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("mark", lambda number: None, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _END_OF_FORWARD = -1
-
-
-class Untraceable(Exception):
-    """A function that no joint graph can stand for; the message says why."""
+_SEED, _OP = "seed", "op"  # kinds of marks
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,10 @@ def trace(
     seed: Seed,
     autocast: tuple[str, torch.dtype] | None = None,
 ) -> Joint:
-    """Record ``function(*inputs)``, a sequence of tensors, and the gradients of the inputs that require them.
+    """Record ``function(place, *inputs)``, a sequence of tensors, and the gradients of the inputs that require them.
 
     Args:
+        function: may call ``place(name)`` to say where its following ops come from: they have it as ``meta["op"]``.
         seed: what ``function`` seeds its random numbers by; the graph does the same in the same places.
         autocast: device type and dtype of the autocast region that the function runs in; its backward does not.
 
@@ -64,22 +64,21 @@ def trace(
         Untraceable: it looks at the values of tensors, or does what fake tensors cannot.
     """
     wanted = tuple(index for index, tensor in enumerate(inputs) if tensor.requires_grad)
+    marks: list[tuple[str, str]] = []
+
+    def mark(kind: str, name: str) -> None:
+        marks.append((kind, name))
+        torch.ops.stagecut.mark(len(marks) - 1)
 
     def forward(*given: torch.Tensor) -> Sequence[torch.Tensor]:
         with torch.enable_grad():
             if autocast is None:
-                return function(*given)
+                return function(partial(mark, _OP), *given)
             with torch.autocast(autocast[0], dtype=autocast[1]):
-                return function(*given)
+                return function(partial(mark, _OP), *given)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    names: list[str] = []
-
-    def record_seed(name: str) -> None:
-        names.append(name)
-        torch.ops.stagecut.mark(len(names) - 1)
-
-    seed.recording = record_seed
+    seed.recording = partial(mark, _SEED)
     try:
         with mode:
             shapes = [result.detach() if result.requires_grad else None for result in forward(*_faked(mode, inputs))]
@@ -107,7 +106,7 @@ def trace(
         raise Untraceable(f"{type(error).__name__}: {error}") from error
     finally:
         seed.recording = None
-    n_forward = _resolve_marks(module, names, seed)
+    n_forward = _resolve_marks(module, marks, seed)
     return Joint(module, n_forward, len(inputs), len(shapes), wanted, differentiable)
 
 
@@ -130,19 +129,23 @@ class _SeedFor(torch.nn.Module):
         self._seed.apply(self._name)
 
 
-def _resolve_marks(module: fx.GraphModule, names: Sequence[str], seed: Seed) -> int:
-    """Let the marked places seed random numbers, and return how many nodes come before the end of the forward."""
-    n_forward = 0
-    for place, node in enumerate(list(module.graph.nodes)):
+def _resolve_marks(module: fx.GraphModule, marks: Sequence[tuple[str, str]], seed: Seed) -> int:
+    """Let marked places seed random numbers, note where ops come from, and count the nodes of the forward."""
+    op = last = None
+    for node in list(module.graph.nodes):
         if node.target is not torch.ops.stagecut.mark.default:
+            node.meta["op"] = op
             continue
         number = node.args[0]
-        if number == _END_OF_FORWARD:
-            n_forward = place
-        else:
+        kind, name = marks[number] if number != _END_OF_FORWARD else (None, None)
+        if kind == _SEED:
             path = f"_seed_{number}"
-            setattr(module, path, _SeedFor(seed, names[number]))
+            setattr(module, path, _SeedFor(seed, str(name)))
             with module.graph.inserting_before(node):
                 module.graph.call_module(path)
+        else:
+            op = name
+        if number == _END_OF_FORWARD:
+            last = node.prev
         module.graph.erase_node(node)
-    return n_forward
+    return list(module.graph.nodes).index(last) + 1

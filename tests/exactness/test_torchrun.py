@@ -11,11 +11,14 @@ import pytest
 TIMEOUT_S = 400
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 @pytest.mark.parametrize(("devices", "n_ranks"), [("[['cpu'], ['cpu']]", 2), ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4)])
-def test_ties_replicas_state_and_both_loops(repository: Path, devices: str, n_ranks: int) -> None:
+def test_ties_replicas_state_and_both_loops(repository: Path, devices: str, n_ranks: int, schedule: str) -> None:
     script = str(repository / "tests" / "support" / "torchrun_script.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
-    done = subprocess.run([*torchrun, script, devices], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    done = subprocess.run(
+        [*torchrun, script, devices, schedule], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is exact") == n_ranks
 
@@ -23,7 +26,7 @@ def test_ties_replicas_state_and_both_loops(repository: Path, devices: str, n_ra
 def test_a_wrong_number_of_ranks_says_how_many(repository: Path) -> None:
     script = str(repository / "tests" / "support" / "torchrun_script.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, script, "[['cpu'], ['cpu'], ['cpu']]"]
+    command = [*torchrun, script, "[['cpu'], ['cpu'], ['cpu']]", "1f1b"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode != 0
     assert "the plan has 3 workers and torchrun started 2 ranks" in done.stderr

@@ -19,7 +19,7 @@ from stagecut.partitioner.analysis import analyse
 from stagecut.partitioner.planner import random_ops
 from stagecut.partitioner.split import split
 from stagecut.runtime.explicit import _refuse_shared_memory
-from stagecut.runtime.joint import Untraceable
+from stagecut.runtime.parts import Untraceable
 from stagecut.runtime.stage import StageRuntime
 
 
@@ -210,6 +210,42 @@ def test_a_stage_that_cannot_be_recorded_keeps_nothing_of_earlier_steps() -> Non
         gc.collect()
         assert sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()) <= alive
         assert pm.verify(x, target=y).worst <= 1e-10
+
+
+@pytest.mark.parametrize("devices", [[["cpu"], ["cpu"]], [["cpu", "cpu"], ["cpu"]]])
+def test_steps_that_come_up_again_are_recorded_and_stay_exact(devices: list[list[str]]) -> None:
+    x, y = batch(12)
+    model = model_of("pixels")
+    model[0].weight.requires_grad_(False)
+    wishes: Any = {"loss_fn": F.cross_entropy, "schedule": "1f1b", "microbatches": 2, "costs": "analytic"}
+    with stagecut.compile(model, devices, **wishes) as pm:
+        for _ in range(5):
+            assert pm.verify(x, target=y).worst <= 1e-10
+        pm.step(x, target=y)
+        before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        pm.step(x, target=y)  # adds to what is there
+        for name, gradient in before.items():
+            torch.testing.assert_close(model.get_parameter(name).grad, 2 * gradient, rtol=1e-9, atol=1e-12, msg=name)
+        assert model[0].weight.grad is None
+
+
+class Embedded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(4, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.table(tokens)))
+
+
+def test_an_error_in_a_recorded_op_names_its_module() -> None:
+    model = Embedded().double()
+    x, y = torch.arange(6) % 4, torch.arange(6) % 3
+    with compiled(model, microbatches=2) as pm:
+        pm.step(x, target=y)
+        with pytest.raises(IndexError) as caught:
+            pm.step(x + 1, target=y)
+        assert "module table" in str(caught.value.stagecut)
 
 
 class Branching(nn.Module):
