@@ -16,7 +16,7 @@ from .wording import count
 if TYPE_CHECKING:
     from ..runtime.program import Timeline
 
-FORMAT = 3
+FORMAT = 4
 # glibc's heap after some steps, over what was in use of it at its fullest (there are holes between blocks of other
 # sizes): mallinfo2 said 1.46 for ResNet-50 and 1.40 for a transformer.
 _HEAP = 1.44
