@@ -30,7 +30,12 @@ def function_of(
     ``owner`` has the modules and tensors that nodes name. With ``sunk``, the function takes a sink too, and gives it
     the values that ``sunk`` names, each as soon as it is there, under the numbers that ``sunk`` has for it.
     """
-    writer, body, sunk = _Writer(owner), list(nodes), sunk or {}
+    writer, body, head = (
+        _Writer(owner),
+        list(nodes),
+        "def part(values):\n" if sunk is None else "def part(values, sink):\n",
+    )
+    sunk = sunk or {}
     lines = [f"    [{', '.join(takes)}] = values", "    values.clear()"]
     lines += [f"    sink.add({number}, {name})" for name in takes for number in sunk.get(name, ())]
     last = _last_uses(takes, body, gives)
@@ -46,7 +51,7 @@ def function_of(
         place = node.meta.get("op")
         lines.append(line + "".join(f"; del {name}" for name in done) + (f"  {OP}{place}" if place else ""))
     lines.append(f"    return [{', '.join(map(str, gives))}]")
-    return writer.compiled(f"def part(values{', sink' if sunk else ''}):\n" + "\n".join(lines) + "\n")
+    return writer.compiled(head + "\n".join(lines) + "\n")
 
 
 def _is_only_sunk_product(node: fx.Node) -> bool:

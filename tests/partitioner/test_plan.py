@@ -140,7 +140,7 @@ REFUSALS: dict[str, tuple[Any, str, str]] = {
     "older format": (changed(("format",), 0), "$.format", f"reads format {FORMAT}, got 0"),
     "no format": (without(("format",)), "$.format", "got None"),
     "format in words": (changed(("format",), "one"), "$.format", "got 'one'"),
-    "format is true": (changed(("format",), True), "$.format", "reads format 3, got True"),
+    "format is true": (changed(("format",), True), "$.format", f"reads format {FORMAT}, got True"),
     "no stages": (changed(("stages",), []), "$.stages", "at least one stage"),
     "gap in stages": (changed(("stages", 1, "index"), 2), "$.stages[1].index", "expected 1, got 2"),
     "no device": (changed(("stages", 2, "devices"), []), "$.stages[2].devices", "at least one device"),

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 import stagecut
 from stagecut.building import tensors_of
 from stagecut.partitioner.analysis import analyse
-from stagecut.partitioner.planner import random_ops
+from stagecut.partitioner.configurations import Wishes
+from stagecut.partitioner.describe import describe
+from stagecut.partitioner.planner import make_plan, random_ops
 from stagecut.partitioner.split import split
 from stagecut.runtime.explicit import _refuse_shared_memory
 from stagecut.runtime.parts import Untraceable
@@ -227,6 +229,33 @@ def test_steps_that_come_up_again_are_recorded_and_stay_exact(devices: list[list
         for name, gradient in before.items():
             torch.testing.assert_close(model.get_parameter(name).grad, 2 * gradient, rtol=1e-9, atol=1e-12, msg=name)
         assert model[0].weight.grad is None
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_a_stage_without_weights_has_gradients_of_its_inputs_only(splits: bool) -> None:
+    x, _ = batch()
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    captured = stagecut.capture(model, (x,))
+    ops = [node.name for node in captured.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
+    wishes = Wishes(
+        n_microbatches=1, schedule="1f1b", costs="analytic", assignment={name: s for s, name in enumerate(ops)}
+    )
+    plan = make_plan(captured, [x], describe([["cpu"]] * 3), wishes)
+    spec = split(captured, plan, random_ops(analyse(captured, [x], len(x))))
+    stage = StageRuntime(spec.stages[1], torch.device("cpu"), None, steady=True)
+    given = torch.randn(10, 6, dtype=torch.float64)
+    (name,) = spec.stages[1].wires_in[0].values
+    for _ in range(4):
+        stage.begin(splits, trains=True)
+        held = stage.forward(0, {}, {name: (given, True)})
+        (root,) = held.results.values()
+        if splits:
+            stage.backward_input(0, [root], [torch.ones_like(root)])
+            stage.backward_weight(0)
+        else:
+            stage.backward(0, [root], [torch.ones_like(root)])
+        torch.testing.assert_close(held.leaves[name].grad, 1 - torch.tanh(given) ** 2)
+    assert held.apart is not None
 
 
 class Embedded(nn.Module):
