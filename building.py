@@ -211,6 +211,8 @@ class Builder:
         contenders = choice.contenders() if self.wishes.costs == "measured" and self.trial_s > 0 else []
         if self.launch != "local" or len(contenders) < 2:
             return [choice.predicted()]
+        while len(contenders) > 2 and _least_s(contenders) > self.trial_s:
+            contenders.pop()  # the one that is predicted to be slowest
         obstacle = self._obstacle(contenders)
         if obstacle is not None:
             return [choice.predicted(f"not tried, though predictions are too close to tell: {obstacle}")]
@@ -221,13 +223,17 @@ class Builder:
         """Say what keeps plans from being tried side by side."""
         if not self.can_step:
             return "this call is no training step, with a target for the loss"
-        least_s = LEAST_STEPS * sum(plan.prediction.step_s for plan in contenders)
-        if least_s > self.trial_s:
-            return f"it would take {least_s:.0f} s, and trial_s is {self.trial_s:g}"
+        if _least_s(contenders) > self.trial_s:
+            return f"it would take {_least_s(contenders):.0f} s, and trial_s is {self.trial_s:g}"
         n_bytes = sum(stage.worker_bytes * len(stage.devices) for plan in contenders for stage in plan.stages)
         if n_bytes > _SHARE_OF_MEMORY * free_memory_bytes():
             return f"all at once they need {n_bytes / 2**30:.1f} GiB, more than is free"
         return None
+
+
+def _least_s(contenders: Sequence[Plan]) -> float:
+    """Return the seconds of the shortest trial, as predicted."""
+    return LEAST_STEPS * sum(plan.prediction.step_s for plan in contenders)
 
 
 class Launcher:

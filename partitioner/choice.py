@@ -35,7 +35,7 @@ class Choice:
         return self._taken(simplest_of_close(self.plans), (), () if untried is None else (untried,))
 
     def contenders(self) -> list[Plan]:
-        """List the plans that only trials can tell apart: the one to take, and the best of each other shape near it.
+        """List the plans that only trials can tell apart: the one to take, then the best of each other shape near it.
 
         Plans of one shape (stages and replicas) differ less from each other than trials are noisy.
         """

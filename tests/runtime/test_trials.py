@@ -181,6 +181,21 @@ def test_what_trials_would_need_is_said_where_it_is_too_much(
         assert what in told[0]
 
 
+@pytest.mark.usefixtures("all_are_close")
+def test_where_time_is_short_the_slowest_as_predicted_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = batch()
+    tried: list[int] = []
+
+    def two(steps: list[trials.Step], *rest: object) -> trials.Trial:
+        tried.append(len(steps))
+        return trials.Trial((1.0,) * len(steps), 4)
+
+    monkeypatch.setattr("stagecut.building.try_steps", two)
+    monkeypatch.setattr("stagecut.building._least_s", lambda contenders: 15.0 * (len(contenders) - 1))
+    with stagecut.compile(net(), ["cpu", "cpu"], loss_fn=F.cross_entropy, example_inputs=(x,), example_target=y):
+        assert tried == [2]
+
+
 def test_a_negative_time_for_trials_is_refused() -> None:
     with pytest.raises(stagecut.ConstraintError, match="trial_s must be 0 seconds or more, got -1"):
         stagecut.compile(net(), ["cpu"], loss_fn=F.cross_entropy, trial_s=-1)
