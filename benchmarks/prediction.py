@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import os
 import statistics
@@ -208,6 +209,8 @@ def run(name: str, sittings: int, steps: int, configurations: dict[str, dict[str
     times: dict[str, list[list[float]]] = {what: [] for what in plans}
     contenders: dict[str, Callable[[], float]] = {what: partial(timed_step, pm, x, y) for what, pm in pipelines.items()}
     contenders |= {what: rival.step for what, rival in rivals.items()}
+    gc.collect()
+    gc.freeze()  # what this process keeps of all configurations is no part of the steps of one
     for sitting in range(sittings):
         for what, seconds in predictor.measure().items():
             predicted[what].append(seconds)
@@ -234,6 +237,7 @@ def run(name: str, sittings: int, steps: int, configurations: dict[str, dict[str
                 max(peak_bytes(pipelines[what])),
             )
         )
+    gc.unfreeze()
     for pm in (*pipelines.values(), *rivals.values()):
         pm.close()
     plain_s = {what: statistics.median(map(statistics.median, times[what])) for what in rivals}
