@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from ..parts import Part, Parts, Untraceable
+from .effects import Effects
 from .simplify import simplify
 from .source import function_of
 from .trace import Joint
@@ -29,11 +30,12 @@ def cut(joint: Joint, n_weights: int) -> Parts:
         Untraceable: the backward changes a value in place that both kinds of gradients use.
     """
     whole = _Graph(joint, n_weights)
-    apart = _Graph(joint, n_weights)
-    _split_convolutions(apart.graph)
+    apart = _Graph(joint, n_weights, splits_convolutions=True)
     for_inputs = apart.backward_nodes(apart.of_inputs.values(), ())
     for_weights = apart.backward_nodes(apart.of_weights.values(), for_inputs)
-    _check_changes(for_inputs, for_weights)
+    changer = apart.effects.read_before_changed(for_weights, for_inputs)
+    if changer is not None:
+        raise Untraceable(f"its backward changes a value in place that both of its parts use: {changer.format_node()}")
     saved = _names(
         [
             *whole.read_by(whole.backward_nodes([*whole.of_inputs.values(), *whole.of_weights.values()], ())),
@@ -63,14 +65,19 @@ def cut(joint: Joint, n_weights: int) -> Parts:
 class _Graph:
     """A copy of the joint graph, whose nodes have the names that they have in every copy."""
 
-    def __init__(self, joint: Joint, n_weights: int) -> None:
+    def __init__(self, joint: Joint, n_weights: int, splits_convolutions: bool = False) -> None:
         self.module = joint.module
         self.graph = deepcopy(joint.module.graph)
         nodes = list(self.graph.nodes)
         placeholders = [node for node in nodes if node.op == "placeholder"]
         self.inputs, self.tangents = placeholders[: joint.n_inputs], placeholders[joint.n_inputs :]
-        self.forward_names = {node.name for node in nodes[: joint.n_forward]} - {node.name for node in self.tangents}
+        for index, node in enumerate(nodes):
+            node.meta["forward"] = index < joint.n_forward and node not in self.tangents
         simplify(self.graph)
+        if splits_convolutions:
+            _split_convolutions(self.graph)
+        self.forward_names = {node.name for node in self.graph.nodes if node.meta["forward"]}
+        self.effects = Effects(self.graph)
         returned = list(nodes[-1].args[0])
         self.results: list[fx.Node | None] = returned[: joint.n_results]
         of = dict(zip(joint.wanted, returned[joint.n_results :]))
@@ -82,12 +89,12 @@ class _Graph:
         own = [node for node in self._computed() if node.name in self.forward_names]
         kept = set(saved)
         roots = [node for node in own if node.name in kept or node.op == "call_module" or node.is_impure()]
-        needed = _ancestors([*roots, *filter(None, self.results)])
+        needed = self.effects.ancestors([*roots, *filter(None, self.results)])
         return [node for node in own if node in needed]
 
     def backward_nodes(self, outputs: Iterable[fx.Node | None], done: Sequence[fx.Node]) -> list[fx.Node]:
         """List what ``outputs`` need of the backward, without the nodes that are done."""
-        needed, known = _ancestors(filter(None, outputs)), set(done)
+        needed, known = self.effects.ancestors(filter(None, outputs)), set(done)
         return [n for n in self._computed() if n in needed and n not in known and n.name not in self.forward_names]
 
     def read_by(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -99,7 +106,7 @@ class _Graph:
         """Return the tangents that each gradient depends on."""
         of: dict[fx.Node, frozenset[int]] = {node: frozenset([i]) for i, node in enumerate(self.tangents)}
         for node in self.graph.nodes:
-            of.setdefault(node, frozenset().union(*(of[argument] for argument in node.all_input_nodes)))
+            of.setdefault(node, frozenset().union(*(of[before] for before in self.effects.needed_by(node))))
         gradients = {**self.of_inputs, **self.of_weights}
         return {i: frozenset() if node is None else of[node] for i, node in gradients.items()}
 
@@ -128,17 +135,6 @@ def _names(nodes: Iterable[fx.Node], within: set[str]) -> list[str]:
     return list(dict.fromkeys(n.name for n in nodes if n.name in within and n.op != "get_attr"))
 
 
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return ``nodes`` and all that they depend on; a value changed in place depends on its changes."""
-    pending = list(nodes)
-    found = set(pending)
-    while pending:
-        fresh = set(pending.pop().all_input_nodes) - found
-        found |= fresh
-        pending += fresh
-    return found
-
-
 def _split_convolutions(graph: fx.Graph) -> None:
     """Compute every convolution's input gradient apart from its weights' gradients, by the mask of its backward."""
     for node in list(graph.nodes):
@@ -148,25 +144,8 @@ def _split_convolutions(graph: fx.Graph) -> None:
         with graph.inserting_after(node):
             apart = graph.node_copy(node)
             apart.args = (*node.args[:-1], [False, weight, bias])
+            apart.meta = dict(node.meta)
         node.args = (*node.args[:-1], [True, False, False])
         for user in list(node.users):
             if user.target is operator.getitem and user.args[1] > 0:
                 user.replace_input_with(node, apart)
-
-
-def _check_changes(for_inputs: Sequence[fx.Node], for_weights: Sequence[fx.Node]) -> None:
-    """Refuse changes in place of values that both parts use: the parts run apart, and others in between."""
-    for own, other in ((for_inputs, set(for_weights)), (for_weights, set(for_inputs))):
-        for node in own:
-            for value in _changed(node):
-                if value in other or any(user in other for user in value.users):
-                    raise Untraceable(f"the backward changes a value in place that it uses twice: {node.format_node()}")
-
-
-def _changed(node: fx.Node) -> list[fx.Node]:
-    """List the arguments that an op changes in place."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return []
-    schema = node.target._schema
-    changed = [a for known, a in zip(schema.arguments, node.args) if known.alias_info and known.alias_info.is_write]
-    return [argument for argument in changed if isinstance(argument, fx.Node)]

@@ -25,6 +25,7 @@ def simplify(graph: fx.Graph) -> None:
             kept = node.args[0]
             with graph.inserting_before(node):
                 summed = graph.call_function(_aten.sum.dim_IntList, (kept.args[0], kept.args[1]), kept.kwargs)
+            summed.meta = dict(node.meta)
             node.replace_all_uses_with(summed)
             graph.erase_node(node)
             if not kept.users:

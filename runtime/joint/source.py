@@ -30,23 +30,20 @@ def function_of(
     ``owner`` has the modules and tensors that nodes name. With ``sunk``, the function takes a sink too, and gives it
     the values that ``sunk`` names, each as soon as it is there, under the numbers that ``sunk`` has for it.
     """
-    writer, body, head = (
-        _Writer(owner),
-        list(nodes),
-        "def part(values):\n" if sunk is None else "def part(values, sink):\n",
-    )
+    writer, body = _Writer(owner), list(nodes)
+    head = "def part(_given):\n" if sunk is None else "def part(_given, _sink):\n"
     sunk = sunk or {}
-    lines = [f"    [{', '.join(takes)}] = values", "    values.clear()"]
-    lines += [f"    sink.add({number}, {name})" for name in takes for number in sunk.get(name, ())]
+    lines = [f"    [{', '.join(takes)}] = _given", "    _given.clear()"]
+    lines += [f"    _sink.add({number}, {name})" for name in takes for number in sunk.get(name, ())]
     last = _last_uses(takes, body, gives)
     for node in body:
         numbers = sunk.get(node.name, ())
         if _is_only_sunk_product(node) and len(numbers) == 1 and node.name not in gives:
-            line = f"    sink.add_product({numbers[0]}, {', '.join(map(writer.written, node.args))})"
+            line = f"    _sink.add_product({numbers[0]}, {', '.join(map(writer.written, node.args))})"
             done = [name for name in last[node.name] if name != node.name]
         else:
             line = f"    {node.name} = {writer.call(node)}"
-            line += "".join(f"; sink.add({number}, {node.name})" for number in numbers)
+            line += "".join(f"; _sink.add({number}, {node.name})" for number in numbers)
             done = last[node.name]
         place = node.meta.get("op")
         lines.append(line + "".join(f"; del {name}" for name in done) + (f"  {OP}{place}" if place else ""))

@@ -93,6 +93,22 @@ class Random(nn.Module):
         return F.dropout(self.own(x), 0.3) + torch.randn_like(x) * 0.1
 
 
+class Slices(nn.Module):
+    """Changes in place of views, whose gradients autograd writes in place too; a sum that a view follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        y[:, :2] *= 2
+        y[:, 2] = x[:, 0]
+        y[:, 4:] += self.b(x)
+        y.t()[3].tanh_()
+        return y + y.sum(0, keepdim=True).view(6) + x.sum(0, keepdim=True).view(6)
+
+
 class Skipping(nn.Module):
     """More than one value on the wire, one of them of integers."""
 
@@ -125,6 +141,7 @@ MIDDLES: dict[str, Callable[[], nn.Module]] = {
     "random": Random,
     "scaled": Scaled,
     "skipping": Skipping,
+    "slices": Slices,
 }
 
 
