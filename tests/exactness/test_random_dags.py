@@ -69,6 +69,20 @@ def test_forward_then_backward_of_the_callers_loss_gives_the_same(data: st.DataO
         assert worst_error(case, loss.detach()) <= TOLERANCE
 
 
+@exactness
+@given(st.data())
+def test_recorded_stages_give_the_same_whatever_the_schedule(data: st.DataObject) -> None:
+    case = draw_case(Drawn(data), max_ops=6)
+    with pytest.MonkeyPatch.context() as patch, compiled(case, "inline") as pm:
+        patch.setattr("stagecut.runtime.explicit._STEPS_BEFORE", 0)  # at once
+        pm.prepare(*case.args, **case.kwargs)
+        for executor in pm._engine._executors:
+            for stage in executor.stages.values():
+                stage.steady = True
+        loss = pm.step(*case.args, target=case.target, **case.kwargs).loss
+        assert worst_error(case, loss) <= TOLERANCE
+
+
 @settings(exactness, max_examples=15)
 @given(st.data(), st.integers(1, 12))
 def test_a_batch_of_another_size_needs_no_new_plan(data: st.DataObject, rows: int) -> None:
