@@ -20,12 +20,12 @@ from ..structure import Structure, flatten, unflatten
 from .parts import Part, Parts, Untraceable
 from .program.recordable import why_not_call, why_not_module, why_not_node
 from .seeding import MethodCall, Seed, Seeded
-from .sinks import Accumulate, Arm, Only, Sink, ThroughAutograd, finish, has_hooks
+from .sinks import Accumulate, Arm, Nowhere, Only, Sink, ThroughAutograd, finish, has_hooks
 
 _STEPS_BEFORE = 2  # that a signature comes up in, before it is recorded for steps that do not split backwards
 _MOST_RECORDED = 16
 _MOST_SEEN = 1024
-_MOST_OPS = 2000  # of a stage that is recorded though its backward is not split: it takes some milliseconds an op
+_MOST_OPS = 200  # of a stage that is recorded though its backward is not split: each takes up to 20 ms
 
 
 @dataclass
@@ -193,7 +193,37 @@ class Explicit:
         tensors = [*state.values(), *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
         joint = trace(function, tensors, self.seed, autocast)
         parts = cut(joint, len(state))
+        _rehearse(parts, tensors, len(state), joint.differentiable)
         return _Recorded(parts, made["structure"], made["leaves"], made["is_tensor"], joint.differentiable, autocast)
+
+
+def _rehearse(parts: Parts, tensors: Sequence[torch.Tensor], n_weights: int, differentiable: Sequence[int]) -> None:
+    """Run all parts once on copies of what they may change, with gradients of zeros, and keep nothing.
+
+    Fake tensors' strides are not always those of real ones; then a view that was recorded fails.
+
+    Raises:
+        Untraceable: a part fails.
+    """
+    given = [
+        tensor.detach() if index < n_weights and isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+        for index, tensor in enumerate(tensors)
+    ]
+    try:
+        with torch.no_grad():
+            for splits in (False, True):
+                found = parts.forward(list(given))
+                tangents = [torch.zeros_like(found[index]) for index in differentiable]
+                saved = found[parts.n_results :]
+                del found
+                if splits:
+                    passed = parts.backward_input([*saved, *tangents])[len(parts.input_gradients) :]
+                    del saved
+                    parts.backward_weight(passed, Nowhere())
+                else:
+                    parts.backward([*saved, *tangents], Nowhere())
+    except Exception as error:
+        raise Untraceable(f"what was recorded does not run: {type(error).__name__}: {error}") from error
 
 
 class _Placed(nn.Module):
@@ -290,10 +320,19 @@ def _tangents(
         if id(root) in own and gradient is not None:
             _add_to(root, gradient)
     apart.given = frozenset(index for index, result in enumerate(apart.results) if result.grad is not None)
-    tangents = [torch.zeros_like(result) if result.grad is None else result.grad for result in apart.results]
+    tangents = [_like(result, result.grad) for result in apart.results]
     for result in apart.results:
         result.grad = None
     return tangents
+
+
+def _like(result: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+    """Return the gradient in the layout of its result, which it was recorded with."""
+    if gradient is None:
+        return torch.zeros_like(result)
+    if gradient.stride() == result.stride():
+        return gradient
+    return torch.empty_like(result).copy_(gradient)
 
 
 def _add_to(leaf: torch.Tensor, gradient: torch.Tensor) -> None:

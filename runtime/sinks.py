@@ -78,6 +78,16 @@ class ThroughAutograd:
             torch.autograd.backward(weights, list(self._found.values()))
 
 
+class Nowhere:
+    """Drops all gradients."""
+
+    def add(self, index: int, gradient: torch.Tensor) -> None:
+        """Drop a gradient."""
+
+    def add_product(self, index: int, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Compute nothing."""
+
+
 class Only:
     """Passes on the gradients of some weights."""
 

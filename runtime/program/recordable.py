@@ -23,6 +23,8 @@ def why_not_module(module: nn.Module) -> str | None:
                 why = why_not_call(node.target) if node.op == "call_function" else None
                 if why is not None:
                     return f"{node.name}: {why}"
+        elif getattr(inner, "max_norm", None) is not None:
+            return f"{where} changes its weights in the forward"
         elif type(inner) not in (Folded, ModeSwitch) and not type(inner).__module__.startswith("torch.nn."):
             return f"{where} is kept whole"
     return None

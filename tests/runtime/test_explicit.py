@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from stagecut.partitioner.describe import describe
 from stagecut.partitioner.planner import make_plan, random_ops
 from stagecut.partitioner.split import split
 from stagecut.runtime.explicit import _refuse_shared_memory
-from stagecut.runtime.parts import Untraceable
+from stagecut.runtime.joint import cut
+from stagecut.runtime.parts import Parts, Untraceable
 from stagecut.runtime.stage import StageRuntime
 
 
@@ -273,6 +275,49 @@ def test_a_stage_without_weights_has_gradients_of_its_inputs_only(splits: bool) 
             stage.backward(0, [root], [torch.ones_like(root)])
         torch.testing.assert_close(held.leaves[name].grad, 1 - torch.tanh(given) ** 2)
     assert held.apart is not None
+
+
+def test_a_recording_that_does_not_run_is_left_to_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = batch()
+    model = model_of("pixels")
+    state = copy.deepcopy(dict(model.named_buffers()))
+
+    def broken(joint: Any, n_weights: int) -> Parts:
+        parts = cut(joint, n_weights)
+
+        def fails(*given: Any) -> list[Any]:
+            raise RuntimeError("view size is not compatible with input tensor's size and stride")
+
+        return replace(parts, backward_weight=fails)
+
+    monkeypatch.setattr("stagecut.runtime.joint.cut", broken)
+    with compiled(model) as pm:
+        with pytest.warns(UserWarning, match="what was recorded does not run: RuntimeError: view size"):
+            assert pm.verify(x, target=y).worst <= 1e-10
+        for name, value in model.named_buffers():
+            assert torch.equal(value, state[name]), name
+        pm.step(x, target=y)
+        plain = model_of("pixels")
+        for xs, ys in zip(x.tensor_split(3), y.tensor_split(3)):
+            F.cross_entropy(plain(xs), ys).backward()
+        for (name, own), other in zip(model.named_buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(own, other, msg=name)
+
+
+def test_gradients_in_another_layout_are_brought_into_the_recorded_one() -> None:
+    x, _ = batch()
+    stage, packets = middle_stage(model_of("linear"), x)
+    found = []
+    for splits in (True, False):
+        stage.module.zero_grad()
+        stage.begin(splits, trains=True)
+        held = stage.forward(0, {}, packets)
+        roots = [value for value in held.results.values() if value.requires_grad]
+        weird = [torch.arange(float(root.numel())).double().view(root.t().shape).t() for root in roots]
+        stage.backward(0, roots, weird)
+        found.append([weight.grad for weight in stage.module.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 class Embedded(nn.Module):
