@@ -69,7 +69,7 @@ def test_forward_then_backward_of_the_callers_loss_gives_the_same(data: st.DataO
         assert worst_error(case, loss.detach()) <= TOLERANCE
 
 
-@exactness
+@settings(exactness, max_examples=15)
 @given(st.data())
 def test_recorded_stages_give_the_same_whatever_the_schedule(data: st.DataObject) -> None:
     case = draw_case(Drawn(data), max_ops=6)

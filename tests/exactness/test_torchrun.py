@@ -11,8 +11,14 @@ import pytest
 TIMEOUT_S = 400
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
-@pytest.mark.parametrize(("devices", "n_ranks"), [("[['cpu'], ['cpu']]", 2), ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4)])
+@pytest.mark.parametrize(
+    ("devices", "n_ranks", "schedule"),
+    [
+        ("[['cpu'], ['cpu']]", 2, "1f1b"),
+        ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4, "1f1b"),
+        ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4, "zb-h1"),
+    ],
+)
 def test_ties_replicas_state_and_both_loops(repository: Path, devices: str, n_ranks: int, schedule: str) -> None:
     script = str(repository / "tests" / "support" / "torchrun_script.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]

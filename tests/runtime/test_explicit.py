@@ -170,8 +170,7 @@ def stages_of(pm: Any) -> list[StageRuntime]:
     return [stage for executor in pm._engine._executors for stage in executor.stages.values()]
 
 
-@pytest.mark.parametrize("name", MIDDLES)
-@pytest.mark.parametrize("schedule", ["zb-h1", "zb-h2"])
+@pytest.mark.parametrize(("name", "schedule"), [*((name, "zb-h1") for name in MIDDLES), ("attention", "zb-h2")])
 def test_split_backwards_give_the_gradients_and_buffers_of_whole_ones(name: str, schedule: str) -> None:
     x, y = batch()
     found = []
