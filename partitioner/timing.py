@@ -25,7 +25,7 @@ SHARING = 1.05
 # Two processes on two cores took 1.00 to 1.04 times as long as one alone (ResNet-50, a transformer, an MLP).
 BESIDE = 1.02
 # Input and weight gradients apart: what 1.03 times as long a forward and backward leaves for the backward alone
-# (benchmarks/split_backward.py: transformer 1.028, ResNet-50 1.025).
+# (benchmarks/split_backward.py: transformer 1.021, ResNet-50 1.026).
 SPLIT = 1.04
 REDUCE_S = 0.5e-3  # until replicas have heard of each other that they are there
 

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from ..structure import Structure, flatten, unflatten
 from .parts import Part, Parts, Untraceable
-from .program.recordable import why_not_call, why_not_module, why_not_node
+from .program.recordable import has_module_hooks, why_not_call, why_not_module, why_not_node
 from .seeding import MethodCall, Seed, Seeded
 from .sinks import Accumulate, Arm, Nowhere, Only, Sink, ThroughAutograd, finish, has_hooks
 
@@ -79,14 +79,15 @@ class Explicit:
         self._has_hooks = False
         self._weights: list[torch.Tensor] = []
         self._places: list[torch.Tensor | None] = []
-        self._modes: tuple[bool, ...] = ()
+        self._settings: tuple[Any, ...] = ()
         self._state: Any = None
 
     def look_at(self, module: fx.GraphModule) -> None:
         """Note what of the stage's modules may have changed."""
         self._weights = list(state_of(module).values())
         self._places = [self.slots.get(id(weight)) for weight in self._weights]
-        self._modes = tuple(inner.training for inner in module.modules())
+        layouts = ((tuple(w.shape), w.stride(), w.dtype) for w in self._weights)
+        self._settings = (*map(_settings_of, module.modules()), *layouts)
         self._n_ops = len(module.graph.nodes)
 
     def begin(self, splits: bool, steady: bool) -> None:
@@ -95,7 +96,7 @@ class Explicit:
         self._at_once, self._wanted, self.why_not = splits, splits or steady, None
         if self._wanted:
             self._has_hooks = not self.slots and has_hooks(self._weights)
-            self._state = (self._modes, tuple(weight.requires_grad for weight in self._weights))
+            self._state = (self._settings, tuple(weight.requires_grad for weight in self._weights))
 
     def forward(self, module: fx.GraphModule, values: Sequence[Any]) -> tuple[dict[str, Any], Apart] | None:
         """Compute the results of ``module``, and what its backward needs; None where autograd is to do it."""
@@ -193,7 +194,8 @@ class Explicit:
         tensors = [*state.values(), *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
         joint = trace(function, tensors, self.seed, autocast)
         parts = cut(joint, len(state))
-        _rehearse(parts, tensors, len(state), joint.differentiable)
+        with _without_autocast(autocast):
+            _rehearse(parts, tensors, len(state), joint.differentiable)
         return _Recorded(parts, made["structure"], made["leaves"], made["is_tensor"], joint.differentiable, autocast)
 
 
@@ -242,6 +244,13 @@ class _Placed(nn.Module):
                 return super().run_node(n)
 
         return Placing(self.module).run(*values)
+
+
+def _settings_of(module: nn.Module) -> tuple[Any, ...]:
+    """Return what a recording takes for granted of a module: its mode, its plain attributes, whether it has hooks."""
+    plain = (repr(value) if isinstance(value, tuple) else value for value in vars(module).values())
+    own = tuple(value for value in plain if value is None or isinstance(value, (bool, int, float, str)))
+    return (*own, has_module_hooks(module))
 
 
 def state_of(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -308,6 +308,7 @@ class Pipeline(nn.Module):
             taken, plan = self._build.without_trial(error)
         finally:
             self._spec = self._engine = self._broken = None
+            self._told.clear()  # that was about other plans' stages
             for engine in engines:
                 engine.close()
         return contenders[taken][0], plan

@@ -164,7 +164,8 @@ class StageRuntime:
 
     def begin(self, splits: bool, trains: bool) -> None:
         """Prepare for a step that ``trains`` or not, whose program computes input and weight gradients apart or not."""
-        if self._changed:
+        # A worker process has modules of its own, which only modes change; elsewhere they are the user's.
+        if self._changed or not self.explicit.slots:
             self.explicit.look_at(self._variant())
             self._changed = False
         self.explicit.begin(splits, trains and self.steady)

@@ -34,6 +34,7 @@ class Joint:
     Attributes:
         module: takes the inputs, then a tangent per result that has a gradient; returns ``n_results`` results and then
             the gradients of the inputs that want one (None for those that no result depends on).
+        n_forward: how many of its nodes, from the first on, are inputs, tangents and the forward.
         n_inputs, n_results: counts of tensors.
         wanted: the inputs that want gradients.
         differentiable: the results that have gradients.

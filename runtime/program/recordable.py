@@ -16,7 +16,7 @@ def why_not_module(module: nn.Module) -> str | None:
     """Say what in ``module`` no recording can stand for; None if all can be recorded."""
     for path, inner in module.named_modules():
         where = f"module {path!r} ({type(inner).__name__})" if path else f"a {type(inner).__name__}"
-        if any(getattr(inner, name, None) for name in _HOOKS):
+        if has_module_hooks(inner):
             return f"{where} has hooks"
         if isinstance(inner, fx.GraphModule):
             for node in inner.graph.nodes:
@@ -28,6 +28,11 @@ def why_not_module(module: nn.Module) -> str | None:
         elif type(inner) not in (Folded, ModeSwitch) and not type(inner).__module__.startswith("torch.nn."):
             return f"{where} is kept whole"
     return None
+
+
+def has_module_hooks(module: nn.Module) -> bool:
+    """Say whether somebody wants to be called when the module runs."""
+    return any(getattr(module, name, None) for name in _HOOKS)
 
 
 def why_not_call(target: Any) -> str | None:

@@ -387,6 +387,21 @@ def test_hooks_on_parameters_are_called_once_a_microbatch() -> None:
     torch.testing.assert_close(doubled, 2 * plain[3].weight.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_hooks_and_attributes_of_modules_that_come_later_are_seen() -> None:
+    x, y = batch()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.LeakyReLU(0.1), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    with compiled(model) as pm:
+        pm.step(x, target=y)
+        model[1].negative_slope = 0.7
+        assert pm.verify(x, target=y).worst <= 1e-10
+        calls: list[int] = []
+        model[3].register_forward_hook(lambda *given: calls.append(1))
+        with pytest.warns(UserWarning, match="has hooks"):
+            pm.step(x, target=y)
+        assert len(calls) == 3
+
+
 def test_changed_shapes_modes_and_frozen_weights_are_recorded_anew() -> None:
     x, y = batch()
     model = model_of("pixels")
