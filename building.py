@@ -164,7 +164,7 @@ class Builder:
             captured = self._capture(args, kwargs)
             tensors = tensors_of(captured, args, kwargs)
             loss, self.target = loss_of_batch(self.loss_fn, self.target, captured, tensors), None
-            seconds = stage_seconds(timeline, self.current.timing.action_s)
+            seconds = stage_seconds(timeline, self.current.timing.action_s, self.current.timing.split)
             wishes = replace(self.wishes, costs="measured")
             with shown_progress() as progress:
                 chosen = better_plan(
@@ -225,7 +225,7 @@ class Builder:
             return "this call is no training step, with a target for the loss"
         if _least_s(contenders) > self.trial_s:
             return f"it would take {_least_s(contenders):.0f} s, and trial_s is {self.trial_s:g}"
-        n_bytes = sum(stage.worker_bytes * len(stage.devices) for plan in contenders for stage in plan.stages)
+        n_bytes = sum(sum(plan.worker_bytes) for plan in contenders)
         if n_bytes > _SHARE_OF_MEMORY * free_memory_bytes():
             return f"all at once they need {n_bytes / 2**30:.1f} GiB, more than is free"
         return None

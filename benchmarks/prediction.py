@@ -122,7 +122,7 @@ def predicted_bytes(plan: Plan, base: float) -> float:
 
     A local worker has weights, gradients, and the memory that hands gradients over; optimizer state is the parent's.
     """
-    return base + max(stage.worker_bytes for stage in plan.stages)
+    return base + max(plan.worker_bytes)
 
 
 class Predictor:
@@ -140,7 +140,7 @@ class Predictor:
             return {what: self._step_s(plan) for what, plan in self.plans.items()}
 
     def _step_s(self, plan: Plan) -> float:
-        cluster = describe([list(stage.devices) for stage in plan.stages])
+        cluster = describe(list(plan.devices)).with_groups([stage.workers for stage in plan.stages])
         assert cluster.groups is not None
         pricer = Pricer(self.captured, [self.x], cluster, loss=self.loss)
         priced = pricer.at(rows_of(cluster.groups, plan.n_microbatches, plan.batch_rows), plan.n_threads)
@@ -176,7 +176,7 @@ class Found:
 
 def same_configuration(a: Plan, b: Plan) -> bool:
     """Say whether two plans differ in nothing but their cut."""
-    devices = [stage.devices for stage in a.stages] == [stage.devices for stage in b.stages]
+    devices = [(s.devices, s.workers) for s in a.stages] == [(s.devices, s.workers) for s in b.stages]
     recompute = [stage.recompute for stage in a.stages] == [stage.recompute for stage in b.stages]
     one_way = len(a.stages) == 1 or a.schedule == b.schedule
     return devices and recompute and one_way and (a.n_microbatches, a.n_threads) == (b.n_microbatches, b.n_threads)
@@ -197,8 +197,7 @@ def run(name: str, sittings: int, steps: int, configurations: dict[str, dict[str
     predictor = Predictor(copy.deepcopy(model), x, y, loss_fn, plans)
     pipelines = {}
     for what, plan in plans.items():
-        devices = [list(stage.devices) for stage in plan.stages]
-        pipelines[what] = stagecut.compile(copy.deepcopy(model), devices, loss_fn=loss_fn, plan=plan)
+        pipelines[what] = stagecut.compile(copy.deepcopy(model), list(plan.devices), loss_fn=loss_fn, plan=plan)
         for _ in range(2):
             timed_step(pipelines[what], x, y)
     rivals = {

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..runtime.instructions import Layout
-from ..runtime.schedules.eager_1f1b import eager_warm_up
-from ..runtime.schedules.one_f_one_b import warm_up
+from ..runtime.schedules import Orders
+from ..runtime.schedules.tokens import token
 from .captured import Capture
 from .cluster import Cluster
 from .copies import choose_copies
@@ -18,6 +18,7 @@ from .opgraph import OpNode, carries_gradient, state_bytes
 from .plan import FORMAT, OpRecord, Plan, Prediction, StageRecord, WireRecord
 from .predict import predict_column
 from .pricing import Priced
+from .residency import beside_bytes, in_flight_of
 from .split import fingerprint, wires_of
 from .timing import PACK_BYTES_PER_S, timing_of
 
@@ -33,6 +34,7 @@ class Decision:
         schedule: the order of compute.
         n_microbatches: pieces that each replica of the widest stage cuts its share into.
         cut: the search that found it, if one did.
+        orders: the order of compute of each worker of one replica, where ``schedule`` does not say it.
     """
 
     cluster: Cluster
@@ -41,6 +43,7 @@ class Decision:
     schedule: str
     n_microbatches: int
     cut: Cut | None = None
+    orders: Orders = ()
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -56,18 +59,6 @@ class Decision:
 def n_pieces_of(groups: Sequence[Sequence[int]], n_microbatches: int, batch_rows: int) -> int:
     """Count the microbatches of the whole batch."""
     return min(batch_rows, n_microbatches * max(len(group) for group in groups))
-
-
-def in_flight_of(layout: Layout, schedule: str, n_pieces: int) -> list[int]:
-    """Return, per stage, the microbatches whose activations one replica holds at once."""
-    mine = [len(layout.microbatches_of(s, 0, n_pieces)) for s in range(layout.n_stages)]
-    if schedule == "fill-drain":
-        return mine
-    if schedule in ("zb-h1", "zb-h2"):  # forwards ahead, and weight gradients behind
-        most = layout.n_stages if schedule == "zb-h1" else 2 * layout.n_stages - 1
-        return [min(most, own) for own in mine]
-    held = eager_warm_up if schedule == "eager-1f1b" else warm_up
-    return [min(held(layout, s), mine[s]) for s in range(layout.n_stages)]
 
 
 def assemble(capture: Capture, priced: Priced, decision: Decision, batch_rows: int) -> Plan:
@@ -93,9 +84,11 @@ class _Assembly:
         self.workspace = [{name: cost.workspace_bytes for name, cost in costs.items()} for costs in self.costs]
         self.loss_s = priced.loss_s.get(self._kind_of(self.n_stages - 1), (0.0, 0.0))
         self.wire_bytes_per_s = self._wire_bytes_per_s()
-        first = self._crossing({})
+        self.layout = decision.layout()
+        self.in_flight = in_flight_of(self.layout, decision.schedule, self.n_pieces, decision.orders)
+        sent = self._sent(self._crossing({}))
         self.copies = choose_copies(
-            self.ops, self.stage_of, first, priced.graph.graph["copyable"], self._wire_s, self._compute_s
+            self.ops, self.stage_of, sent, priced.graph.graph["copyable"], self._wire_s, self._compute_s
         )
         self.crossing = self._crossing(self.copies)
 
@@ -128,8 +121,17 @@ class _Assembly:
                 targets.setdefault(name, []).append(target)
         return {name: tuple(targets[name]) for name in self.ops if name in targets}
 
+    def _sent(self, crossing: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+        """Leave out what goes from one stage of a worker to another."""
+        owners = self.layout.workers
+        sent = {name: tuple(s for s in to if owners[s] != owners[self.stage_of[name]]) for name, to in crossing.items()}
+        return {name: to for name, to in sent.items() if to}
+
     def stages(self) -> tuple[StageRecord, ...]:
-        return tuple(self._stage(s) for s in range(self.n_stages))
+        alone = [self._stage(s) for s in range(self.n_stages)]
+        how = self.decision
+        more = beside_bytes(alone, self.layout, how.schedule, self.n_pieces, how.orders)
+        return tuple(replace(stage, beside_bytes=n_bytes) for stage, n_bytes in zip(alone, more))
 
     def plan(self) -> Plan:
         stages = self.stages()
@@ -154,6 +156,7 @@ class _Assembly:
             alternatives=(),
             n_threads=self.priced.n_threads,
             timing=timing_of(self.cluster, stages, wires, self.loss_s),
+            orders=tuple(tuple(map(token, order)) for order in self.decision.orders),
         )
         return replace(plan, prediction=self._prediction(plan))
 
@@ -185,7 +188,7 @@ class _Assembly:
             loads[s] += self.costs[s].get(name, FREE).forward_s if self.decision.recompute[s] else 0.0
         for transfer in self.priced.graph.graph["transfers"]:
             touched = {self.stage_of[name] for name in transfer["nodes"]}
-            for s in touched if len(touched) > 1 else ():
+            for s in touched if len({self.layout.workers[s] for s in touched}) > 1 else ():
                 loads[s] += transfer["seconds"]
         loads[-1] += sum(self.loss_s)
         return [load / len(group) for load, group in zip(loads, self.decision.groups)]
@@ -213,7 +216,7 @@ class _Assembly:
         mine = [name for name in self.ops if self.stage_of[name] == s or s in self.copies.get(name, ())]
         costs = [self.costs[s].get(name, FREE) for name in mine]
         memory = self._memory(s, mine)
-        in_flight = in_flight_of(self.decision.layout(), self.decision.schedule, self.n_pieces)[s]
+        in_flight = self.in_flight[s]
         again = self.decision.recompute[s]
         forward_s = sum(cost.forward_s for cost in costs)
         loss_s = self.loss_s if s == self.n_stages - 1 else (0.0, 0.0)  # not computed again
@@ -221,6 +224,7 @@ class _Assembly:
         return StageRecord(
             index=s,
             devices=self.cluster.stages[s],
+            workers=self.decision.groups[s],
             forward_s=forward_s + loss_s[0],
             backward_s=sum(cost.backward_s for cost in costs) + (forward_s if again else 0.0) + loss_s[1],
             parameter_bytes=memory.parameter_bytes,
@@ -241,13 +245,15 @@ class _Assembly:
     def _memory(self, s: int, mine: Sequence[str]) -> StageMemory:
         reported = [leaf.node for leaf in self.capture.outputs if leaf.node is not None]
         on_last = s == self.n_stages - 1
+        earlier = [t for t in range(s) if self.layout.workers[t] == self.layout.workers[s]]
+        known = {name for op in self.ops.values() if self.stage_of[op.name] in earlier for name in op.parameters}
         return stage_memory(
             mine,
             self.ops,
             self.priced.facts,
             wires_in=[name for name, targets in self.crossing.items() if s in targets],
             wires_out=[name for name in self.crossing if self.stage_of[name] == s],
-            sizes=self.sizes,
+            sizes={**self.sizes, **dict.fromkeys(known, 0)},
             trainable=self.trainable,
             workspace_bytes=self.workspace[s],
             reported=[name for name in reported if self.stage_of.get(name) == s] if on_last else (),

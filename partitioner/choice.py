@@ -37,14 +37,14 @@ class Choice:
     def contenders(self) -> list[Plan]:
         """List the plans that only trials can tell apart: the one to take, then the best of each other shape near it.
 
-        Plans of one shape (stages and replicas) differ less from each other than trials are noisy.
+        Plans of one shape (devices in a row, and replicas) differ less from each other than trials are noisy.
         """
         first = simplest_of_close(self.plans)
-        found = {describe_shape(first): first}
+        found = {_shape(first): first}
         most_s = self.plans[0].prediction.step_s * (1 + _WORTH_TRYING)
         for plan in self.plans:
             if plan.prediction.step_s <= most_s:
-                found.setdefault(describe_shape(plan), plan)
+                found.setdefault(_shape(plan), plan)
         return list(found.values())
 
     def settled(self, contenders: Sequence[Plan], step_s: Sequence[float], n_steps: int) -> tuple[int, Plan]:
@@ -72,6 +72,11 @@ class Choice:
         return replace(taken, reasons=why)
 
 
+def _shape(plan: Plan) -> tuple[int, ...]:
+    """Return the replicas of each group of workers, in the order of the stages."""
+    return tuple(map(len, dict.fromkeys(stage.workers for stage in plan.stages)))
+
+
 def _kept(ranked: Sequence[Plan]) -> list[Plan]:
     """Leave out what is far behind, except one device and data parallelism, which everything is compared with."""
     kept = list(ranked[:_KEPT])
@@ -86,7 +91,8 @@ def _alternative(plan: Plan) -> Alternative:
         plan.schedule,
         plan.n_microbatches,
         plan.prediction.step_s,
+        len(plan.devices),
         tuple(len(stage.devices) for stage in plan.stages),
         tuple(stage.index for stage in plan.stages if stage.recompute),
-        max(stage.memory_bytes for stage in plan.stages),
+        max(stage.device_bytes for stage in plan.stages),
     )

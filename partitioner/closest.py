@@ -9,11 +9,11 @@ from dataclasses import replace
 
 from ..errors import InfeasibleError
 from .assemble import Decision, stage_records
-from .configurations import Groups
 from .drafts import Draft, counts_of, drafts_of
 from .explain import advice_of, describe_shape
 from .fitting import fitting
-from .limits import limits_of, over, with_more_memory
+from .limits import limits_of, over, shares_of, with_more_memory
+from .placing import Groups
 from .plan import Plan
 from .task import Task
 from .wording import count
@@ -85,7 +85,7 @@ def _unfit(task: Task, draft: Draft, plan: Plan, more: Sequence[str]) -> Infeasi
     worst = max(range(len(excess)), key=excess.__getitem__)
     return InfeasibleError(
         f"no plan was found that fits in memory: the closest one, {describe_shape(plan)} under {plan.schedule} in "
-        f"{count(plan.n_microbatches, 'microbatch')}, puts {plan.stages[worst].memory_bytes:,} bytes on stage "
+        f"{count(plan.n_microbatches, 'microbatch')}, puts {plan.stages[worst].device_bytes:,} bytes on stage "
         f"{worst} on {', '.join(plan.stages[worst].devices)}, {math.ceil(excess[worst]):,} more than its "
         f"{limits[worst]:,.0f}",
         hint=", or ".join([*more, *_advice(task, draft)]) or None,
@@ -94,7 +94,7 @@ def _unfit(task: Task, draft: Draft, plan: Plan, more: Sequence[str]) -> Infeasi
 
 def _advice(task: Task, draft: Draft) -> list[str]:
     """Ask the cut what else would fit."""
-    limits, mode = limits_of(draft.cluster), task.modes()[-1]
+    limits, mode = shares_of(draft.cluster), task.modes()[-1]
     try:
         task.cutter.cut(draft.priced, draft.cluster, draft.schedule, draft.n_pieces, mode, limits, diagnose=True)
     except InfeasibleError as error:

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import ConstraintError
+from ..runtime.schedules import TRAINING_SCHEDULES, placement_of
 from .cluster import Cluster
+from .placing import Groups, owners_of, placed
 
-Groups = tuple[tuple[int, ...], ...]
 # Up to so many devices every number of stages is tried, with unequal replicas; above, the divisors of their number.
 FEW_DEVICES = 8
 MOST_STAGES = 64
 _PIECES_PER_STAGE = (1, 2, 4)
+_CHUNKS = 2  # stages of each worker where there are several and nobody says how many
 _ROWS = (1, 2, 4, 8)  # of a microbatch, on many devices: few sizes, so that few have to be priced
 
 
@@ -41,13 +43,54 @@ def uniform_groups(cluster: Cluster, wishes: Wishes) -> list[Groups]:
     """List the ways to make stages of equally many devices, each of one kind; one device is the first of them.
 
     Where a cluster has several hosts, both placements are tried: replicas of a stage side by side, and stages side by
-    side. Fixed groups are the only way if the cluster has them.
+    side. Groups may come back, for several stages on each device. Fixed groups are the only ones if the cluster has
+    them.
     """
-    if cluster.groups is not None:
+    if cluster.groups is not None and len(owners_of(cluster.groups)) < len(cluster.groups):
         return [cluster.groups]
+    chains = [cluster.groups] if cluster.groups is not None else _chains(cluster, wishes)
+    found = [groups for groups in chains if _is_wished(groups, "chain", wishes)]
+    return found + [groups for groups in _with_chunks(chains, wishes, cluster) if groups not in found]
+
+
+def wished_placement(wishes: Wishes) -> str | None:
+    """Name the placement of the schedule that the user fixed; None where there is none, or one for any placement."""
+    return placement_of(wishes.schedule) if wishes.schedule in TRAINING_SCHEDULES else None
+
+
+def _is_wished(groups: Groups, placement: str, wishes: Wishes) -> bool:
+    if wishes.n_stages not in (None, len(groups)):
+        return False
+    wanted = wished_placement(wishes)
+    once_around = wanted == "loop" and placement == "chain" and wishes.n_stages is not None
+    return len(groups) == 1 or wanted in (None, placement) or once_around
+
+
+def _with_chunks(chains: Sequence[Groups], wishes: Wishes, cluster: Cluster) -> list[Groups]:
+    """List the ways to give several stages to each group of devices.
+
+    Where the user fixed groups, or on many devices, only for a schedule that wants them.
+    """
+    wanted = wished_placement(wishes) in ("loop", "vee")
+    if not wanted and (cluster.groups is not None or cluster.n_devices > FEW_DEVICES):
+        return []
+    found: dict[Groups, None] = {}
+    for owners in chains:
+        if len(owners) == 1 or len({len(group) for group in owners}) > 1:
+            continue
+        n_chunks, rest = divmod(wishes.n_stages or _CHUNKS * len(owners), len(owners))
+        for placement in ("loop", "vee") if n_chunks == 2 else ("loop",):
+            groups = placed(owners, placement, n_chunks)
+            if n_chunks > 1 and not rest and _is_wished(groups, placement, wishes):
+                found[groups] = None
+    return list(found)
+
+
+def _chains(cluster: Cluster, wishes: Wishes) -> list[Groups]:
+    """List the ways to give every group of devices one stage."""
     n = cluster.n_devices
     ways: dict[Groups, None] = {}
-    if not wishes.all_devices and wishes.n_stages in (None, 1):
+    if not wishes.all_devices:
         for kind in cluster.kinds:
             ways[((next(i for i in range(n) if cluster.devices[i].kind == kind),),)] = None
     for n_stages in stage_counts(n, wishes):
@@ -67,15 +110,18 @@ def _spans_hosts(cluster: Cluster) -> bool:
 
 
 def stage_counts(n_devices: int, wishes: Wishes) -> list[int]:
-    """List the numbers of stages to try.
+    """List the numbers of groups of devices to try: as many as stages, or fewer with several stages each.
 
     Raises:
-        ConstraintError: more stages are wished for than there are devices.
+        ConstraintError: stages are wished for that no devices can share equally.
     """
     if wishes.n_stages is not None:
-        if not 1 <= wishes.n_stages <= n_devices:
-            raise ConstraintError(f"stages must be 1 to the number of devices, {n_devices}; got {wishes.n_stages}")
-        return [wishes.n_stages]
+        n = wishes.n_stages
+        counts = [p for p in range(1, n_devices + 1) if p == n or (p > 1 and n % p == 0 and n > p)]
+        if n < 1 or not counts:
+            shared = ", or go equally many to each of 2 or more" if n_devices > 1 else ""
+            raise ConstraintError(f"stages must be 1 to the number of devices, {n_devices}{shared}; got {n}")
+        return counts
     if n_devices <= FEW_DEVICES:
         return list(range(1, n_devices + 1))
     return [count for count in range(1, min(n_devices, MOST_STAGES) + 1) if n_devices % count == 0]
@@ -93,11 +139,11 @@ def microbatch_counts(wishes: Wishes, groups: Groups, batch_rows: int, fixed_row
         return [wishes.n_microbatches]
     if fixed_rows:
         return [1]
-    n_replicas = max(len(group) for group in groups)
+    n_replicas, n_workers = max(len(group) for group in groups), len(owners_of(groups))
     most = max(1, batch_rows // n_replicas)
-    if len(groups) > FEW_DEVICES or n_replicas > FEW_DEVICES:
+    if n_workers > FEW_DEVICES or n_replicas > FEW_DEVICES:
         return sorted({most // rows for rows in _ROWS if most // rows >= 1})
-    return sorted({min(most, len(groups) * factor) for factor in _PIECES_PER_STAGE})
+    return sorted({min(most, n_workers * factor) for factor in _PIECES_PER_STAGE})
 
 
 def rows_of(groups: Sequence[Sequence[int]], n_microbatches: int, batch_rows: int) -> int:

@@ -10,10 +10,10 @@ import networkx as nx
 
 from ..errors import InfeasibleError
 from ..runtime.instructions import Layout
-from .assemble import in_flight_of
 from .cluster import Cluster
 from .cut import Cut, CutDevice, solve
 from .pricing import Priced
+from .residency import in_flight_of
 
 Recompute = Literal["never", "choose", "always"]
 

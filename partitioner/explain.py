@@ -50,19 +50,22 @@ def describe_shape(plan: Plan) -> str:
     """Name stages and replicas in a few words.
 
     ``one device``, ``data parallel on 4 devices``, ``2 stages``, ``2 stages x 4 replicas``,
-    ``2 stages of 3, 1 replicas``.
+    ``2 stages of 3, 1 replicas``, ``4 stages on 2 devices``, ``4 stages on 2 devices x 2 replicas``.
     """
-    return describe_groups([len(stage.devices) for stage in plan.stages])
+    return describe_groups([len(stage.devices) for stage in plan.stages], len(plan.devices))
 
 
-def describe_groups(sizes: Sequence[int]) -> str:
-    """Name stages of so many devices each, as :func:`describe_shape` does."""
+def describe_groups(sizes: Sequence[int], n_devices: int) -> str:
+    """Name stages of so many devices each, on so many devices in all, as :func:`describe_shape` does."""
     if len(sizes) == 1:
         return "one device" if sizes[0] == 1 else f"data parallel on {sizes[0]} devices"
+    stages = f"{len(sizes)} stages"
+    if n_devices < sum(sizes):
+        stages += f" on {n_devices // sizes[0]} devices"
     if set(sizes) == {1}:
-        return f"{len(sizes)} stages"
+        return stages
     if len(set(sizes)) == 1:
-        return f"{len(sizes)} stages x {sizes[0]} replicas"
+        return f"{stages} x {sizes[0]} replicas"
     return f"{len(sizes)} stages of {', '.join(map(str, sizes))} replicas"
 
 
@@ -191,7 +194,7 @@ def _what_would_help(plan: Plan) -> list[str]:
         ("free gradient reductions", replace(plan, timing=replace(timing, reduce_s=(0.0,) * len(timing.reduce_s)))),
         ("stages of equal time", replace(plan, stages=level)),
         ("a core for every worker", replace(plan, timing=replace(timing, n_cores=None))),
-        ("twice the microbatches of the same size", _longer(plan)),
+        *([] if plan.orders else [("twice the microbatches of the same size", _longer(plan))]),
     ]
     gains = []
     for what, changed in changes:

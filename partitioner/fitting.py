@@ -8,7 +8,7 @@ from ..errors import InfeasibleError
 from .assemble import Decision, assemble, stage_records
 from .cutting import Recompute
 from .drafts import Draft
-from .limits import limits_of, over
+from .limits import limits_of, over, shares_of, stages_beside
 from .plan import Plan, StageRecord
 from .task import Task
 
@@ -36,15 +36,15 @@ def fitting(task: Task, draft: Draft) -> Plan:
 
 def _within_limits(task: Task, draft: Draft, mode: Recompute, slack: float) -> Plan:
     """Tighten the limits of the cut by what it does not count (values held for wires) until the plan fits."""
-    cluster, limits = draft.cluster, limits_of(draft.cluster)
-    allowed = [slack * limit - extra for limit, extra in zip(limits, draft.uncounted_bytes)]
+    cluster, limits, shares = draft.cluster, limits_of(draft.cluster), shares_of(draft.cluster)
+    allowed = [slack * share - extra for share, extra in zip(shares, draft.uncounted_bytes)]
     closest: tuple[StageRecord, ...] = ()
     for _ in range(_MOST_TIGHTENINGS):
         try:
             found = task.stages(draft.priced, cluster, draft.schedule, draft.n_pieces, mode, allowed)
         except InfeasibleError:
-            if not closest and slack == 1.0 and allowed != limits:
-                allowed = list(limits)  # another cut may hold less that is not counted
+            if not closest and slack == 1.0 and allowed != shares:
+                allowed = list(shares)  # another cut may hold less that is not counted
                 continue
             if not closest:
                 raise
@@ -56,7 +56,8 @@ def _within_limits(task: Task, draft: Draft, mode: Recompute, slack: float) -> P
             return assemble(task.capture, draft.priced, _spared(task, draft, decision), task.batch_rows)
         if not closest or max(excess) < max(over(closest, limits)):
             closest = stages
-        allowed = [limit - 1.05 * max(0.0, bytes_over) for limit, bytes_over in zip(allowed, excess)]
+        fewer = [1.05 * max(0.0, more) / n for more, n in zip(excess, stages_beside(cluster))]
+        allowed = [own - less for own, less in zip(allowed, fewer)]
     raise _too_large(draft, closest, limits)
 
 
@@ -66,7 +67,7 @@ def _too_large(draft: Draft, closest: tuple[StageRecord, ...], limits: list[floa
     worst = max(range(len(excess)), key=excess.__getitem__)
     return InfeasibleError(
         f"under {draft.schedule} with {draft.n_microbatches} microbatches stage {worst} on "
-        f"{', '.join(draft.cluster.stages[worst])} needs {closest[worst].memory_bytes:,.0f} bytes, "
+        f"{', '.join(draft.cluster.stages[worst])} needs {closest[worst].device_bytes:,.0f} bytes, "
         f"{excess[worst]:,.0f} more than its {limits[worst]:,.0f}",
         hint=f"raise memory_bytes by {excess[worst]:,.0f}, or use more devices or smaller microbatches",
     )

@@ -18,9 +18,20 @@ def limits_of(cluster: Cluster) -> list[float]:
     return [min(cluster.devices[index].kind.memory_bytes for index in group) for group in cluster.groups]
 
 
+def shares_of(cluster: Cluster) -> list[float]:
+    """Return the bytes that each stage may have, if stages of one device have equal parts of it."""
+    return [limit / n for limit, n in zip(limits_of(cluster), stages_beside(cluster))]
+
+
+def stages_beside(cluster: Cluster) -> list[int]:
+    """Count, for each stage, the stages that its devices have, itself included."""
+    assert cluster.groups is not None
+    return [cluster.groups.count(group) for group in cluster.groups]
+
+
 def over(stages: Sequence[StageRecord], limits: Sequence[float]) -> list[float]:
-    """Return how many bytes each stage is over its limit."""
-    return [stage.memory_bytes - limit for stage, limit in zip(stages, limits)]
+    """Return how many bytes the device of each stage is over its limit, with all stages that it has."""
+    return [stage.device_bytes - limit for stage, limit in zip(stages, limits)]
 
 
 def with_more_memory(cluster: Cluster, extra: float) -> Cluster:
@@ -36,10 +47,11 @@ def check_state(state_bytes: float, cluster: Cluster) -> None:
         InfeasibleError: parameters, gradients and optimizer state alone need more than all stages have.
     """
     limits = limits_of(cluster)
-    if state_bytes > sum(limits):
+    in_all = sum(shares_of(cluster))
+    if state_bytes > in_all:
         raise InfeasibleError(
             f"parameters with gradients and optimizer state need {state_bytes:,.0f} bytes, and "
-            f"{count(cluster.n_stages, 'stage')} can hold {sum(limits):,.0f}",
+            f"{count(cluster.n_stages, 'stage')} can hold {in_all:,.0f}",
             hint=f"use at least {-(-state_bytes // max(limits)):,.0f} stages of such devices",
         )
 
@@ -47,5 +59,5 @@ def check_state(state_bytes: float, cluster: Cluster) -> None:
 def of_shape(cluster: Cluster, error: InfeasibleError) -> InfeasibleError:
     """Say of which stages an error speaks."""
     assert cluster.groups is not None
-    shape = describe_groups([len(group) for group in cluster.groups])
+    shape = describe_groups([len(group) for group in cluster.groups], cluster.n_devices)
     return InfeasibleError(f"{shape}: {error.message}", hint=error.hint)

@@ -16,7 +16,7 @@ from .wording import count
 if TYPE_CHECKING:
     from ..runtime.program import Timeline
 
-FORMAT = 4
+FORMAT = 5
 # glibc's heap after some steps, over what was in use of it at its fullest (there are holes between blocks of other
 # sizes): mallinfo2 said 1.46 for ResNet-50 and 1.40 for a transformer.
 _HEAP = 1.44
@@ -51,15 +51,19 @@ class OpRecord:
 class StageRecord:
     """One stage: the devices of its replicas, and what one microbatch costs there.
 
+    ``workers`` are its replicas' workers, by number. Stages that share one share all of them.
     ``memory_bytes`` is the predicted peak of one replica: parameters with gradients and optimizer state, what is
     saved for the microbatches in flight, and the workspace of one op. With ``recompute`` only ``input_bytes`` are held
     for each microbatch in flight, ``backward_s`` contains a second forward, and one microbatch at a time is saved
-    whole. ``backward_weight_s`` is the part of ``backward_s`` that schedules with split backwards run apart; 0 where
+    whole. ``beside_bytes`` is what a worker holds more when it is at its fullest, for its other stages; what a
+    parameter takes is counted for the first stage of a worker that uses it.
+    ``backward_weight_s`` is the part of ``backward_s`` that schedules with split backwards run apart; 0 where
     the stage runs its backward as a whole under them too.
     """
 
     index: int
     devices: tuple[str, ...]
+    workers: tuple[int, ...]
     forward_s: float
     backward_s: float
     parameter_bytes: int
@@ -71,6 +75,12 @@ class StageRecord:
     workspace_bytes: int = 0
     recompute: bool = False
     backward_weight_s: float = 0.0
+    beside_bytes: int = 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Return the most bytes on a device of this stage, for all stages that its worker owns."""
+        return self.memory_bytes + self.beside_bytes
 
     @property
     def held_bytes(self) -> int:
@@ -78,16 +88,6 @@ class StageRecord:
         if self.recompute:
             return self.in_flight * self.input_bytes + self.saved_bytes + self.workspace_bytes
         return self.in_flight * self.saved_bytes + self.workspace_bytes
-
-    @property
-    def worker_bytes(self) -> int:
-        """Return what a local CPU worker holds, beside what any process does.
-
-        Weights, gradients, the part of the other replicas' gradients that this one sums, and a heap that is larger than
-        what is in use of it; optimizer state is in the parent process.
-        """
-        n = len(self.devices)
-        return 2 * self.parameter_bytes + (n - 1) * self.parameter_bytes // n + int(_HEAP * self.held_bytes)
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,14 @@ class Prediction:
 class Alternative:
     """Another configuration that was considered.
 
-    ``replicas`` has the replica count of each of its stages; ``recomputed`` the stages that compute activations again.
+    ``replicas`` has the replica count of each of its stages, which ``n_workers`` workers own; ``recomputed`` the stages
+    that compute activations again.
     """
 
     schedule: str
     n_microbatches: int
     step_s: float
+    n_workers: int
     replicas: tuple[int, ...] = ()
     recomputed: tuple[int, ...] = ()
     memory_bytes: int = 0
@@ -196,12 +198,15 @@ class Plan:
         model: class of the model; fingerprint: hash of its graph, checked before the plan is used.
         batch_rows: samples of the batch that it was planned for; other sizes run too.
         n_microbatches: pieces that each replica of the widest stage cuts its share of the batch into.
-        schedule: order of compute.
+        schedule: order of compute, by name.
         graph_inputs: names of the model's tensor inputs.
         ops, stages, wires: the decision.
         prediction, alternatives: what it is expected to cost, and what else was considered.
         n_threads: CPU threads that each worker is planned to compute with.
         timing: what the simulator needs beside this.
+        orders: per worker of one replica of each stage, the order of compute that no name stands for, of the
+            microbatches that it is given: ``2I5`` is the input gradient of its microbatch 5 in stage 2. () where
+            ``schedule`` says it.
         reasons: why this plan: its cuts, its limit, its rivals, and what would help.
     """
 
@@ -219,6 +224,7 @@ class Plan:
     alternatives: tuple[Alternative, ...]
     n_threads: int = 1
     timing: Timing = Timing()
+    orders: tuple[tuple[str, ...], ...] = ()
     reasons: tuple[str, ...] = ()
 
     @property
@@ -230,8 +236,24 @@ class Plan:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """List the workers' devices, stage by stage, replica by replica."""
-        return tuple(device for stage in self.stages for device in stage.devices)
+        """List the workers' devices."""
+        found = {worker: device for stage in self.stages for worker, device in zip(stage.workers, stage.devices)}
+        return tuple(found[worker] for worker in sorted(found))
+
+    @property
+    def worker_bytes(self) -> tuple[int, ...]:
+        """List what local CPU workers hold at their fullest, beside what any process does.
+
+        Weights, gradients, the part of the other replicas' gradients that this one sums, and a heap that is larger than
+        what is in use of it; optimizer state is in the parent process.
+        """
+        found = {}
+        for workers in dict.fromkeys(stage.workers for stage in self.stages):
+            own, n = [stage for stage in self.stages if stage.workers == workers], len(workers)
+            weights = sum(stage.parameter_bytes for stage in own)
+            held = own[0].device_bytes - sum(stage.memory_bytes - stage.held_bytes for stage in own)
+            found.update(dict.fromkeys(workers, 2 * weights + (n - 1) * weights // n + int(_HEAP * held)))
+        return tuple(found[worker] for worker in sorted(found))
 
     @property
     def stage_of(self) -> dict[str, int]:
@@ -240,13 +262,10 @@ class Plan:
 
     def layout(self) -> Layout:
         """Return who owns which stage and which stages exchange packets."""
-        workers: list[tuple[int, ...]] = []
-        for stage in self.stages:
-            first = sum(len(owners) for owners in workers)
-            workers.append(tuple(range(first, first + len(stage.devices))))
+        workers = tuple(stage.workers for stage in self.stages)
         pairs = sorted({(wire.source, target) for wire in self.wires for target in wire.targets})
         back = sorted({(wire.source, target) for wire in self.wires if wire.gradient for target in wire.targets})
-        return Layout(tuple(workers), tuple(pairs), tuple(back))
+        return Layout(workers, tuple(pairs), tuple(back))
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""

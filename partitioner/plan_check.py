@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import PlanError
-from ..runtime.schedules import TRAINING_SCHEDULES
+from ..errors import ConstraintError, PlanError
+from ..runtime.instructions import Action
+from ..runtime.schedules import GIVEN, IN_COLUMNS, SEARCH, TRAINING_SCHEDULES, Orders, of_part
+from ..runtime.schedules.tokens import actions_of, token
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -24,18 +27,87 @@ def validate(plan: Plan) -> None:
             raise PlanError(f"$.stages[{index}].index: expected {index}, got {stage.index}")
         if not stage.devices:
             raise PlanError(f"$.stages[{index}].devices: a stage has at least one device")
+    _validate_workers(plan)
     for name in ("batch_rows", "n_microbatches"):
         if getattr(plan, name) < 1:
             raise PlanError(f"$.{name}: expected at least 1, got {getattr(plan, name)}")
-    if plan.schedule not in TRAINING_SCHEDULES:
-        raise PlanError(f"$.schedule: unknown schedule {plan.schedule!r}; known: {', '.join(TRAINING_SCHEDULES)}")
+    _validate_schedule(plan)
     _validate_timing(plan)
     _validate_ops(plan)
     _validate_wires(plan)
 
 
+def _validate_workers(plan: Plan) -> None:
+    """Workers are numbered without gaps, each has one device, and stages that share one share all of them."""
+    owners: dict[int, tuple[int, ...]] = {}
+    devices: dict[int, str] = {}
+    for index, stage in enumerate(plan.stages):
+        path = f"$.stages[{index}].workers"
+        if len(stage.workers) != len(stage.devices) or len(set(stage.workers)) < len(stage.workers):
+            raise PlanError(f"{path}: expected a worker of its own for each of {stage.devices}, got {stage.workers}")
+        for worker, device in zip(stage.workers, stage.devices):
+            if worker < 0:
+                raise PlanError(f"{path}: workers are numbered from 0, got {worker}")
+            if owners.setdefault(worker, stage.workers) != stage.workers:
+                raise PlanError(
+                    f"{path}: worker {worker} is of a stage with workers {owners[worker]} too; stages that share one "
+                    "share all"
+                )
+            if devices.setdefault(worker, device) != device:
+                raise PlanError(f"{path}: worker {worker} is on {device} here and on {devices[worker]} before")
+    if sorted(owners) != list(range(len(owners))):
+        raise PlanError(f"$.stages: workers must be numbered from 0 without gaps, got {sorted(owners)}")
+
+
+def _validate_schedule(plan: Plan) -> None:
+    """The schedule is known and allows these stages; or its order is there, and computes everything once."""
+    if not plan.orders:
+        if plan.schedule not in TRAINING_SCHEDULES:
+            raise PlanError(f"$.schedule: unknown schedule {plan.schedule!r}; known: {', '.join(TRAINING_SCHEDULES)}")
+        if plan.schedule in IN_COLUMNS:
+            try:
+                of_part(plan.schedule, plan.layout(), plan.n_microbatches)
+            except ConstraintError as error:
+                raise PlanError(f"$.schedule: {error.message}") from error
+        return
+    if plan.schedule not in (SEARCH, GIVEN):
+        raise PlanError(f"$.schedule: orders are there, so it must be {SEARCH!r} or {GIVEN!r}, got {plan.schedule!r}")
+    try:
+        orders = actions_of(plan.orders)
+    except ConstraintError as error:
+        raise PlanError(error.message) from error
+    check_orders(orders, [stage.workers for stage in plan.stages], plan.n_microbatches)
+
+
+def check_orders(orders: Orders, workers: Sequence[tuple[int, ...]], n_microbatches: int) -> None:
+    """Check that the orders of one replica of every stage compute all that belongs to them, once.
+
+    Raises:
+        PlanError: naming what is missing, there twice, or elsewhere.
+    """
+    owners = tuple(dict.fromkeys(workers))
+    if len({len(own) for own in owners}) > 1:
+        raise PlanError("$.orders: an order of its own needs as many replicas of every stage")
+    if len(orders) != len(owners):
+        raise PlanError(f"$.orders: expected {len(owners)}, one for each worker of a replica, got {len(orders)}")
+    seen: set[Action] = set()
+    for w, order in enumerate(orders):
+        for place, action in enumerate(order):
+            path, s = f"$.orders[{w}][{place}]", action.stage
+            if s >= len(workers) or workers[s] != owners[w]:
+                raise PlanError(f"{path}: {token(action)} is of a stage that this worker does not own")
+            if action in seen or action.microbatch >= n_microbatches:
+                raise PlanError(f"{path}: {token(action)} is there twice, or of no microbatch")
+            seen.add(action)
+    for s in range(len(workers)):
+        for m in range(n_microbatches):
+            parts = {kind for kind in "FBIW" if Action(kind, s, m) in seen}
+            if parts not in ({"F", "B"}, {"F", "I", "W"}):
+                raise PlanError(f"$.orders: stage {s} computes {sorted(parts)} of microbatch {m}")
+
+
 def _validate_timing(plan: Plan) -> None:
-    n_workers = sum(len(stage.devices) for stage in plan.stages)
+    n_workers = len(plan.devices)
     expected = {**dict.fromkeys(("reduce_s", "store_s", "accumulate_s"), len(plan.stages)), "hosts": n_workers}
     for name, n in expected.items():
         found = len(getattr(plan.timing, name))

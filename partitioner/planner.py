@@ -14,9 +14,10 @@ from .captured import Capture
 from .choice import Choice
 from .closest import closest
 from .cluster import Cluster
-from .configurations import Groups, Wishes
+from .configurations import Wishes
 from .drafts import Draft, counts_of, drafts_of, has_room
 from .loss import Loss
+from .placing import Groups
 from .plan import Plan
 from .pricing import Corrections, Pricer, Progress, silent
 from .ranking import Configuration, fitted, rank

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from ..runtime.instructions import Layout
 from ..runtime.program import Span, Timeline, lower
-from ..runtime.schedules import schedule
+from ..runtime.schedules.tokens import actions_of
 from .cluster import Link
+from .residency import orders_of
 from .simulate import StepCosts, simulate
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def predict(plan: Plan) -> Timeline:
     if n_alike == 1:
         return timeline
     spans = [
-        Span(layout.workers[s.worker][r], s.op, s.stage, _microbatch(s, r, n_alike), s.start_s, s.end_s)
+        Span(layout.workers[s.stage][r], s.op, s.stage, _microbatch(s, r, n_alike), s.start_s, s.end_s)
         for r in range(n_alike)
         for s in timeline.spans
     ]
@@ -39,7 +40,8 @@ def predict_column(plan: Plan) -> Timeline:
     n_alike = _n_alike(plan, layout)
     if n_alike == 1:
         return _simulated(plan, layout, _n_pieces(plan, layout))
-    column = Layout(tuple((s,) for s in range(layout.n_stages)), layout.wires, layout.gradient_wires)
+    place = {owners: (at,) for at, owners in enumerate(dict.fromkeys(layout.workers))}
+    column = Layout(tuple(place[owners] for owners in layout.workers), layout.wires, layout.gradient_wires)
     return _simulated(plan, column, _n_pieces(plan, layout) // n_alike)
 
 
@@ -70,7 +72,8 @@ def _packets(plan: Plan, gradients: bool) -> dict[tuple[int, int], float]:
 def _simulated(plan: Plan, layout: Layout, n_pieces: int) -> Timeline:
     timing = plan.timing
     packets, back = _packets(plan, False), _packets(plan, True)
-    program = lower(plan.schedule, layout, schedule(plan.schedule, layout, n_pieces), n_pieces)
+    orders = orders_of(layout, plan.schedule, n_pieces, actions_of(plan.orders))
+    program = lower(plan.schedule, layout, orders, n_pieces)
     timeline = simulate(
         program,
         StepCosts(

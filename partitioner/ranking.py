@@ -12,6 +12,7 @@ from .cluster import Cluster
 from .drafts import Draft, drafts_of
 from .fitting import fitting
 from .limits import of_shape
+from .placing import owners_of
 from .plan import Plan
 from .step_bound import least_step_s
 from .task import Task
@@ -109,4 +110,5 @@ def _bound_s(task: Task, item: Configuration) -> float:
     assert groups is not None
     assert priced is not None
     n_pieces = n_pieces_of(groups, item.n_microbatches, task.batch_rows)
-    return least_step_s(priced, [len(group) for group in groups], n_pieces)
+    owners = owners_of(groups)
+    return least_step_s(priced, [len(group) for group in owners], n_pieces, in_chain=len(owners) == len(groups))

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import StagecutError
 from ..runtime.program import Timeline
+from ..runtime.schedules.tokens import actions_of
 from .assemble import Decision, assemble
 from .captured import Capture
 from .cluster import Cluster
@@ -21,14 +22,18 @@ from .pricing import Corrections, Pricer, Progress, silent
 StageSeconds = Mapping[int, tuple[float, float]]  # per stage: forward and backward of one microbatch
 
 
-def stage_seconds(timeline: Timeline, action_s: float) -> StageSeconds:
-    """Return the median seconds of each stage's forwards and backwards, the runtime's own work taken off."""
+def stage_seconds(timeline: Timeline, action_s: float, split: float = 1.0) -> StageSeconds:
+    """Return the median seconds of each stage's forwards and backwards, the runtime's own work taken off.
+
+    Of backwards in two parts the sum is taken, as it would be in one: ``split`` is how many times as long parts take.
+    """
     spans: dict[tuple[int, str], list[float]] = {}
     for span in timeline.spans:
-        if span.op in ("F", "B"):
+        if span.op in ("F", "B", "I", "W"):
             spans.setdefault((span.stage, span.op), []).append(span.end_s - span.start_s)
-    medians = {key: max(0.0, statistics.median(times) - action_s) for key, times in spans.items()}
-    return {s: (medians[s, "F"], medians.get((s, "B"), 0.0)) for s, op in medians if op == "F"}
+    took = {key: max(0.0, statistics.median(times) - action_s) for key, times in spans.items()}
+    apart = {s: (took[s, "I"] + took.get((s, "W"), 0.0)) / split for s, op in took if op == "I"}
+    return {s: (took[s, "F"], took.get((s, "B"), apart.get(s, 0.0))) for s, op in took if op == "F"}
 
 
 def better_plan(
@@ -60,6 +65,7 @@ def better_plan(
         tuple(stage.recompute for stage in current.stages),
         current.schedule,
         current.n_microbatches,
+        orders=actions_of(current.orders),
     )
     corrections = _corrections(assemble(capture, priced, decision, current.batch_rows), measured)
     best = make_plan(
@@ -87,16 +93,13 @@ def _corrections(plan: Plan, measured: StageSeconds) -> Corrections:
 
 
 def _groups_of(plan: Plan, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
-    """Find the plan's devices in the cluster; of several with one name each is taken once."""
+    """Find the plan's workers in the cluster; of several devices with one name each is taken once."""
     free = list(enumerate(cluster.names))
-    groups = []
-    for stage in plan.stages:
-        group = []
-        for name in stage.devices:
-            entry = next((entry for entry in free if entry[1] == name), None)
-            if entry is None:
-                raise StagecutError(f"the plan runs on {name}, which is not among the devices {cluster.names}")
-            free.remove(entry)
-            group.append(entry[0])
-        groups.append(tuple(group))
-    return tuple(groups)
+    found = []
+    for name in plan.devices:
+        entry = next((entry for entry in free if entry[1] == name), None)
+        if entry is None:
+            raise StagecutError(f"the plan runs on {name}, which is not among the devices {cluster.names}")
+        free.remove(entry)
+        found.append(entry[0])
+    return tuple(tuple(found[worker] for worker in stage.workers) for stage in plan.stages)

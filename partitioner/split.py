@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from ..errors import PlanError
 from ..runtime.program import NodeRecord, NodeRef, PipelineSpec, StageSpec, WireGroup
+from ..runtime.schedules.tokens import actions_of
 from .captured import Capture
 from .opgraph import is_replicable, is_switch
 from .plan import Plan
@@ -66,8 +67,9 @@ def split(capture: Capture, plan: Plan, random_ops: Mapping[str, bool]) -> Pipel
         inputs=capture.inputs,
         random=any(random_ops.values()),
         fingerprint=f"{own}/{plan.stage_of}/{copies}/{[stage.recompute for stage in plan.stages]}/{plan.devices}/"
-        f"{plan.schedule}/{plan.n_microbatches}",
+        f"{[stage.workers for stage in plan.stages]}/{plan.schedule}/{plan.orders}/{plan.n_microbatches}",
         n_threads=plan.n_threads,
+        orders=actions_of(plan.orders),
     )
 
 

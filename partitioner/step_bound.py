@@ -10,7 +10,7 @@ from .opgraph import carries_gradient
 from .pricing import Priced
 
 
-def least_step_s(priced: Priced, sizes: Sequence[int], n_pieces: int) -> float:
+def least_step_s(priced: Priced, sizes: Sequence[int], n_pieces: int, *, in_chain: bool = True) -> float:
     """Bound the step of ``n_pieces`` microbatches on stages of so many replicas each from below, whatever the cut.
 
     Take any path through the ops on which every value carries a gradient, and let L_s be the seconds of its ops on
@@ -21,13 +21,15 @@ def least_step_s(priced: Priced, sizes: Sequence[int], n_pieces: int) -> float:
     T - C >= T x prod(1 - 1/m_s), where C are the seconds of the path: T >= C / (1 - prod(1 - 1/m_s)). A stage without
     an op of the path only makes the product smaller. An op that several stages compute counts where the path takes it.
 
-    All ops together give W = sum of L_s and T >= m_s L_s, hence T >= W / sum(1/m_s). The larger bound counts;
+    All ops together give W = sum of L_s and T >= m_s L_s, hence T >= W / sum(1/m_s). The larger bound counts; where
+    workers have several stages (``in_chain`` false, ``sizes`` are those of the workers' groups), only the second holds;
     recompute, wires, reductions, copies, the loss and shared cores only add to the step. O(ops + edges).
     """
     most = [-(-n_pieces // size) for size in sizes]  # microbatches of the busiest replica
     work_s, path_s = _seconds(priced)
     idle = math.prod(1 - 1 / m for m in most)
-    return max(path_s / (1 - idle), work_s / sum(1 / m for m in most)) * (1 - 1e-9)
+    shared_s = work_s / sum(1 / m for m in most)
+    return (max(path_s / (1 - idle), shared_s) if in_chain else shared_s) * (1 - 1e-9)
 
 
 def _seconds(priced: Priced) -> tuple[float, float]:

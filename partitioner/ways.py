@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..errors import ConstraintError, InfeasibleError
-from .configurations import Groups, rows_of, stage_counts, uniform_groups
+from .configurations import rows_of, stage_counts, uniform_groups, wished_placement
 from .explain import advice_of
+from .placing import Groups
 from .task import Task
 
 
@@ -23,6 +24,7 @@ def ways_of(task: Task) -> list[Groups]:
     if not ways:
         if task.failures:
             raise task.telling_failure()
+        _check_placement(task)
         kinds = ", ".join(kind.name for kind in cluster.kinds)
         raise ConstraintError(
             f"{cluster.n_devices} devices ({kinds}) do not divide into {task.wishes.n_stages} stages of "
@@ -32,16 +34,29 @@ def ways_of(task: Task) -> list[Groups]:
     return sorted(ways, key=lambda groups: (len(groups) == 1, len(groups), groups))
 
 
+def _check_placement(task: Task) -> None:
+    """Refuse stages that the schedule cannot place."""
+    n, name = task.wishes.n_stages, task.wishes.schedule
+    placement = wished_placement(task.wishes)
+    if placement not in (None, "chain"):
+        many = "two stages" if placement == "vee" else "equally many stages"
+        raise ConstraintError(
+            f"{name} places {many} on every device, and stages={n} on {task.cluster.n_devices} devices is something "
+            "else",
+            hint=f"stages={2 * task.cluster.n_devices}, or leave out stages=",
+        )
+
+
 def _unequal(task: Task) -> list[Groups]:
     """List stages of unequal replica counts: for each number of stages those with the smallest bottleneck."""
     cluster, n = task.cluster, task.cluster.n_devices
     if cluster.groups is not None or n <= 2 or not task.few_devices or len(cluster.kinds) > 1:
         return []
-    if task.has_fixed_rows or task.wishes.assignment is not None:
+    if task.has_fixed_rows or task.wishes.assignment is not None or wished_placement(task.wishes) in ("loop", "vee"):
         return []
     ways: list[Groups] = []
     for n_stages in stage_counts(n, task.wishes):
-        if not 1 < n_stages < n:
+        if not 1 < n_stages < n or task.wishes.n_stages not in (None, n_stages):
             continue
         rows = rows_of(((0,),) * n_stages, n, task.batch_rows)
         n_pieces = -(-task.batch_rows // rows)

@@ -14,7 +14,7 @@ from .executor import Executor
 from .program import PipelineSpec, Program, check, lower
 from .replicate import NoReduction
 from .requests import BACKWARD, PROGRAM_OF, TRAIN, StepReport, StepRequest
-from .schedules import schedule
+from .schedules import Orders, of_columns, of_part, shortened
 from .stage import StageRuntime, isolated_randomness
 from .transport import InlineTransport, MessageKey
 
@@ -58,11 +58,16 @@ class Programs:
         """Return the checked program of that name and microbatch count."""
         if key not in self._known:
             name, n_microbatches = key
-            layout = self._spec.layout
-            program = lower(name, layout, schedule(name, layout, n_microbatches), n_microbatches)
+            program = lower(name, self._spec.layout, self._orders(name, n_microbatches), n_microbatches)
             check(program)
             self._known[key] = program
         return self._known[key]
+
+    def _orders(self, name: str, n_microbatches: int) -> Orders:
+        spec = self._spec
+        if name == spec.schedule and spec.orders:
+            return shortened(of_columns(spec.orders, spec.layout), n_microbatches)
+        return of_part(name, spec.layout, n_microbatches)
 
 
 @contextmanager

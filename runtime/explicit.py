@@ -213,19 +213,19 @@ def _rehearse(parts: Parts, tensors: Sequence[torch.Tensor], n_weights: int, dif
     ]
     try:
         with torch.no_grad():
-            for splits in (False, True):
-                found = parts.forward(list(given))
-                tangents = [torch.zeros_like(found[index]) for index in differentiable]
-                saved = found[parts.n_results :]
-                del found
-                if splits:
-                    passed = parts.backward_input([*saved, *tangents])[len(parts.input_gradients) :]
-                    del saved
-                    parts.backward_weight(passed, Nowhere())
-                else:
-                    parts.backward([*saved, *tangents], Nowhere())
+            parts.backward(_forwarded(parts, given, differentiable), Nowhere())
+            found = parts.backward_input(_forwarded(parts, given, differentiable))
+            del found[: len(parts.input_gradients)]
+            parts.backward_weight(found, Nowhere())
     except Exception as error:
         raise Untraceable(f"what was recorded does not run: {type(error).__name__}: {error}") from error
+
+
+def _forwarded(parts: Parts, given: Sequence[torch.Tensor], differentiable: Sequence[int]) -> list[Any]:
+    """Run the forward and return what a backward takes; nobody else holds any of it, so that it goes as it is used."""
+    found = parts.forward(list(given))
+    tangents = [torch.zeros_like(found[index]) for index in differentiable]
+    return [*found[parts.n_results :], *tangents]
 
 
 class _Placed(nn.Module):

@@ -154,22 +154,24 @@ class Pipeline(nn.Module):
         report = self._run(request)
         merged, how = merge_outputs([report.outputs[m] for m in range(len(sizes))], sizes)
         leaves, structure = flatten(merged)
+        is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
         engine = self._engine
 
         def spread(gradients: list[Any]) -> list[Any]:
-            """Give every leaf its gradient: only tensors went through autograd."""
+            """Give every leaf its gradient: only tensors went through autograd.
+
+            It must not know the result: that would hang in a circle, and live until the garbage collector comes by.
+            """
             given = iter(gradients)
-            return [next(given) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+            return [next(given) if own else None for own in is_tensor]
 
         # Forgetting is only noted: the garbage collector may run in the middle of another request.
         pending = Pending(
             lambda gradients: self._run_backward(engine, request, split_gradients(spread(gradients), how, sizes)),
             lambda: self._forgotten.append(request.call),
         )
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        attached = iter(attach(pending, tensors))
-        leaves = [next(attached) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        return unflatten(structure, leaves)
+        attached = iter(attach(pending, [leaf for leaf, own in zip(leaves, is_tensor) if own]))
+        return unflatten(structure, [next(attached) if own else leaf for leaf, own in zip(leaves, is_tensor)])
 
     def evaluate(self, *args: Any, target: Any = None, **kwargs: Any) -> EvalResult:
         """Run the batch forward without gradients, in the mode (``train()`` or ``eval()``) that is set."""

@@ -10,6 +10,7 @@ here: in 1F1B the last forward is followed by several backwards.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -54,13 +55,15 @@ class DataParallelReducer:
     Every microbatch's loss already carries its share of the batch, so the replicas' gradients add up to those of the
     unsplit model; DDP's average is multiplied by the replica count. Parameters that
     the last microbatch did not use are found by DDP from ``roots`` (``find_unused_parameters``), so a stage with
-    conditional parameters neither hangs nor loses gradients.
+    conditional parameters neither hangs nor loses gradients. ``left_out`` names parameters of the module that other
+    stages of the same worker add to as well: somebody else sums these when all stages are through.
     """
 
     follows_autograd = True
 
-    def __init__(self, module: nn.Module, group: Any, n_replicas: int) -> None:
+    def __init__(self, module: nn.Module, group: Any, n_replicas: int, left_out: Sequence[str] = ()) -> None:
         self.module = module
+        self._left_out = frozenset(left_out)
         self._n_replicas = n_replicas
         self._group = group
         self._trainable: tuple[bool, ...] = ()
@@ -69,12 +72,15 @@ class DataParallelReducer:
 
     def refresh(self) -> None:
         """Rebuild DDP where the set of trainable parameters changed; every replica of the stage must call it."""
-        trainable = tuple(parameter.requires_grad for parameter in self.module.parameters())
+        trainable = tuple(parameter.requires_grad for parameter in self._parameters())
         if trainable == self._trainable:
             return
         self._trainable = trainable
         self._ddp = None
         if any(trainable):
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+                self.module, self._left_out
+            )
             self._ddp = DistributedDataParallel(
                 self.module,
                 process_group=self._group,
@@ -119,7 +125,10 @@ class DataParallelReducer:
         self._armed = True
 
     def _trainable_parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return [parameter for parameter in self._parameters() if parameter.requires_grad]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.module.named_parameters() if name not in self._left_out]
 
 
 def _reaches(roots: list[torch.Tensor], parameters: list[nn.Parameter]) -> bool:

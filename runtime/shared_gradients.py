@@ -114,6 +114,39 @@ class SharedMemoryReducer:
                     self._own.take(name)
 
 
+class CommonReducer:
+    """Completes a reduction once all stages of a worker that add to its parameters are through."""
+
+    def __init__(self, reducer: SharedMemoryReducer, n_stages: int) -> None:
+        self._reducer, self._n_stages = reducer, n_stages
+        self._n_through = 0
+
+    def stage_is_through(self) -> None:
+        """Note that one more of the stages has added all that it will in this step."""
+        self._n_through += 1
+        if self._n_through == self._n_stages:
+            self._n_through = 0
+            self._reducer.complete()
+
+
+class WithCommon:
+    """The reduction of a stage that shares some of its parameters with other stages of its worker."""
+
+    follows_autograd = False
+
+    def __init__(self, own: SharedMemoryReducer, common: Sequence[CommonReducer]) -> None:
+        self._own, self._common = own, common
+
+    def arm(self, roots: list[torch.Tensor]) -> None:
+        """Nothing to announce."""
+
+    def complete(self) -> None:
+        """Sum what is this stage's alone, and what it was the last to add to."""
+        self._own.complete()
+        for reducer in self._common:
+            reducer.stage_is_through()
+
+
 def _sum_some(written: list[torch.Tensor], target: torch.Tensor) -> None:
     """Sum what some of the replicas have written."""
     if not written:

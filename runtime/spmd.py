@@ -1,4 +1,4 @@
-"""The engine under torchrun: every rank runs the user's script, and owns the stage of its worker."""
+"""The engine under torchrun: every rank runs the user's script, and owns the stages of its worker."""
 
 from __future__ import annotations
 
@@ -159,7 +159,10 @@ class SpmdEngine:
             group = dist.new_group(list(owners), backend="nccl" if on_gpus else "gloo") if len(owners) > 1 else None
             if s in stages:
                 module = stages[s].module
-                reducers[s] = NoReduction() if group is None else DataParallelReducer(module, group, len(owners))
+                elsewhere = {id(p) for t, other in stages.items() if t != s for p in other.module.parameters()}
+                common = [name for name, parameter in module.named_parameters() if id(parameter) in elsewhere]
+                n = len(owners)
+                reducers[s] = NoReduction() if group is None else DataParallelReducer(module, group, n, common)
         return reducers
 
     def _tie_groups(self) -> list[tuple[list[nn.Parameter], Any, float]]:
@@ -175,7 +178,9 @@ class SpmdEngine:
             group = dist.new_group(ranks, backend="gloo")
             own = [s for s in sharing if self._worker in self._spec.layout.workers[s]]
             if own:
-                groups.append((parameters, group, 1.0 / len(self._spec.layout.workers[own[0]])))
+                # Of one stage here replicas have the sum already; of several each has what it computed.
+                n_alike = len(self._spec.layout.workers[own[0]]) if len(own) == 1 else 1
+                groups.append((parameters, group, 1.0 / n_alike))
         return groups
 
     def run(self, request: StepRequest) -> StepReport:

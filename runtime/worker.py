@@ -29,7 +29,7 @@ from .pickling import dumps, loads
 from .program.specs import StageSpec
 from .replicate import NoReduction, Reducer
 from .requests import BACKWARD, TRAIN
-from .shared_gradients import GradientSlots, SharedMemoryReducer, gradient_slot
+from .shared_gradients import CommonReducer, GradientSlots, SharedMemoryReducer, WithCommon, gradient_slot
 from .stage import StageRuntime
 from .transport import DistTransport
 
@@ -138,6 +138,7 @@ class _Server:
         layout, worker = self.setup.layout, self.setup.worker
         transport: Any = None
         self.groups: dict[int, Any] = {}
+        self.common: dict[tuple[int, ...], CommonReducer] = {}
         reducers: dict[int, Reducer] = {}
         if layout.n_workers > 1:
             store = dist.FileStore(self.setup.store_path, layout.n_workers)  # type: ignore[attr-defined]
@@ -156,14 +157,23 @@ class _Server:
         self.executor = Executor(worker, layout, self.stages, transport, reducers, tick)
 
     def _reducer(self, s: int, owners: tuple[int, ...], group: Any) -> Reducer:
-        module = self.stages[s].module
+        """Sum what only this stage adds to when it is through, what others of this worker add to when all are."""
         known = {id(tensor): name for name, tensor in self.state.items()}
-        names = [known[id(parameter)] for parameter in module.parameters()]
-        elsewhere = [stage.module.parameters() for other, stage in self.stages.items() if other != s]
-        shared = {id(parameter) for parameters in elsewhere for parameter in parameters} & {
-            id(self.state[n]) for n in names
-        }
-        assert not shared, "replicas' slots are summed once a step, so one stage must own them"
+        users: dict[str, list[int]] = {}
+        for index, stage in self.stages.items():
+            for name in dict.fromkeys(known[id(parameter)] for parameter in stage.module.parameters()):
+                users.setdefault(name, []).append(index)
+        alone = [name for name, stages in users.items() if stages == [s]]
+        common = []
+        for stages in dict.fromkeys(tuple(found) for found in users.values() if s in found and len(found) > 1):
+            if stages not in self.common:
+                names = [name for name, found in users.items() if tuple(found) == stages]
+                self.common[stages] = CommonReducer(self._summing(names, owners, group), len(stages))
+            common.append(self.common[stages])
+        own = self._summing(alone, owners, group)
+        return WithCommon(own, common) if common else own
+
+    def _summing(self, names: list[str], owners: tuple[int, ...], group: Any) -> SharedMemoryReducer:
         exchange = partial(dist.all_reduce, op=dist.ReduceOp.MAX, group=group)
         slots = [{name: self.arena.view(gradient_slot(owner, name)) for name in names} for owner in owners]
         return SharedMemoryReducer(self.gradients, names, slots, owners.index(self.setup.worker), exchange)

@@ -56,15 +56,13 @@ def _key(plan: Plan, width: float) -> str:
 
 
 def _lane(plan: Plan, timeline: Timeline, worker: int, y: float, scale: float) -> str:
-    stages = stages_of(plan)
-    stage = stages[worker] if worker < len(stages) else 0
     device = plan.devices[worker] if worker < len(plan.devices) else ""
     end = timeline.makespan_s
     idle = idle_s(timeline, worker)
     waits = f"waits {share(idle / end)}" if end else ""
     parts = [
         text("b", 0, y + 16, f"worker {worker}"),
-        text("dim", 58, y + 16, shorten(f"stage {stage}, {clean(device)}", 15)),
+        text("dim", 58, y + 16, shorten(f"{stages_of(plan, worker)}, {clean(device)}", 15)),
         rect("lane", HEADER, y, end * scale, _LANE),
         text("", HEADER + end * scale + 8, y + 16, waits),
     ]

@@ -58,11 +58,12 @@ def wire_table(plan: Plan) -> Table:
 def alternatives_table(plan: Plan) -> Table:
     """List the chosen configuration, then what else was considered, by predicted step."""
     step_s = plan.prediction.step_s
-    own = shape([len(stage.devices) for stage in plan.stages], [s.index for s in plan.stages if s.recompute])
+    replicas, again = [len(stage.devices) for stage in plan.stages], [s.index for s in plan.stages if s.recompute]
+    own = shape(replicas, again, len(plan.devices))
     rows = [(own, plan.schedule, str(plan.n_microbatches), duration(step_s), "chosen")]
     for other in sorted(plan.alternatives, key=lambda other: (other.step_s, other.n_microbatches, other.schedule)):
         worse = f"{other.step_s / step_s - 1:+.1%}" if step_s > 0 else ""
-        what = shape(other.replicas, other.recomputed)
+        what = shape(other.replicas, other.recomputed, other.n_workers)
         rows.append((what, other.schedule, str(other.n_microbatches), duration(other.step_s), worse))
     header = ("stages", "schedule", "microbatches", "step", "against chosen")
     return Table(header, (False, False, True, True, True), tuple(rows), "nothing else was considered")

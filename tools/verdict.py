@@ -67,9 +67,13 @@ def idle_s(timeline: Timeline, worker: int) -> float:
     return idle + max(0.0, timeline.makespan_s - until)
 
 
-def stages_of(plan: Plan) -> list[int]:
-    """Return the stage of each worker."""
-    return [stage.index for stage in plan.stages for _ in stage.devices]
+def stages_of(plan: Plan, worker: int) -> str:
+    """Name the stages of a worker.
+
+    ``stage 3``, or ``stages 0, 3`` where it has several.
+    """
+    own = [str(stage.index) for stage in plan.stages if worker in stage.workers]
+    return f"stage{'s' if len(own) > 1 else ''} {', '.join(own)}"
 
 
 def bytes_into(plan: Plan, stage: int) -> int:
@@ -135,18 +139,25 @@ def _waiting(plan: Plan, timeline: Timeline) -> str:
         return "nothing runs"
     worker = max(range(len(idle)), key=idle.__getitem__)
     low, high = min(idle) / timeline.makespan_s, max(idle) / timeline.makespan_s
-    most = f"worker {worker} (stage {stages_of(plan)[worker]}) waits longest, {duration(idle[worker])}"
+    most = f"worker {worker} ({stages_of(plan, worker)}) waits longest, {duration(idle[worker])}"
     return f"workers wait {share(low)} to {share(high)} of the step, {most}{_filling(plan)}"
 
 
 def _filling(plan: Plan) -> str:
-    """Say what part of the bubble no cut can avoid: (p - 1) / (m + p - 1) for p equal stages and m microbatches."""
+    """Say what part of the bubble no cut can avoid: (p - 1) / (m + p - 1) for p equal stages and m microbatches.
+
+    That is so where every worker has one stage.
+    """
+    if len(plan.devices) < sum(len(stage.devices) for stage in plan.stages):
+        return ""
     p, m = len(plan.stages), min(plan.n_microbatches, max(1, plan.batch_rows // plan.layout().n_replicas))
     return f"; filling and draining {p} equal stages is {share((p - 1) / (m + p - 1))}" if p > 1 else ""
 
 
 def _fit(plan: Plan) -> str:
-    stage = max(plan.stages, key=lambda stage: stage.memory_bytes / max(stage.memory_limit_bytes, 1.0))
-    filled = stage.memory_bytes / max(stage.memory_limit_bytes, 1.0)
+    stage = max(plan.stages, key=lambda stage: stage.device_bytes / max(stage.memory_limit_bytes, 1.0))
+    filled = stage.device_bytes / max(stage.memory_limit_bytes, 1.0)
     word = "DOES NOT FIT" if filled > 1 else "fits, barely" if filled > _ALMOST_FULL else "fits"
-    return f"{word}: fullest is stage {stage.index}, {memory(stage)}"
+    own = sum(other.workers == stage.workers for other in plan.stages)
+    where = f"stage {stage.index}" if own == 1 else f"the device of {stages_of(plan, stage.workers[0])}"
+    return f"{word}: fullest is {where}, {memory(stage)}"

@@ -79,18 +79,18 @@ def shorten(text: str, limit: int) -> str:
 
 
 def memory(stage: StageRecord) -> str:
-    """Write a stage's memory against its limit."""
+    """Write what is held on a stage's device against its limit."""
     if stage.memory_limit_bytes >= _NO_LIMIT:
-        return f"{size(stage.memory_bytes)}, no limit"
-    filled = stage.memory_bytes / stage.memory_limit_bytes if stage.memory_limit_bytes > 0 else 1.0
-    return f"{size(stage.memory_bytes)} of {size(stage.memory_limit_bytes)} ({share(filled)})"
+        return f"{size(stage.device_bytes)}, no limit"
+    filled = stage.device_bytes / stage.memory_limit_bytes if stage.memory_limit_bytes > 0 else 1.0
+    return f"{size(stage.device_bytes)} of {size(stage.memory_limit_bytes)} ({share(filled)})"
 
 
 def devices(stage: StageRecord) -> str:
     """List a stage's devices; many of one name are counted.
 
     >>> from dataclasses import replace
-    >>> stage = StageRecord(0, ("cpu", "cpu"), 0.0, 0.0, 0, 0, 1, 0, 1.0)
+    >>> stage = StageRecord(0, ("cpu", "cpu"), (0, 1), 0.0, 0.0, 0, 0, 1, 0, 1.0)
     >>> devices(stage), devices(replace(stage, devices=("A100:0", "A100:1")))
     ('2 x cpu', 'A100:0, A100:1')
     """
@@ -102,7 +102,7 @@ def devices(stage: StageRecord) -> str:
 def device_kinds(stage: StageRecord) -> str:
     """Write a stage's devices in little room: the name of one, the kinds of several.
 
-    >>> device_kinds(StageRecord(0, ("A100:0", "A100:1"), 0.0, 0.0, 0, 0, 1, 0, 1.0))
+    >>> device_kinds(StageRecord(0, ("A100:0", "A100:1"), (0, 1), 0.0, 0.0, 0, 0, 1, 0, 1.0))
     '2 x A100'
     """
     if len(stage.devices) == 1:
@@ -116,14 +116,16 @@ def n_ops(plan: Plan, stage: int) -> int:
     return sum(1 for op in plan.ops if op.stage == stage)
 
 
-def shape(replicas: Sequence[int], recomputed: Sequence[int]) -> str:
+def shape(replicas: Sequence[int], recomputed: Sequence[int], n_workers: int) -> str:
     """Name stages by their replica counts, and say how many of them compute activations again.
 
-    >>> shape([1], []), shape([2, 2], [0]), shape([3, 1], [])
-    ('1 x 1', '2 x 2, 1 recomputed', '3 + 1')
+    >>> shape([1], [], 1), shape([2, 2], [0], 4), shape([3, 1], [], 4), shape([1, 1, 1, 1], [], 2)
+    ('1 x 1', '2 x 2, 1 recomputed', '3 + 1', '4 x 1, 2 to a device')
     """
     if not replicas:
         return ""
     equal = len(set(replicas)) == 1
     text = f"{len(replicas)} x {replicas[0]}" if equal else " + ".join(map(str, replicas))
+    if n_workers < sum(replicas):
+        text += f", {sum(replicas) // n_workers} to a device"
     return f"{text}, {len(recomputed)} recomputed" if recomputed else text

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 from typing import Any
 
 from ...errors import ConstraintError
-from ...runtime.instructions import Action, Layout
+from ...runtime.instructions import Layout
+from ...runtime.schedules.tokens import from_token, token
 from .clock import Problem
 from .costs import PipelineCosts
 from .critical import critical_path
@@ -18,7 +18,6 @@ from .score import Orders, Scored, score
 
 _LISTS = ("forward_s", "backward_input_s", "backward_weight_s", "activation_bytes", "weight_grad_bytes")
 _OPTIONAL = ("memory_bytes", "link_s", "op_overhead_s", "split_backward")
-_TOKEN = re.compile(r"(\d+)([FBIW])(\d+)")
 
 
 def costs_from_json(data: Any) -> PipelineCosts:
@@ -70,27 +69,6 @@ def _number(value: Any, path: str) -> float:
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def token(action: Action) -> str:
-    """Write an action as ``torch.distributed.pipelining`` does: stage, kind, microbatch.
-
-    >>> token(Action("I", 2, 5))
-    '2I5'
-    """
-    return f"{action.stage}{action.kind}{action.microbatch}"
-
-
-def from_token(text: str, where: str) -> Action:
-    """Read what :func:`token` wrote.
-
-    Raises:
-        ConstraintError: the text is something else.
-    """
-    match = _TOKEN.fullmatch(text.strip())
-    if match is None:
-        raise ConstraintError(f"{where}: expected stage, F, B, I or W, and microbatch, such as 0F3; got {text!r}")
-    return Action(match[2], int(match[1]), int(match[3]))
 
 
 def to_json(scored: Scored, seconds: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...structure import Structure
-from ..instructions import Layout
+from ..instructions import Action, Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +190,7 @@ class PipelineSpec:
         layout: who owns which stage, and who talks to whom.
         devices: per worker, its device as torch names it.
         schedule: name of the training schedule.
+        orders: that schedule, for the workers of one replica, where it is none of those known by name.
         microbatches_per_replica: pieces that each replica of the widest stage is given.
         whole: the uncut graph as one stage, the reference that ``verify`` uses where random numbers are drawn.
         inputs: how a call's arguments become graph inputs.
@@ -208,3 +209,4 @@ class PipelineSpec:
     random: bool
     fingerprint: str
     n_threads: int = 1
+    orders: tuple[tuple[Action, ...], ...] = ()

@@ -13,25 +13,36 @@ from .one_f_one_b import one_f_one_b
 
 Orders = tuple[tuple[Action, ...], ...]
 
+ANY_REPLICAS = ("1f1b", "fill-drain", "eager-1f1b")  # these allow a different number of replicas for each stage
+IN_COLUMNS = tuple(name for name, family in FAMILIES.items() if family.trains and name not in ANY_REPLICAS)
 SCHEDULES: dict[str, Callable[[Layout, int], Orders]] = {
     "1f1b": one_f_one_b,
     "fill-drain": fill_drain,
     "eager-1f1b": eager_1f1b,
-    "zb-h1": FAMILIES["zb-h1"].make,
-    "zb-h2": FAMILIES["zb-h2"].make,
+    **{name: FAMILIES[name].make for name in IN_COLUMNS},
     "forward-only": forward_only,
     "backward-only": backward_only,
 }
-WHOLE_SCHEDULES = ("1f1b", "fill-drain", "eager-1f1b")
-IN_COLUMNS = ("zb-h1", "zb-h2")  # these want as many replicas of every stage
-TRAINING_SCHEDULES = (*WHOLE_SCHEDULES, *IN_COLUMNS)
+TRAINING_SCHEDULES = (*ANY_REPLICAS, *IN_COLUMNS)
+SEARCH = "search"  # an order that was made for one plan, and is part of it
+GIVEN = "given"  # an order that was read from a file
+
+
+def placement_of(name: str) -> str:
+    """Return how the named training schedule wants stages to lie on workers: ``chain``, ``loop`` or ``vee``."""
+    return FAMILIES[name].placement
+
+
+def least_microbatches(name: str, n_workers: int) -> int:
+    """Return how many microbatches the named schedule needs at least, for each replica, on so many workers each."""
+    return FAMILIES[name].least(n_workers) if name in FAMILIES else 1
 
 
 def schedule(name: str, layout: Layout, n_microbatches: int) -> Orders:
     """Return the compute order of every worker under the named schedule.
 
     Raises:
-        ConstraintError: no schedule has that name, or ``n_microbatches`` is not positive.
+        ConstraintError: no schedule has that name, or it does not allow these stages or so few microbatches.
     """
     if name not in SCHEDULES:
         raise ConstraintError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
@@ -40,16 +51,56 @@ def schedule(name: str, layout: Layout, n_microbatches: int) -> Orders:
     return SCHEDULES[name](layout, n_microbatches)
 
 
+def of_part(name: str, layout: Layout, n_microbatches: int) -> Orders:
+    """Return the order of a batch that may be too short for the named schedule: that of a longer one, without the rest.
+
+    What is left of an order waits for nothing new and holds no more than before.
+
+    Raises:
+        ConstraintError: as :func:`schedule`, but not for few microbatches.
+    """
+    least = least_microbatches(name, layout.n_workers // layout.n_replicas) * layout.n_replicas
+    if n_microbatches >= least:
+        return schedule(name, layout, n_microbatches)
+    return shortened(schedule(name, layout, least), n_microbatches)
+
+
+def shortened(orders: Orders, n_microbatches: int) -> Orders:
+    """Leave out of an order what is of later microbatches than the first so many."""
+    return tuple(tuple(action for action in order if action.microbatch < n_microbatches) for order in orders)
+
+
+def of_columns(column: Orders, layout: Layout) -> Orders:
+    """Let every replica of a layout compute in the order of one, each its own microbatches.
+
+    ``column`` has the order of each worker of one replica, in the order in which stages first name them.
+    """
+    orders: list[tuple[Action, ...]] = [()] * layout.n_workers
+    n = layout.n_replicas
+    for replica in range(n):
+        workers = dict.fromkeys(owners[replica] for owners in layout.workers)
+        for worker, order in zip(workers, column, strict=True):
+            orders[worker] = tuple(Action(a.kind, a.stage, a.microbatch * n + replica) for a in order)
+    return tuple(orders)
+
+
 __all__ = [
+    "ANY_REPLICAS",
+    "GIVEN",
     "IN_COLUMNS",
     "SCHEDULES",
+    "SEARCH",
     "TRAINING_SCHEDULES",
-    "WHOLE_SCHEDULES",
     "Orders",
     "backward_only",
     "eager_1f1b",
     "fill_drain",
     "forward_only",
+    "least_microbatches",
+    "of_columns",
+    "of_part",
     "one_f_one_b",
+    "placement_of",
     "schedule",
+    "shortened",
 ]

@@ -28,7 +28,7 @@ class Drawn:
 
 
 def compiled(case: Case, launch: str) -> stagecut.Pipeline:
-    return stagecut.compile(case.model, case.devices, loss_fn=case.loss, plan=case.plan, launch=launch)
+    return stagecut.compile(case.model, list(case.plan.devices), loss_fn=case.loss, plan=case.plan, launch=launch)
 
 
 exactness = settings(
@@ -90,6 +90,6 @@ def test_a_batch_of_another_size_needs_no_new_plan(data: st.DataObject, rows: in
     with compiled(case, "inline") as pm:
         pm.prepare(*case.args, **case.kwargs)
         args, kwargs, target = make_batch(case.model.spec, rows)
-        other = Case(case.model, args, kwargs, target, case.loss, case.plan, case.devices)
+        other = Case(case.model, args, kwargs, target, case.loss, case.plan)
         loss = pm.step(*args, target=target, **kwargs).loss
         assert worst_error(other, loss) <= TOLERANCE

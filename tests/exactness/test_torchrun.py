@@ -16,7 +16,8 @@ TIMEOUT_S = 400
     [
         ("[['cpu'], ['cpu']]", 2, "1f1b"),
         ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4, "1f1b"),
-        ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4, "zb-h1"),
+        ("[['cpu'], ['cpu']]", 2, "interleaved-zero-bubble"),
+        ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4, "zb-v"),  # one worker has both ends of the tie
     ],
 )
 def test_ties_replicas_state_and_both_loops(repository: Path, devices: str, n_ranks: int, schedule: str) -> None:

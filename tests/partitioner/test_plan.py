@@ -36,8 +36,9 @@ def op(name: str, stage: int, *inputs: str) -> OpRecord:
     return OpRecord(name, "torch.relu", "body.0", "model.py:3", stage, inputs, 1e-3, 2e-3, 4096, 8192, "measured")
 
 
-def stage(index: int, *devices: str) -> StageRecord:
-    return StageRecord(index, devices, 0.25, 0.5, 3 << 20, 8192, 2, 5 << 30, 2.0**62)
+def stage(index: int, first: int, *devices: str) -> StageRecord:
+    workers = tuple(range(first, first + len(devices)))
+    return StageRecord(index, devices, workers, 0.25, 0.5, 3 << 20, 8192, 2, 5 << 30, 2.0**62)
 
 
 def make_plan() -> Plan:
@@ -51,10 +52,10 @@ def make_plan() -> Plan:
         schedule="1f1b",
         graph_inputs=("x", "mask"),
         ops=(op("a", 0, "x"), op("b", 1, "a", "mask"), op("c", 2, "b", "a", "x")),
-        stages=(stage(0, "cpu"), stage(1, "cpu", "cuda:1"), stage(2, "cpu")),
+        stages=(stage(0, 0, "cpu"), stage(1, 1, "cpu", "cuda:1"), stage(2, 3, "cpu")),
         wires=(WireRecord("a", 0, (1, 2), 2048, True), WireRecord("b", 1, (2,), 1024, False)),
         prediction=Prediction(0.0125, 0.25, 0.75, 0.7, False, 0.03, "measured"),
-        alternatives=(Alternative("fill-drain", 8, 0.02),),
+        alternatives=(Alternative("fill-drain", 8, 0.02, 2),),
     )
 
 

@@ -176,7 +176,7 @@ def test_one_device_and_plain_data_parallelism_are_always_compared_with(stages: 
 def test_reasons_name_the_next_best_the_bottleneck_and_what_would_help() -> None:
     model, x = on_meta(8)
     made = plan(model, "sim:4xA100-80GB", x)
-    assert len(made.stages) == 4
+    assert len(made.devices) == 4
     assert made.reasons[0].startswith("next best: ")
     assert f"{min(other.step_s for other in made.alternatives) * 1e3:.3g} ms a step" in made.reasons[0]
     cut = next(line for line in made.reasons if line.startswith("cut: "))
@@ -301,7 +301,8 @@ def test_several_stages_are_made_where_one_device_is_too_small() -> None:
     model, x = on_meta(8)
     made = plan(model, "sim:4xA100-80GB", x, memory_bytes=700e6)
     sound(made, "sim")
-    assert len(made.stages) == 4
+    assert len(made.devices) == 4
+    assert len(made.stages) >= 4
     assert any(re.match(r"did not fit: one device: .* state need 2,148,\S+ bytes", line) for line in made.reasons)
 
 
@@ -330,10 +331,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[StagecutError], str]] = {
     "schedule": (
         {"schedule": "gpipe"},
         ConstraintError,
-        "schedule must be one of 1f1b, fill-drain, eager-1f1b, zb-h1, zb-h2, got 'gpipe'",
+        "schedule must be one of 1f1b, fill-drain, eager-1f1b, interleaved-1f1b, .*, dualpipe-v, got 'gpipe'",
     ),
     "half a schedule": ({"schedule": "forward-only"}, ConstraintError, "schedule must be one of 1f1b, fill-drain"),
-    "more stages than devices": ({"stages": 3}, ConstraintError, "stages must be 1 to the number of devices, 2; got 3"),
+    "more stages than devices": ({"stages": 3}, ConstraintError, "the number of devices, 2, or go .*; got 3"),
     "no stages": ({"stages": 0}, ConstraintError, "got 0"),
     "no microbatches": ({"microbatches": 0}, ConstraintError, "microbatches must be at least 1, got 0"),
     "no threads": ({"threads_per_worker": 0}, ConstraintError, "threads_per_worker must be at least 1, got 0"),

@@ -16,9 +16,11 @@ import stagecut
 from stagecut.partitioner.capture import capture
 from stagecut.partitioner.configurations import Wishes
 from stagecut.partitioner.describe import describe
+from stagecut.partitioner.placing import Groups, owners_of, placed, placement_of
 from stagecut.partitioner.planner import make_plan
 from stagecut.partitioner.pricing import Pricer
-from stagecut.runtime.schedules import IN_COLUMNS, TRAINING_SCHEDULES
+from stagecut.runtime.schedules import ANY_REPLICAS, TRAINING_SCHEDULES, least_microbatches
+from stagecut.runtime.schedules.families import FAMILIES
 
 WIDTH = 4
 T = TypeVar("T")
@@ -219,7 +221,6 @@ class Case:
     target: dict[str, torch.Tensor]
     loss: Loss
     plan: stagecut.Plan
-    devices: list[list[str]]
 
 
 def draw_case(chooser: Chooser, *, max_ops: int = 9, max_stages: int = 4, replicas: Sequence[int] = (1,)) -> Case:
@@ -232,18 +233,54 @@ def draw_case(chooser: Chooser, *, max_ops: int = 9, max_stages: int = 4, replic
     loss = Loss(tuple(i for i, v in enumerate(spec.outputs) if v in spec.in_loss))
     captured = capture(model, args, kwargs)
     stage_of, n_stages = _draw_cut(chooser, captured, args, kwargs, max_stages)
-    devices = [["cpu"] * chooser.choose(replicas) for _ in range(n_stages)]
-    alike = len({len(group) for group in devices}) == 1
-    schedules = [name for name in TRAINING_SCHEDULES if alike or name not in IN_COLUMNS]
+    placement = chooser.choose(["chain", "chain", "loop", "vee", "other"])
+    groups = _draw_groups(chooser, placement, n_stages, replicas)
+    n_microbatches = chooser.choose([1, 2, 3, 4])
     wishes = Wishes(
-        n_microbatches=chooser.choose([1, 2, 3, 4]),
-        schedule=chooser.choose(schedules),
+        n_microbatches=n_microbatches,
+        schedule=chooser.choose(_schedules_for(groups, min(rows, n_microbatches * max(map(len, groups))))),
         recompute=chooser.choose([False, True]),
         costs="analytic",
         assignment=stage_of,
     )
-    plan = make_plan(captured, _tensors(args, kwargs), describe(devices), wishes)
-    return Case(model, args, kwargs, target, loss, plan, devices)
+    cluster = describe(["cpu"] * (1 + max(map(max, groups)))).with_groups(groups)
+    plan = make_plan(captured, _tensors(args, kwargs), cluster, wishes)
+    return Case(model, args, kwargs, target, loss, plan)
+
+
+def _draw_groups(chooser: Chooser, placement: str, n_stages: int, replicas: Sequence[int]) -> Groups:
+    """Draw the devices of each stage: of its own with any number of replicas, or shared with other stages."""
+    if placement == "vee" and n_stages % 2 == 0:
+        return placed(_owners([chooser.choose(replicas)] * (n_stages // 2)), "vee", 2)
+    if placement == "loop" and n_stages > 1:
+        n_chunks = chooser.choose([n for n in range(2, n_stages + 1) if n_stages % n == 0])
+        return placed(_owners([chooser.choose(replicas)] * (n_stages // n_chunks)), "loop", n_chunks)
+    if placement == "other" and n_stages > 1:
+        owner = [chooser.choose(range(n_stages - 1)) for _ in range(n_stages)]
+        known = list(dict.fromkeys(owner))
+        owners = _owners([chooser.choose(replicas) for _ in known])
+        return tuple(owners[known.index(own)] for own in owner)
+    return _owners([chooser.choose(replicas) for _ in range(n_stages)])
+
+
+def _owners(sizes: Sequence[int]) -> Groups:
+    ends = [sum(sizes[: at + 1]) for at in range(len(sizes))]
+    return tuple(tuple(range(end - size, end)) for size, end in zip(sizes, ends))
+
+
+def _schedules_for(groups: Groups, n_pieces: int) -> list[str]:
+    """Name the schedules that allow stages on these devices, and so few microbatches."""
+    owners, placement = owners_of(groups), placement_of(groups)
+    if placement == "other":
+        return ["fill-drain"]
+    if len(groups) == 1 or len(set(map(len, groups))) > 1:
+        return list(ANY_REPLICAS)
+    return [
+        name
+        for name in TRAINING_SCHEDULES
+        if FAMILIES[name].placement == placement
+        and least_microbatches(name, len(owners)) <= max(1, n_pieces // len(owners[0]))
+    ]
 
 
 def make_batch(spec: DagSpec, rows: int) -> tuple[tuple[torch.Tensor, ...], dict[str, Any], dict[str, torch.Tensor]]:

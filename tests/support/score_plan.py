@@ -1,4 +1,7 @@
-"""An independent check of plans: plain loops over a plan's own records; no code of the planner or the simulator."""
+"""An independent check of plans: plain loops over a plan's own records; no code of the planner or the simulator.
+
+Orders of schedules with several stages a worker come from the library, whose own tests have their closed forms.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from stagecut.partitioner.plan import OpRecord, Plan, StageRecord
+from stagecut.runtime.schedules import of_part
 
 CLOSE = 1e-9
+Compute = tuple[str, int, int]  # kind, stage, microbatch
 _LAG = {"zb-h1": 1, "zb-h2": 2}  # by how many microbatches a stage for each before it is behind with weight gradients
 STATE_AT_MOST = 4  # a parameter, its gradient, and two moments of the optimizer
 
@@ -32,7 +37,7 @@ def score_plan(plan: Plan, *, one_kind: bool = True) -> PlanScore:
     clock = _Clock(plan)
     step_s = clock.step_s(1.0)
     crowd = _crowd(plan)
-    slowest_s = clock.step_s(crowd)
+    slowest_s = clock.step_s(crowd) + clock.between_s(crowd)
     faults = [
         *_places(plan),
         *_wires(plan),
@@ -41,7 +46,7 @@ def score_plan(plan: Plan, *, one_kind: bool = True) -> PlanScore:
         *_prediction(plan),
         *_times(plan, clock, step_s, slowest_s, crowd),
     ]
-    return PlanScore(step_s, slowest_s, crowd > 1.0, tuple(faults))
+    return PlanScore(step_s, slowest_s, crowd > 1.0 or clock.between_s(1.0) > 0, tuple(faults))
 
 
 def _differ(a: float, b: float) -> bool:
@@ -68,7 +73,12 @@ def _places(plan: Plan) -> Iterator[str]:
         for s in op.copies:
             if not any(op.name in other.inputs and s in _runs_on(other) for other in plan.ops):
                 yield f"nobody on stage {s} uses the copy of {op.name}"
+    workers = {worker for stage in plan.stages for worker in stage.workers}
+    if workers != set(range(len(plan.devices))):
+        yield f"workers are numbered {sorted(workers)}, and there are devices {plan.devices}"
     for index, stage in enumerate(plan.stages):
+        if tuple(plan.devices[worker] for worker in stage.workers) != stage.devices:
+            yield f"stage {index} is on workers {stage.workers} and devices {stage.devices}"
         if stage.index != index or index not in stage_of.values() or not stage.devices:
             yield f"stage {index} is numbered {stage.index}, has devices {stage.devices}, or is empty"
 
@@ -117,11 +127,11 @@ def _stages(plan: Plan, one_kind: bool) -> Iterator[str]:
 
 def _memory(plan: Plan, one_kind: bool) -> Iterator[str]:
     """Bytes of a stage are what its record says that they are, within the limit."""
-    n_pieces = _n_pieces(plan)
+    orders = _orders(plan, _n_pieces(plan))
     for stage in plan.stages:
         mine = [op for op in plan.ops if stage.index in _runs_on(op)]
         where = f"stage {stage.index}"
-        if stage.in_flight != _in_flight(plan, stage.index, n_pieces):
+        if stage.in_flight != _most_held(orders[stage.workers[0]], {stage.index: 1}):
             yield f"{where} has {stage.in_flight} microbatches in flight"
         held = stage.in_flight * (stage.input_bytes if stage.recompute else stage.saved_bytes)
         held += (stage.saved_bytes if stage.recompute else 0) + stage.workspace_bytes
@@ -130,8 +140,11 @@ def _memory(plan: Plan, one_kind: bool) -> Iterator[str]:
         state = stage.memory_bytes - held
         if not stage.parameter_bytes <= state <= STATE_AT_MOST * stage.parameter_bytes:
             yield f"{where} has {stage.parameter_bytes} bytes of parameters, and {state} of state"
-        if stage.memory_bytes > stage.memory_limit_bytes:
-            yield f"{where} needs {stage.memory_bytes} bytes of {stage.memory_limit_bytes}"
+        together = _together(plan, stage, orders)
+        if stage.beside_bytes != together - stage.memory_bytes:
+            yield f"the device of {where} holds {together} bytes, and {stage.device_bytes} are in the plan"
+        if together > stage.memory_limit_bytes:
+            yield f"the device of {where} needs {together} bytes of {stage.memory_limit_bytes}"
         workspace = max(op.workspace_bytes for op in mine)
         if one_kind and workspace > stage.workspace_bytes:  # packets and the loss may need more
             yield f"{where} has a workspace of {stage.workspace_bytes} bytes, and its ops {workspace}"
@@ -162,15 +175,16 @@ def _prediction(plan: Plan) -> Iterator[str]:
 
 def _times(plan: Plan, clock: _Clock, step_s: float, slowest_s: float, crowd: float) -> Iterator[str]:
     p = plan.prediction
-    if crowd <= 1.0:
+    if crowd <= 1.0 and not clock.between_s(1.0):
         yield from _exactly(clock, step_s, p.step_s, p.bubble)
         return
-    if crowd == plan.timing.beside:  # a core for each worker: without the slowing the two clocks agree to the digit
+    # With a core for each worker the two clocks agree to the digit, but for the slowing.
+    if crowd == plan.timing.beside and not clock.between_s(1.0):
         alone = replace(plan, timing=replace(plan.timing, beside=1.0)).predicted
         yield from _exactly(clock, step_s, alone.makespan_s, alone.bubble)
     most_work_s = max(clock.work_s_of(host) for host in set(clock.hosts))
-    assert plan.timing.n_cores is not None
-    least_s = max(step_s, plan.timing.start_s + most_work_s / plan.timing.n_cores)
+    n_cores = plan.timing.n_cores or len(plan.devices)
+    least_s = max(step_s, plan.timing.start_s + most_work_s / n_cores)
     if p.step_s < least_s * (1 - CLOSE) or p.step_s > slowest_s * (1 + CLOSE):
         yield f"a step takes {least_s} to {slowest_s} s, and {p.step_s} s were predicted"
 
@@ -196,11 +210,24 @@ def _warm_up(stages: tuple[StageRecord, ...], s: int) -> int:
     return math.ceil(sum(len(stage.devices) for stage in stages[s:]) / len(stages[s].devices))
 
 
-def _in_flight(plan: Plan, s: int, n_pieces: int) -> int:
-    mine = len(_mine(n_pieces, 0, len(plan.stages[s].devices)))
-    if plan.schedule in _LAG:
-        return min(mine, _ahead(plan, s) + _LAG[plan.schedule] * s)
-    return mine if plan.schedule == "fill-drain" else min(mine, _ahead(plan, s))
+def _most_held(order: list[Compute], bytes_of: dict[int, int]) -> int:
+    """Return the most of so many bytes a microbatch of some stages that an order holds at once."""
+    held, most = 0, 0
+    for kind, s, _ in order:
+        held += bytes_of.get(s, 0) * {"F": 1, "B": -1, "W": -1, "I": 0}[kind]
+        most = max(most, held)
+    return most
+
+
+def _together(plan: Plan, stage: StageRecord, orders: list[list[Compute]]) -> int:
+    """Add up what a worker holds: the state of its stages, their activations, the most that one needs to compute."""
+    mine = [other for other in plan.stages if other.workers == stage.workers]
+    if len(mine) == 1:
+        return stage.memory_bytes
+    state = sum(own.memory_bytes - own.held_bytes for own in mine)
+    apiece = {own.index: own.input_bytes if own.recompute else own.saved_bytes for own in mine}
+    more = max(own.workspace_bytes + (own.saved_bytes if own.recompute else 0) for own in mine)
+    return max([state + _most_held(orders[stage.workers[0]], apiece) + more, *(own.memory_bytes for own in mine)])
 
 
 def _ahead(plan: Plan, s: int) -> int:
@@ -211,7 +238,7 @@ def _ahead(plan: Plan, s: int) -> int:
 
 def _crowd(plan: Plan) -> float:
     """Say how many busy workers there can be for a core of a host; 1 where each has its own."""
-    n_workers = sum(len(stage.devices) for stage in plan.stages)
+    n_workers = len(plan.devices)
     if plan.timing.n_cores is None:
         return 1.0
     hosts = (plan.timing.hosts or tuple(range(n_workers)))[:n_workers]
@@ -220,6 +247,35 @@ def _crowd(plan: Plan) -> float:
     if share > 1:
         return share * plan.timing.sharing
     return plan.timing.beside if most > 1 else 1.0
+
+
+def _orders(plan: Plan, n_pieces: int) -> list[list[Compute]]:
+    """List every worker's computations."""
+    n_owned = sum(len(stage.workers) for stage in plan.stages)
+    if plan.orders:
+        return _written_orders(plan, n_pieces)
+    if n_owned > len(plan.devices):
+        orders = of_part(plan.schedule, plan.layout(), n_pieces)
+        return [[(a.kind, a.stage, a.microbatch) for a in order] for order in orders]
+    own = {}
+    for stage in plan.stages:
+        for replica, worker in enumerate(stage.workers):
+            own[worker] = [(kind, stage.index, m) for kind, m in _order(plan, stage.index, replica, n_pieces)]
+    return [own[worker] for worker in range(len(plan.devices))]
+
+
+def _written_orders(plan: Plan, n_pieces: int) -> list[list[Compute]]:
+    """Read the order of one replica's workers; the others do the same with microbatches of their own."""
+    orders: list[list[Compute]] = [[] for _ in plan.devices]
+    owners = list(dict.fromkeys(stage.workers for stage in plan.stages))
+    for workers, row in zip(owners, plan.orders, strict=True):
+        for replica, worker in enumerate(workers):
+            for text in row:
+                kind = next(letter for letter in "FBIW" if letter in text)
+                s, m = map(int, text.split(kind))
+                if m * len(workers) + replica < n_pieces:
+                    orders[worker].append((kind, s, m * len(workers) + replica))
+    return orders
 
 
 def _order(plan: Plan, s: int, replica: int, n_pieces: int) -> list[tuple[str, int]]:
@@ -253,9 +309,8 @@ class _Clock:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.n_pieces = plan, _n_pieces(plan)
-        self.owners = [(s, r) for s, stage in enumerate(plan.stages) for r in range(len(stage.devices))]
-        self.n_workers = len(self.owners)
-        self.orders = [_order(plan, s, r, self.n_pieces) for s, r in self.owners]
+        self.n_workers = len(plan.devices)
+        self.orders = _orders(plan, self.n_pieces)
         self.hosts = (plan.timing.hosts or tuple(range(self.n_workers)))[: self.n_workers]
         self.bytes: dict[tuple[int, int], int] = {}
         self.back: dict[tuple[int, int], int] = {}
@@ -265,41 +320,56 @@ class _Clock:
                 if wire.gradient:
                     self.back[wire.source, target] = self.back.get((wire.source, target), 0) + wire.n_bytes
 
+    @property
+    def shares_workers(self) -> bool:
+        return self.n_workers < sum(len(stage.workers) for stage in self.plan.stages)
+
+    def between_s(self, slower: float) -> float:
+        """Return by how much reductions between computations can make the step longer."""
+        return slower * math.fsum(self.plan.timing.reduce_s) if self.shares_workers else 0.0
+
+    def _worker(self, s: int, m: int) -> int:
+        workers = self.plan.stages[s].workers
+        return workers[m % len(workers)]
+
     def compute_s(self) -> float:
-        return math.fsum(sum(self._all_seconds(s, order)) for (s, _), order in zip(self.owners, self.orders))
+        return math.fsum(sum(self._all_seconds(order)) for order in self.orders)
 
     def work_s_of(self, host: int) -> float:
         """Add up all that keeps the host's workers busy."""
         total = 0.0
-        for worker, ((s, _), order) in enumerate(zip(self.owners, self.orders)):
+        for worker, order in enumerate(self.orders):
             if self.hosts[worker] != host:
                 continue
-            total += sum(self._all_seconds(s, order))
-            total += sum(sum(self._sends(kind, s).values()) for kind, _ in order)
-            total += self._end_s(self.plan.timing.reduce_s, s)
+            total += sum(self._all_seconds(order))
+            total += sum(sum(self._sends(*compute).values()) for compute in order)
+            total += sum(self._end_s(self.plan.timing.reduce_s, s.index) for s in self._stages_of(worker))
         return total
+
+    def _stages_of(self, worker: int) -> list[StageRecord]:
+        return [stage for stage in self.plan.stages if worker in stage.workers]
 
     @staticmethod
     def _end_s(seconds: tuple[float, ...], index: int) -> float:
         return seconds[index] if seconds else 0.0
 
-    def _all_seconds(self, s: int, order: list[tuple[str, int]]) -> list[float]:
-        return [self._seconds(order, position, s) for position in range(len(order))]
+    def _all_seconds(self, order: list[Compute]) -> list[float]:
+        return [self._seconds(order, position) for position in range(len(order))]
 
-    def _seconds(self, order: list[tuple[str, int]], position: int, s: int) -> float:
-        """Give the seconds of one compute; a worker's first backward stores gradients, the later ones add to them."""
+    def _seconds(self, order: list[Compute], position: int) -> float:
+        """Give the seconds of one compute; a stage's first backward stores gradients, the later ones add to them."""
+        kind, s, _ = order[position]
         stage, timing = self.plan.stages[s], self.plan.timing
-        if order[position][0] == "F":
+        if kind == "F":
             return stage.forward_s + timing.action_s
-        kind = order[position][0]
         if kind == "I":
             return timing.split * (stage.backward_s - stage.backward_weight_s) + timing.action_s
         own_s = stage.backward_s if kind == "B" else timing.split * stage.backward_weight_s
-        adds = any(before == kind for before, _ in order[:position])
+        adds = any(before[1] == s and before[0] in "BW" for before in order[:position])
         return own_s + timing.action_s + self._end_s(timing.accumulate_s if adds else timing.store_s, s)
 
-    def _sends(self, kind: str, s: int) -> dict[int, float]:
-        """Give, per stage that gets a packet, the seconds that sending it keeps the sender busy."""
+    def _sends(self, kind: str, s: int, m: int) -> dict[int, float]:
+        """Give, per stage elsewhere that gets a packet, the seconds that sending it keeps the sender busy."""
         timing = self.plan.timing
         if kind == "W":
             return {}
@@ -308,7 +378,13 @@ class _Clock:
         else:
             pairs = {a: self.back[a, b] for a, b in sorted(self.back) if b == s}
         pack = timing.pack_bytes_per_s
-        return {peer: timing.send_s + (0.0 if pack is None else n / pack) for peer, n in pairs.items()}
+        away = {peer: n for peer, n in pairs.items() if self._worker(peer, m) != self._worker(s, m)}
+        return {peer: timing.send_s + (0.0 if pack is None else n / pack) for peer, n in away.items()}
+
+    def _here(self, kind: str, s: int, m: int) -> list[int]:
+        """List the stages of the same worker that use what was computed, without a packet."""
+        pairs = [b for a, b in self.bytes if a == s] if kind == "F" else [a for a, b in self.back if b == s]
+        return [peer for peer in pairs if kind != "W" and self._worker(peer, m) == self._worker(s, m)]
 
     def _travel_s(self, a: int, b: int) -> float:
         n_bytes = self.bytes[a, b] if a < b else self.back[b, a]
@@ -324,9 +400,9 @@ class _Clock:
         moved = True
         while moved:
             moved = False
-            for worker, (s, _) in enumerate(self.owners):
+            for worker in range(self.n_workers):
                 while at[worker] < len(self.orders[worker]):
-                    kind, m = self.orders[worker][at[worker]]
+                    kind, s, m = self.orders[worker][at[worker]]
                     if kind == "F":
                         needed = [("F", a, s, m) for a, b in self.bytes if b == s]
                     else:
@@ -334,10 +410,12 @@ class _Clock:
                     if any(packet not in arrival for packet in needed):
                         break
                     begin = max([now[worker], *(arrival[packet] for packet in needed)])
-                    now[worker] = begin + slower * self._seconds(self.orders[worker], at[worker], s)
-                    for peer, busy_s in self._sends(kind, s).items():
+                    now[worker] = begin + slower * self._seconds(self.orders[worker], at[worker])
+                    what = "F" if kind == "F" else "G"
+                    arrival.update({(what, s, peer, m): now[worker] for peer in self._here(kind, s, m)})
+                    for peer, busy_s in self._sends(kind, s, m).items():
                         now[worker] += slower * busy_s
-                        arrival["F" if kind == "F" else "G", s, peer, m] = now[worker] + self._travel_s(s, peer)
+                        arrival[what, s, peer, m] = now[worker] + self._travel_s(s, peer)
                     at[worker] += 1
                     moved = True
         assert at == [len(order) for order in self.orders], "workers wait for each other"
@@ -345,8 +423,10 @@ class _Clock:
 
     def _last_s(self, now: list[float], slower: float) -> float:
         """Let each stage reduce once its last replica is there."""
+        if self.shares_workers:
+            return max(now)  # between two computations somewhere: see ``between_s``
         ends = []
-        for s in range(len(self.plan.stages)):
-            together = max(now[w] for w, (t, _) in enumerate(self.owners) if t == s)
+        for s, stage in enumerate(self.plan.stages):
+            together = max(now[worker] for worker in stage.workers)
             ends.append(together + slower * self._end_s(self.plan.timing.reduce_s, s))
         return max(ends)

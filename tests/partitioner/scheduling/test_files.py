@@ -13,16 +13,15 @@ from stagecut.partitioner.scheduling import PipelineCosts, family_schedule, sear
 from stagecut.partitioner.scheduling.files import (
     chrome_trace,
     costs_from_json,
-    from_token,
     orders_from_csv,
     orders_from_json,
     scored_orders,
     to_csv,
     to_json,
-    token,
 )
 from stagecut.runtime.instructions import Action
 from stagecut.runtime.schedules.families import FAMILIES
+from stagecut.runtime.schedules.tokens import from_token, token
 
 
 def record(p: int = 2, **changes: Any) -> dict[str, Any]:

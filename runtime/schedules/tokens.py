@@ -1,0 +1,44 @@
+"""Computations of a schedule as short texts, as ``torch.distributed.pipelining`` writes them in its CSV files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ...errors import ConstraintError
+from ..instructions import Action
+
+_TOKEN = re.compile(r"(\d{1,9})([FBIW])(\d{1,9})")
+
+
+def token(action: Action) -> str:
+    """Write an action: stage, kind, microbatch.
+
+    >>> token(Action("I", 2, 5))
+    '2I5'
+    """
+    return f"{action.stage}{action.kind}{action.microbatch}"
+
+
+def from_token(text: str, where: str) -> Action:
+    """Read what :func:`token` wrote.
+
+    Raises:
+        ConstraintError: the text is something else.
+    """
+    match = _TOKEN.fullmatch(text.strip())
+    if match is None:
+        raise ConstraintError(f"{where}: expected stage, F, B, I or W, and microbatch, such as 0F3; got {text!r}")
+    return Action(match[2], int(match[1]), int(match[3]))
+
+
+def actions_of(orders: Sequence[Sequence[str]]) -> tuple[tuple[Action, ...], ...]:
+    """Read an order per worker.
+
+    Raises:
+        ConstraintError: a text is no computation; with its place.
+    """
+    return tuple(
+        tuple(from_token(text, f"$.orders[{w}][{place}]") for place, text in enumerate(row))
+        for w, row in enumerate(orders)
+    )
