@@ -22,6 +22,7 @@ from .building import (
     tensors_of,
 )
 from .errors import ConstraintError, DeviceError
+from .partitioner.asked_order import order_of
 from .partitioner.capture import capture
 from .partitioner.cluster import Cluster
 from .partitioner.configurations import Wishes
@@ -43,7 +44,7 @@ def compile(
     stages: int | None = None,
     replicas: Replicas = None,
     microbatches: int | None = None,
-    schedule: str | None = None,
+    schedule: str | Path | None = None,
     recompute: bool | None = None,
     plan: Plan | str | Path | None = None,
     costs: str = "measured",
@@ -71,12 +72,14 @@ def compile(
             Integers are accelerator indices, or CPU workers where there is no accelerator (docs/clusters.md has more).
         loss_fn: called as ``loss_fn(output, target)`` on each microbatch; a mean over its rows. Without one, the loss
             is the model's own result (0-dim, or ``.loss``).
-        stages: how many stages to make; chosen by the planner if None.
+        stages: how many stages to make; chosen by the planner if None. With more than there are devices, every device
+            has several.
         replicas: data-parallel copies of every stage, for a flat list of devices; one number, or one a stage:
             ``[3, 1]``. Chosen by the planner if None.
         microbatches: pieces of the batch that each replica was given; chosen by the planner if None.
-        schedule: ``"1f1b"``, ``"eager-1f1b"``, ``"fill-drain"``, or with input and weight gradients apart ``"zb-h1"``
-            or ``"zb-h2"``; chosen by the planner, as it pays, if None or ``"auto"``.
+        schedule: a published one by name (``"1f1b"``, ``"zb-h1"``, ``"interleaved-1f1b"``, ``"zb-v"``, and more in
+            docs/schedules.md); ``"search"`` for the best order that is found for this very model; or the path of a file
+            with an order (``.json`` or ``.csv``). Chosen by the planner if None or ``"auto"``.
         recompute: whether stages keep only their inputs and compute activations again in the backward; by stage, where
             memory asks for it, if None.
         plan: a plan, or the path of a saved one, to run instead of planning.
@@ -114,8 +117,10 @@ def compile(
     check_stages(cluster, stages)
     _check_cluster(cluster, known, launch)
     _announce(devices, cluster)
-    schedule = None if schedule == "auto" else schedule
-    wishes = Wishes(microbatches, schedule, costs, None, stages, recompute, all_devices=launch == "torchrun")
+    order = order_of(schedule, stages, microbatches)
+    wishes = Wishes(
+        order.n_microbatches, order.name, costs, None, order.n_stages, recompute, launch == "torchrun", order.orders
+    )
     builder = Builder(model, cluster, wishes, known, opaque, threads_per_worker, launch, loss_fn, trial_s)
     builder.target, builder.can_step = example_target, None not in (loss_fn, example_target)
     launcher = Launcher(model, loss_fn, launch, threads_per_worker, timeout_s, cluster.n_devices)
@@ -148,7 +153,7 @@ def plan(
     stages: int | None = None,
     replicas: Replicas = None,
     microbatches: int | None = None,
-    schedule: str | None = None,
+    schedule: str | Path | None = None,
     recompute: bool | None = None,
     costs: str = "measured",
     memory_bytes: float | None = None,
@@ -163,8 +168,8 @@ def plan(
     kwargs = example_kwargs or {}
     cluster = describe(devices, replicas, memory_bytes)
     check_stages(cluster, stages)
-    schedule = None if schedule == "auto" else schedule
-    wishes = Wishes(microbatches, schedule, costs, None, stages, recompute)
+    order = order_of(schedule, stages, microbatches)
+    wishes = Wishes(order.n_microbatches, order.name, costs, None, order.n_stages, recompute, orders=order.orders)
     with planning(), shown_progress() as progress:
         captured = capture(model, example_inputs, kwargs, opaque=opaque)
         tensors = tensors_of(captured, example_inputs, kwargs)

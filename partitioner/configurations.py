@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import ConstraintError
-from ..runtime.schedules import TRAINING_SCHEDULES, placement_of
+from ..runtime.schedules import TRAINING_SCHEDULES, Orders, placement_of
+from ..runtime.schedules.tokens import shape_of
 from .cluster import Cluster
 from .placing import Groups, owners_of, placed
+from .wording import count
 
 # Up to so many devices every number of stages is tried, with unequal replicas; above, the divisors of their number.
 FEW_DEVICES = 8
@@ -28,6 +30,7 @@ class Wishes:
         costs: ``"measured"`` or ``"analytic"``.
         assignment: maps every op to a stage and replaces the search for a cut.
         all_devices: every device must be used (under torchrun, where each is a rank that waits).
+        orders: the order of each worker of one replica, where ``schedule`` is ``"given"``.
     """
 
     n_microbatches: int | None = None
@@ -37,6 +40,12 @@ class Wishes:
     n_stages: int | None = None
     recompute: bool | None = None
     all_devices: bool = False
+    orders: Orders = ()
+
+    @property
+    def family(self) -> str | None:
+        """Return the published schedule that the user fixed."""
+        return self.schedule if self.schedule in TRAINING_SCHEDULES else None
 
 
 def uniform_groups(cluster: Cluster, wishes: Wishes) -> list[Groups]:
@@ -48,6 +57,8 @@ def uniform_groups(cluster: Cluster, wishes: Wishes) -> list[Groups]:
     """
     if cluster.groups is not None and len(owners_of(cluster.groups)) < len(cluster.groups):
         return [cluster.groups]
+    if wishes.orders:
+        return [_for_orders(cluster, wishes.orders)]
     chains = [cluster.groups] if cluster.groups is not None else _chains(cluster, wishes)
     found = [groups for groups in chains if _is_wished(groups, "chain", wishes)]
     return found + [groups for groups in _with_chunks(chains, wishes, cluster) if groups not in found]
@@ -55,7 +66,27 @@ def uniform_groups(cluster: Cluster, wishes: Wishes) -> list[Groups]:
 
 def wished_placement(wishes: Wishes) -> str | None:
     """Name the placement of the schedule that the user fixed; None where there is none, or one for any placement."""
-    return placement_of(wishes.schedule) if wishes.schedule in TRAINING_SCHEDULES else None
+    return None if wishes.family is None else placement_of(wishes.family)
+
+
+def _for_orders(cluster: Cluster, orders: Orders) -> Groups:
+    """Place stages as orders of one replica do; devices that are left over make more replicas.
+
+    Raises:
+        ConstraintError: the devices do not divide by the orders' workers.
+    """
+    owner, _ = shape_of(orders)
+    n, p = cluster.n_devices, len(orders)
+    groups = cluster.groups
+    if groups is None and n % p == 0:
+        groups = tuple(tuple(range(w * (n // p), (w + 1) * (n // p))) for w in range(p))
+    if groups is None or len(groups) != p or len({len(group) for group in groups}) > 1:
+        raise ConstraintError(
+            f"the order is for {count(p, 'worker')} and their replicas, and devices are "
+            f"{n if groups is None else [len(group) for group in groups]}",
+            hint=f"give {p} devices, or a multiple of {p}",
+        )
+    return tuple(groups[worker] for worker in owner)
 
 
 def _is_wished(groups: Groups, placement: str, wishes: Wishes) -> bool:

@@ -96,8 +96,8 @@ def _schedules(task: Task, cluster: Cluster, n_pieces: int) -> tuple[str, ...]:
     """
     assert cluster.groups is not None
     owners, placement = owners_of(cluster.groups), placement_of(cluster.groups)
-    if task.wishes.schedule is not None:
-        wished = task.wishes.schedule
+    wished = task.wishes.family
+    if wished is not None:
         if cluster.n_stages == 1 and wished_placement(task.wishes) != "chain":
             return ("1f1b",)
         _check_enough(wished, len(owners), n_pieces // len(owners[0]), len(owners[0]))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import ConstraintError
-from ..runtime.schedules import TRAINING_SCHEDULES
+from ..runtime.schedules import GIVEN, SEARCH, TRAINING_SCHEDULES
 from .analysis import OpFacts
 from .captured import Capture
 from .choice import Choice
@@ -16,6 +16,7 @@ from .closest import closest
 from .cluster import Cluster
 from .configurations import Wishes
 from .drafts import Draft, counts_of, drafts_of, has_room
+from .improving import in_orders_of_their_own
 from .loss import Loss
 from .placing import Groups
 from .plan import Plan
@@ -53,8 +54,9 @@ def choose(
         InfeasibleError: no cut fits the devices' memory, or there are fewer ops than stages.
         ConstraintError: the wishes contradict each other.
     """
-    if wishes.schedule not in (None, *TRAINING_SCHEDULES):
-        raise ConstraintError(f"schedule must be one of {', '.join(TRAINING_SCHEDULES)}, got {wishes.schedule!r}")
+    known = (*TRAINING_SCHEDULES, SEARCH)
+    if wishes.schedule not in (None, GIVEN, *known):
+        raise ConstraintError(f"schedule must be one of {', '.join(known)}, auto, or a file, got {wishes.schedule!r}")
     batched = [leaf.batched for leaf in capture.inputs.leaves if leaf.graph_input is not None]
     batch_rows = next(tensor.shape[0] for tensor, cut in zip(tensors, batched) if cut)
     if batch_rows < 1:
@@ -90,6 +92,7 @@ class _Planner:
         if not candidates:
             candidates = [closest(self.task, self.ways)]
         rivals = self._rivals()
+        candidates = in_orders_of_their_own(self.task, candidates, rivals)
         asked_for = self.task.wishes.recompute is not None
         return Choice(tuple(sorted(candidates, key=rank)), tuple(rivals), tuple(self.task.failures), asked_for)
 

@@ -60,7 +60,7 @@ def _microbatch(span: Span, replica: int, n_alike: int) -> int:
     return span.microbatch if span.microbatch < 0 else span.microbatch * n_alike + replica
 
 
-def _packets(plan: Plan, gradients: bool) -> dict[tuple[int, int], float]:
+def packets_of(plan: Plan, *, gradients: bool) -> dict[tuple[int, int], float]:
     """Return, per pair of stages, the bytes of one packet of values, or of their gradients."""
     packets: dict[tuple[int, int], float] = {}
     for wire in plan.wires:
@@ -71,7 +71,7 @@ def _packets(plan: Plan, gradients: bool) -> dict[tuple[int, int], float]:
 
 def _simulated(plan: Plan, layout: Layout, n_pieces: int) -> Timeline:
     timing = plan.timing
-    packets, back = _packets(plan, False), _packets(plan, True)
+    packets, back = packets_of(plan, gradients=False), packets_of(plan, gradients=True)
     orders = orders_of(layout, plan.schedule, n_pieces, actions_of(plan.orders))
     program = lower(plan.schedule, layout, orders, n_pieces)
     timeline = simulate(

@@ -21,13 +21,14 @@ WITH_DOCTESTS = (
     "stagecut.records",
     "stagecut.partitioner.cluster",
     "stagecut.partitioner.folding",
-    "stagecut.partitioner.scheduling.files",
+    "stagecut.partitioner.placing",
     "stagecut.structure",
     "stagecut.runtime.batch",
     "stagecut.runtime.program.timeline",
     "stagecut.runtime.schedules.interleaved",
     "stagecut.runtime.schedules.one_way",
     "stagecut.runtime.schedules.placement",
+    "stagecut.runtime.schedules.tokens",
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ...errors import ConstraintError, InfeasibleError, PlanError
@@ -36,11 +36,12 @@ def search(
     *,
     time_s: float = 5.0,
     seed: int = 0,
+    placements: Sequence[str] = ("chain", "loop", "vee"),
     progress: Callable[[str], None] = lambda what: None,
 ) -> Scored:
     """Find a schedule with a short makespan for given costs, within the workers' memory.
 
-    Stages are placed as a chain, a loop and a V, as far as their number allows. In the pool are all published
+    Stages are placed in all of ``placements`` that their number allows. In the pool are all published
     schedules, so none that fits is better than the result. Of equally short ones that is taken which is shortest when
     durations vary by 5 %. ``lower_bound_s`` of the result holds for all placements that were tried.
 
@@ -53,9 +54,11 @@ def search(
     if n_microbatches < 1:
         raise ConstraintError(f"a schedule needs at least one microbatch, got {n_microbatches}")
     n = workers_of(costs, "chain", n_workers)
-    layouts = [placed(costs.n_stages, n, "chain")]
-    if costs.n_stages > n > 1:
-        layouts += [placed(costs.n_stages, n, name) for name in ("loop", "vee") if _allows(costs.n_stages, n, name)]
+    several = costs.n_stages > n > 1
+    allowed = [name for name in placements if name == "chain" or (several and _allows(costs.n_stages, n, name))]
+    if not allowed:
+        raise ConstraintError(f"{costs.n_stages} stages on {n} workers cannot be placed as {' or '.join(placements)}")
+    layouts = [placed(costs.n_stages, n, name) for name in allowed]
     problems = [Problem(costs, layout, n_microbatches) for layout in layouts]
     _check_fits(problems)
     found: list[tuple[float, int, str, Orders]] = []  # makespan, number of the problem, where it is from

@@ -42,3 +42,26 @@ def actions_of(orders: Sequence[Sequence[str]]) -> tuple[tuple[Action, ...], ...
         tuple(from_token(text, f"$.orders[{w}][{place}]") for place, text in enumerate(row))
         for w, row in enumerate(orders)
     )
+
+
+def shape_of(orders: Sequence[Sequence[Action]]) -> tuple[tuple[int, ...], int]:
+    """Return the worker of each stage, and the number of microbatches, of orders from elsewhere.
+
+    Raises:
+        ConstraintError: a stage is on two workers, or stages or microbatches are missing.
+    """
+    owner: dict[int, int] = {}
+    for worker, order in enumerate(orders):
+        for action in order:
+            if owner.setdefault(action.stage, worker) != worker:
+                raise ConstraintError(
+                    f"the order has stage {action.stage} on workers {owner[action.stage]} and {worker}; it is for one "
+                    "replica of every stage"
+                )
+    if sorted(owner) != list(range(len(owner))) or len(set(owner.values())) < len(orders) or not owner:
+        raise ConstraintError(
+            f"the order must have stages 0, 1, ... and something for each of {len(orders)} workers to do; it has "
+            f"stages {sorted(owner)}"
+        )
+    n_microbatches = 1 + max(action.microbatch for order in orders for action in order)
+    return tuple(owner[s] for s in range(len(owner))), n_microbatches

@@ -19,7 +19,9 @@ from stagecut.partitioner.describe import describe
 from stagecut.partitioner.placing import Groups, owners_of, placed, placement_of
 from stagecut.partitioner.planner import make_plan
 from stagecut.partitioner.pricing import Pricer
-from stagecut.runtime.schedules import ANY_REPLICAS, TRAINING_SCHEDULES, least_microbatches
+from stagecut.partitioner.reorder import with_orders
+from stagecut.runtime.instructions import Action
+from stagecut.runtime.schedules import ANY_REPLICAS, GIVEN, TRAINING_SCHEDULES, Orders, least_microbatches
 from stagecut.runtime.schedules.families import FAMILIES
 
 WIDTH = 4
@@ -245,7 +247,34 @@ def draw_case(chooser: Chooser, *, max_ops: int = 9, max_stages: int = 4, replic
     )
     cluster = describe(["cpu"] * (1 + max(map(max, groups)))).with_groups(groups)
     plan = make_plan(captured, _tensors(args, kwargs), cluster, wishes)
+    if len(set(map(len, groups))) == 1 and chooser.choose([False, False, True]):
+        plan = with_orders(plan, GIVEN, draw_orders(chooser, groups, n_microbatches))
     return Case(model, args, kwargs, target, loss, plan)
+
+
+def draw_orders(chooser: Chooser, groups: Groups, n_microbatches: int) -> Orders:
+    """Draw any order of one replica's workers in which nobody waits for ever."""
+    owners, last = owners_of(groups), len(groups) - 1
+    orders: list[list[Action]] = [[] for _ in owners]
+    done: set[tuple[str, int, int]] = set()
+    splits = {(s, m): chooser.choose([False, True]) for s in range(last + 1) for m in range(n_microbatches)}
+    waiting = [(kind, s, m) for s, m in splits for kind in ("FIW" if splits[s, m] else "FB")]
+    while waiting:
+        able = [own for own in waiting if all(needed in done for needed in _needed(*own, last))]
+        kind, s, m = chooser.choose(able)
+        waiting.remove((kind, s, m))
+        done.add(("back" if kind in "IB" else kind, s, m))
+        orders[owners.index(groups[s])].append(Action(kind, s, m))
+    return tuple(map(tuple, orders))
+
+
+def _needed(kind: str, s: int, m: int, last: int) -> list[tuple[str, int, int]]:
+    """List what a computation waits for, if values go from each stage to the next."""
+    if kind == "F":
+        return [("F", s - 1, m)] if s else []
+    if kind == "W":
+        return [("back", s, m)]
+    return [("F", s, m), *([("back", s + 1, m)] if s < last else [])]
 
 
 def _draw_groups(chooser: Chooser, placement: str, n_stages: int, replicas: Sequence[int]) -> Groups:
