@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 Part = Callable[..., list[Any]]
 FILE = "<stagecut part"  # what the names of the parts' files begin with
@@ -38,3 +41,13 @@ class Parts:
     input_gradients: tuple[int, ...]
     weight_gradients: tuple[int, ...]
     depends: dict[int, frozenset[int]]
+
+
+@contextlib.contextmanager
+def without_autocast(autocast: tuple[str, torch.dtype] | None) -> Iterator[None]:
+    """Leave the autocast region: its casts were recorded."""
+    if autocast is None:
+        yield
+    else:
+        with torch.autocast(autocast[0], enabled=False):
+            yield

@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from ..errors import ShapeError
 from ..structure import flatten, map_leaves, unflatten
-from .explicit import Apart, Explicit, run_backward_input
+from .apart import Apart, backward_input
+from .explicit import Explicit
 from .program.calls import Folded
 from .program.specs import NodeRecord, NodeRef, StageSpec
 from .recompute import recomputed
@@ -246,7 +247,7 @@ class StageRuntime:
         if apart is None:
             self.backward(m, roots, gradients)
         else:
-            run_backward_input(apart, roots, gradients)
+            backward_input(apart, roots, gradients)
 
     def backward_weight(self, m: int, arm: Arm | None = None) -> None:
         """Add to the stage's parameters what :meth:`backward_input` left out of microbatch ``m``."""

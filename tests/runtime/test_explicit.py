@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stagecut
 from stagecut.building import tensors_of
@@ -21,10 +22,12 @@ from stagecut.partitioner.configurations import Wishes
 from stagecut.partitioner.describe import describe
 from stagecut.partitioner.planner import make_plan, random_ops
 from stagecut.partitioner.split import split
-from stagecut.runtime.explicit import _refuse_shared_memory
+from stagecut.runtime import recorded
 from stagecut.runtime.joint import cut
 from stagecut.runtime.parts import Parts, Untraceable
+from stagecut.runtime.recorded import _refuse_shared_memory
 from stagecut.runtime.stage import StageRuntime
+from stagecut.structure import flatten
 
 
 class Twice(nn.Module):
@@ -497,3 +500,55 @@ def test_a_backward_as_a_whole_of_a_recorded_stage_is_the_sum_of_its_parts() -> 
         found.append([*inputs, *(weight.grad for weight in stage.module.parameters())])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes that the results of ops keep alive; ``peak`` has the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in flatten(result)[0]:
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self._known:
+                storage = leaf.untyped_storage()
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _gone(self, place: int, n_bytes: int) -> None:
+        self._known.discard(place)
+        self.now -= n_bytes
+
+
+def test_a_rehearsal_holds_what_one_microbatch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It held the activations of two, and a plan that just fits would not have."""
+    peaks = []
+    rehearse = recorded._rehearse
+
+    def watched(*args: Any) -> None:
+        with Live() as live:
+            rehearse(*args)
+        peaks.append(live.peak)
+
+    monkeypatch.setattr(recorded, "_rehearse", watched)
+    x = torch.randn(256, 6, dtype=torch.float64)
+    layers = [layer for _ in range(24) for layer in (nn.Linear(6, 6), nn.GELU())]
+    stage, packets = middle_stage(nn.Sequential(*layers).double(), x)
+    stage.begin(splits=True, trains=True)
+    with Live() as live:
+        held = stage.forward(0, {}, packets)
+        roots = [value for value in held.results.values() if value.requires_grad]
+        stage.backward(0, roots, [torch.ones_like(root) for root in roots])
+        stage.free(0)
+        live.peak = live.now
+        held = stage.forward(1, {}, packets)
+        roots = [value for value in held.results.values() if value.requires_grad]
+        stage.backward(1, roots, [torch.ones_like(root) for root in roots])
+    assert peaks[0] <= 1.25 * live.peak
+    assert peaks[0] > 16 * x.numel() * 8, "it does run"
