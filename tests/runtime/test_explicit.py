@@ -503,27 +503,27 @@ def test_a_backward_as_a_whole_of_a_recorded_stage_is_the_sum_of_its_parts() -> 
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes that the results of ops keep alive; ``peak`` has the most."""
+    """Counts the bytes of the results of ops that somebody holds; ``peak`` has the most."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._holders: dict[int, int] = {}  # of each storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in flatten(result)[0]:
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self._known:
-                storage = leaf.untyped_storage()
-                self._known.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+            if isinstance(leaf, torch.Tensor):
+                place, n_bytes = leaf.untyped_storage().data_ptr(), leaf.untyped_storage().nbytes()
+                self.now += 0 if self._holders.get(place) else n_bytes
+                self._holders[place] = self._holders.get(place, 0) + 1
+                weakref.finalize(leaf, self._gone, place, n_bytes)
         self.peak = max(self.peak, self.now)
         return result
 
     def _gone(self, place: int, n_bytes: int) -> None:
-        self._known.discard(place)
-        self.now -= n_bytes
+        self._holders[place] -= 1
+        self.now -= 0 if self._holders[place] else n_bytes
 
 
 def test_a_rehearsal_holds_what_one_microbatch_does(monkeypatch: pytest.MonkeyPatch) -> None:
