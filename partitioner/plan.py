@@ -119,7 +119,8 @@ class Timing:
         links: per pair of stages that exchange packets.
         action_s: the runtime's own work per compute instruction.
         send_s, pack_bytes_per_s: what sending keeps the sender busy for; None packs at once.
-        reduce_s: per stage, the part of the gradient reduction over its replicas that no backward hides.
+        reduce_s, reduce_buckets: per stage, the seconds of the gradient reduction over its replicas, and the parts in
+            which it goes beside the last backward; () for one, after it.
         store_s, accumulate_s: per stage, by how much a replica's first backward is longer, since gradients move to
             memory that they share, and by how much its later ones are, which add to them.
         loss_s: of a microbatch's loss, forward and backward; both are part of the last stage's seconds.
@@ -136,6 +137,7 @@ class Timing:
     send_s: float = 0.0
     pack_bytes_per_s: float | None = None
     reduce_s: tuple[float, ...] = ()
+    reduce_buckets: tuple[int, ...] = ()
     store_s: tuple[float, ...] = ()
     accumulate_s: tuple[float, ...] = ()
     loss_s: tuple[float, float] = (0.0, 0.0)

@@ -108,11 +108,16 @@ def check_orders(orders: Orders, workers: Sequence[tuple[int, ...]], n_microbatc
 
 def _validate_timing(plan: Plan) -> None:
     n_workers = len(plan.devices)
-    expected = {**dict.fromkeys(("reduce_s", "store_s", "accumulate_s"), len(plan.stages)), "hosts": n_workers}
+    expected = {
+        **dict.fromkeys(("reduce_s", "reduce_buckets", "store_s", "accumulate_s"), len(plan.stages)),
+        "hosts": n_workers,
+    }
     for name, n in expected.items():
         found = len(getattr(plan.timing, name))
         if found not in (0, n):
             raise PlanError(f"$.timing.{name}: expected {n} entries or none, got {found}")
+    if min(plan.timing.reduce_buckets, default=1) < 1:
+        raise PlanError("$.timing.reduce_buckets: a reduction goes in at least one part")
 
 
 def _validate_ops(plan: Plan) -> None:

@@ -89,6 +89,7 @@ def _simulated(plan: Plan, layout: Layout, n_pieces: int) -> Timeline:
             send_overhead_s=timing.send_s,
             pack_bytes_per_s=float("inf") if timing.pack_bytes_per_s is None else timing.pack_bytes_per_s,
             reduce_s=timing.reduce_s,
+            reduce_buckets=timing.reduce_buckets,
             store_s=timing.store_s,
             accumulate_s=timing.accumulate_s,
             hosts=timing.hosts[: layout.n_workers],

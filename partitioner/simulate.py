@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import PlanError
-from ..runtime.instructions import COMPUTE, INPUT_GRADIENTS, RECEIVES, SENDS, Instruction, Op
+from ..runtime.instructions import COMPUTE, INPUT_GRADIENTS, RECEIVES, SENDS, WEIGHT_GRADIENTS, Instruction, Op
 from ..runtime.program import Program, Span, Timeline
 from .cluster import Link
 
@@ -26,7 +26,9 @@ class StepCosts:
         link: what a packet costs on its way; ``links`` has the pairs of stages for which that differs.
         action_overhead_s: per compute instruction, the runtime's own work.
         send_overhead_s, pack_bytes_per_s: what sending keeps the sender busy for, and how fast it packs.
-        reduce_s: per stage, the part of the gradient reduction that no backward hides.
+        reduce_s: per stage, the reduction of its gradients over its replicas, all together.
+        reduce_buckets: per stage, the parts in which it goes, each as soon as the last backward has made its gradients
+            (DistributedDataParallel's buckets); () for one, after the backward.
         store_s, accumulate_s: per stage, by how much a worker's first backward and its later ones are longer; () for
             nothing.
         hosts: per worker, the machine that it runs on; () for one each.
@@ -42,6 +44,7 @@ class StepCosts:
     send_overhead_s: float = 0.0
     pack_bytes_per_s: float = float("inf")
     reduce_s: tuple[float, ...] = ()
+    reduce_buckets: tuple[int, ...] = ()
     store_s: tuple[float, ...] = ()
     accumulate_s: tuple[float, ...] = ()
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
@@ -58,7 +61,9 @@ def simulate(program: Program, costs: StepCosts) -> Timeline:
     """Run ``program`` on a clock.
 
     Workers run their instructions in order. A compute waits for the packets that it needs; sending occupies the
-    sender for packing and travels beside later compute; a reduction starts when the last replica has reached it.
+    sender for packing and travels beside later compute (packing as slow as the link is a transfer that hides nothing);
+    packets from one worker to another go one behind the other; a reduction is complete once the last replica has
+    reached it and what of it no backward hid is over.
     Time O(instructions x log workers).
 
     Raises:
@@ -116,6 +121,8 @@ class _Simulation:
         self.done: set[tuple[bool, int, int]] = set()  # is a gradient, stage, microbatch
         self.reached: dict[int, set[int]] = {}
         self.has_gradients: set[tuple[int, int]] = set()  # worker, stage
+        self.last_backward_s: dict[tuple[int, int], float] = {}  # worker, stage
+        self.link_free_s: dict[tuple[int, int], float] = {}  # from worker, to worker
         self.wakes: list[tuple[float, int]] = []
         self.spans: list[Span] = []
 
@@ -192,13 +199,17 @@ class _Simulation:
         self.at[worker] += 1
         if now > start or i.op in COMPUTE:  # a backward of no time still waits for its packets
             self.spans.append(Span(worker, i.op.value, i.stage, i.microbatch, start, now))
+        if i.op in WEIGHT_GRADIENTS:
+            self.last_backward_s[worker, i.stage] = now - start
         if i.op in COMPUTE:
             if i.op is not Op.BACKWARD_WEIGHT:
                 self.done.add((i.op in INPUT_GRADIENTS, i.stage, i.microbatch))
         elif i.op in SENDS:
             link = self.costs.links.get(self._pair(i), self.costs.link)
             packet = (i.op is Op.SEND_GRAD, i.stage, i.peer_stage, i.microbatch)
-            self.arrival[packet] = now + link.seconds(self._bytes(i))
+            ends = (worker, i.peer_worker)
+            self.link_free_s[ends] = max(now, self.link_free_s.get(ends, 0.0)) + self._bytes(i) / link.bytes_per_s
+            self.arrival[packet] = self.link_free_s[ends] + link.latency_s
             heapq.heappush(self.wakes, (self.arrival[packet], i.peer_worker))
         self._proceed(worker, now)
 
@@ -222,6 +233,15 @@ class _Simulation:
         owners = self.layout.workers[i.stage]
         if len(reached) < len(owners):
             return
-        seconds = self.costs.reduce_s[i.stage] if self.costs.reduce_s else 0.0
+        seconds = self._left_of_reduction_s(i.stage, self.last_backward_s.get((worker, i.stage), 0.0))
         for owner in owners:
             self._start(owner, seconds, now)
+
+    def _left_of_reduction_s(self, stage: int, backward_s: float) -> float:
+        """Return what is left of a reduction after the backward beside which its buckets went.
+
+        Of n equal buckets the i-th is ready after i / n of the backward, and they go one behind the other.
+        """
+        whole_s = self.costs.reduce_s[stage] if self.costs.reduce_s else 0.0
+        n = self.costs.reduce_buckets[stage] if self.costs.reduce_buckets else 1
+        return max(whole_s / n, whole_s - backward_s * (n - 1) / n)

@@ -27,6 +27,7 @@ BESIDE = 1.02
 # Input and weight gradients apart: what 1.03 times as long a forward and backward leaves for the backward alone
 # (benchmarks/split_backward.py: transformer 1.021, ResNet-50 1.026).
 SPLIT = 1.04
+_BUCKET_BYTES = 25 << 20  # DistributedDataParallel's bucket_cap_mb
 REDUCE_S = 0.5e-3  # until replicas have heard of each other that they are there
 
 
@@ -43,6 +44,7 @@ def timing_of(
         return Timing(
             links,
             reduce_s=tuple(_all_reduce_s(stage, cluster, group) for stage, group in owned),
+            reduce_buckets=tuple(max(1, -(-stage.parameter_bytes // _BUCKET_BYTES)) for stage in stages),
             accumulate_s=tuple(3 * stage.parameter_bytes / _bandwidth(cluster, group) for stage, group in owned),
             loss_s=loss_s,
             split=SPLIT,
@@ -93,7 +95,7 @@ def _sum_s(store_s: float, n_replicas: int) -> float:
 
 
 def _all_reduce_s(stage: StageRecord, cluster: Cluster, group: Sequence[int]) -> float:
-    """Price a ring all-reduce of the stage's gradients, as if no backward hid it.
+    """Price a ring all-reduce of the stage's gradients.
 
     Patarasuk and Yuan, 2009 (https://doi.org/10.1016/j.jpdc.2008.09.002).
     """

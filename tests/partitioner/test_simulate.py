@@ -14,7 +14,7 @@ from stagecut.partitioner.cluster import Link
 from stagecut.partitioner.simulate import StepCosts, simulate
 from stagecut.runtime.instructions import Instruction, Layout, Op
 from stagecut.runtime.program import Program, Span, Timeline, lower
-from stagecut.runtime.schedules import WHOLE_SCHEDULES, schedule
+from stagecut.runtime.schedules import ANY_REPLICAS, schedule
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
 FREE_LINK = Link(0.0, float("inf"), "none")
@@ -38,7 +38,7 @@ def uniform(p: int, forward_s: float, backward_s: float, link: Link = FREE_LINK,
     return StepCosts((forward_s,) * p, (backward_s,) * p, packets, link)
 
 
-@pytest.mark.parametrize("name", WHOLE_SCHEDULES)
+@pytest.mark.parametrize("name", ANY_REPLICAS)
 @pytest.mark.parametrize(("p", "m"), [(1, 1), (1, 5), (2, 1), (2, 6), (4, 3), (4, 8)])
 def test_equal_stages_take_one_slot_per_microbatch_and_one_per_further_stage(name: str, p: int, m: int) -> None:
     timeline = simulate(program_of(name, chain(*[1] * p), m), uniform(p, 0.25, 0.75))
@@ -123,7 +123,7 @@ def problems(draw: st.DrawFn) -> tuple[Program, StepCosts]:
     replicas = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
     p = len(replicas)
     skips = tuple((a, b) for a in range(p) for b in range(a + 2, p) if draw(st.booleans()))
-    name = draw(st.sampled_from(WHOLE_SCHEDULES))
+    name = draw(st.sampled_from(ANY_REPLICAS))
     program = program_of(name, chain(*replicas, skips=skips), draw(st.integers(1, 6)))
     costs = StepCosts(
         tuple(draw(seconds) for _ in range(p)),
@@ -253,3 +253,41 @@ def test_each_pair_of_stages_has_its_own_link() -> None:
     slow = Link(1.0, float("inf"), "made up")
     costs = replace(uniform(3, 1.0, 1.0), links={(1, 2): slow})
     assert simulate(program_of("forward-only", chain(1, 1, 1), 1), costs).makespan_s == pytest.approx(4.0)
+
+
+def test_packets_of_one_channel_go_one_behind_the_other() -> None:
+    """A forward takes 1 s and its packet 3 s on the link: the second of two waits for the first, latencies do not."""
+    link = Link(0.5, 10.0, "made up")
+    costs = replace(uniform(2, 1.0, 1.0, link), packet_bytes={(0, 1): 30.0})
+    timeline = simulate(program_of("forward-only", chain(1, 1), 2), costs)
+    starts = [span.start_s for span in timeline.spans if span.worker == 1]
+    assert starts == pytest.approx([1.0 + 3.0 + 0.5, 1.0 + 3.0 + 3.0 + 0.5])
+
+
+@pytest.mark.parametrize(
+    ("reduce_s", "n_buckets", "left_s"),
+    [
+        (1.2, 1, 1.2),  # nothing is hidden
+        (1.2, 4, 0.3),  # but for the last bucket, all is: 3/4 of the backward are as long as it
+        (6.0, 4, 4.5),  # 3/4 of the backward hide as much
+    ],
+)
+def test_buckets_of_a_reduction_hide_behind_the_last_backward(reduce_s: float, n_buckets: int, left_s: float) -> None:
+    costs = replace(uniform(1, 1.0, 2.0), reduce_s=(reduce_s,), reduce_buckets=(n_buckets,))
+    layout = Layout(((0, 1),), (), ())
+    timeline = simulate(program_of("1f1b", layout, 2), costs)
+    assert timeline.makespan_s == pytest.approx(1.0 + 2.0 + left_s)
+
+
+def test_buckets_hide_behind_weight_gradients_where_these_run_apart() -> None:
+    layout = Layout(((0, 2), (1, 3)), ((0, 1),), ((0, 1),))
+    costs = replace(
+        uniform(2, 1.0, 2.0),
+        backward_input_s=(1.0, 1.0),
+        backward_weight_s=(1.0, 1.0),
+        reduce_s=(2.0, 2.0),
+        reduce_buckets=(2, 2),
+    )
+    program = program_of("zb-h1", layout, 4)
+    without = simulate(program, replace(costs, reduce_s=()))
+    assert simulate(program, costs).makespan_s == pytest.approx(without.makespan_s + 2.0 - 0.5)

@@ -311,6 +311,7 @@ class _Clock:
         self.plan, self.n_pieces = plan, _n_pieces(plan)
         self.n_workers = len(plan.devices)
         self.orders = _orders(plan, self.n_pieces)
+        self.last_backward_s: dict[tuple[int, int], float] = {}
         self.hosts = (plan.timing.hosts or tuple(range(self.n_workers)))[: self.n_workers]
         self.bytes: dict[tuple[int, int], int] = {}
         self.back: dict[tuple[int, int], int] = {}
@@ -386,17 +387,19 @@ class _Clock:
         pairs = [b for a, b in self.bytes if a == s] if kind == "F" else [a for a, b in self.back if b == s]
         return [peer for peer in pairs if kind != "W" and self._worker(peer, m) == self._worker(s, m)]
 
-    def _travel_s(self, a: int, b: int) -> float:
+    def _travel_s(self, a: int, b: int) -> tuple[float, float]:
         n_bytes = self.bytes[a, b] if a < b else self.back[b, a]
         pair = (min(a, b), max(a, b))
         found = [link for link in self.plan.timing.links if (link.source, link.target) == pair]
         assert len(found) == 1, f"{len(found)} links between stages {pair}"
-        return found[0].latency_s + n_bytes / found[0].bytes_per_s
+        return n_bytes / found[0].bytes_per_s, found[0].latency_s
 
     def step_s(self, slower: float) -> float:
         """Return when the last worker is done, with all that keeps a worker busy ``slower`` times as long."""
         at, now = [0] * self.n_workers, [0.0] * self.n_workers
         arrival: dict[tuple[str, int, int, int], float] = {}
+        link_free: dict[tuple[int, int], float] = {}
+        self.last_backward_s = {}
         moved = True
         while moved:
             moved = False
@@ -413,9 +416,14 @@ class _Clock:
                     now[worker] = begin + slower * self._seconds(self.orders[worker], at[worker])
                     what = "F" if kind == "F" else "G"
                     arrival.update({(what, s, peer, m): now[worker] for peer in self._here(kind, s, m)})
+                    if kind in "BW":
+                        self.last_backward_s[worker, s] = now[worker] - begin
                     for peer, busy_s in self._sends(kind, s, m).items():
                         now[worker] += slower * busy_s
-                        arrival[what, s, peer, m] = now[worker] + self._travel_s(s, peer)
+                        ends = (worker, self._worker(peer, m))
+                        on_link_s, latency_s = self._travel_s(s, peer)
+                        link_free[ends] = max(now[worker], link_free.get(ends, 0.0)) + on_link_s
+                        arrival[what, s, peer, m] = link_free[ends] + latency_s
                     at[worker] += 1
                     moved = True
         assert at == [len(order) for order in self.orders], "workers wait for each other"
@@ -428,5 +436,15 @@ class _Clock:
         ends = []
         for s, stage in enumerate(self.plan.stages):
             together = max(now[worker] for worker in stage.workers)
-            ends.append(together + slower * self._end_s(self.plan.timing.reduce_s, s))
+            last = [worker for worker in stage.workers if now[worker] == together][-1]
+            ends.append(together + slower * self._left_s(s, self.last_backward_s.get((last, s), 0.0)))
         return max(ends)
+
+    def _left_s(self, s: int, backward_s: float) -> float:
+        """Let buckets go one after the other, each when its part of the last backward is done."""
+        whole_s = self._end_s(self.plan.timing.reduce_s, s)
+        n = self.plan.timing.reduce_buckets[s] if self.plan.timing.reduce_buckets else 1
+        end = 0.0
+        for bucket in range(n):
+            end = max(end, backward_s * (bucket + 1) / n) + whole_s / n
+        return end - backward_s
