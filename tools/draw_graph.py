@@ -71,8 +71,9 @@ def _band(plan: Plan, stage: StageRecord, band: Rect, width: float) -> str:
     for index, (line, kind) in enumerate(lines[: 1 if band.height < 46 else 2]):
         parts.append(text(kind, x, y + 15 * (index + 1), line))
     into = bytes_into(plan, stage.index)
-    if into:
-        parts.append(text("b", x, band.y - 6, f"▼ cut: {size(into)} cross"))
+    stays = stage.index > 0 and plan.stages[stage.index - 1].workers == stage.workers
+    if into or stays:
+        parts.append(text("b", x, band.y - 6, f"▼ cut: {size(into)} cross" if into else "▼ same device"))
     return "\n".join(parts)
 
 

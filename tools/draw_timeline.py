@@ -56,13 +56,12 @@ def _key(plan: Plan, width: float) -> str:
 
 
 def _lane(plan: Plan, timeline: Timeline, worker: int, y: float, scale: float) -> str:
-    device = plan.devices[worker] if worker < len(plan.devices) else ""
     end = timeline.makespan_s
     idle = idle_s(timeline, worker)
     waits = f"waits {share(idle / end)}" if end else ""
     parts = [
         text("b", 0, y + 16, f"worker {worker}"),
-        text("dim", 58, y + 16, shorten(f"{stages_of(plan, worker)}, {clean(device)}", 15)),
+        text("dim", 58, y + 16, shorten(_owned(plan, worker), 15)),
         rect("lane", HEADER, y, end * scale, _LANE),
         text("", HEADER + end * scale + 8, y + 16, waits),
     ]
@@ -76,6 +75,13 @@ def _lane(plan: Plan, timeline: Timeline, worker: int, y: float, scale: float) -
         if span.op:
             parts.append(_span(span, y, scale))
     return "".join(parts)
+
+
+def _owned(plan: Plan, worker: int) -> str:
+    """Name a worker's stages; and its device, where it has one stage and there is room."""
+    device = plan.devices[worker] if worker < len(plan.devices) else ""
+    stages = stages_of(plan, worker)
+    return f"{stages}, {clean(device)}" if stages.startswith("stage ") else stages
 
 
 def _span(span: Span, y: float, scale: float) -> str:

@@ -14,7 +14,7 @@ from .draw_timeline import draw_timelines
 from .style import drawing_rules, page_rules
 from .svg_parts import Drawing, document, escape
 from .tables import Table, alternatives_table, stage_table, wire_table
-from .verdict import Verdict, judge
+from .verdict import Verdict, judge, sent_to
 from .words import count, duration, share, size
 
 _SLOWEST = 20
@@ -58,7 +58,7 @@ def _page(title: str, style: str, body: str) -> str:
 
 def _cards(plan: Plan, verdict: Verdict, timeline: Timeline) -> str:
     p = plan.prediction
-    crossing = sum(wire.n_bytes * len(wire.targets) for wire in plan.wires)
+    crossing = sum(wire.n_bytes * len(sent_to(plan, wire)) for wire in plan.wires)
     fits = verdict.fit.partition(":")[0]
     cards = [
         ("A step takes", duration(p.step_s), verdict.one_device),

@@ -182,7 +182,11 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", type=count, metavar="N", help="stages of the pipeline (default: chosen)")
     parser.add_argument("--replicas", type=count, metavar="N", help="copies of every stage (default: chosen)")
     parser.add_argument("--microbatches", type=count, metavar="M", help="pieces of the batch (default: chosen)")
-    parser.add_argument("--schedule", choices=list(TRAINING_SCHEDULES), help="order of compute (default: chosen)")
+    parser.add_argument(
+        "--schedule",
+        metavar="NAME|FILE",
+        help=f"order of compute: {', '.join(TRAINING_SCHEDULES)}, search, or a .json or .csv file (default: chosen)",
+    )
     parser.add_argument("--batch", type=count, metavar="N", help="rows of the example batch (default: the model's)")
     parser.add_argument(
         "--costs", choices=["analytic", "measured"], help="roofline, or each op timed on this CPU (default: analytic)"

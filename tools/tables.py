@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..partitioner.plan import Plan
+from .verdict import sent_to
 from .words import clean, devices, duration, memory, n_ops, shape, size
 
 
@@ -45,7 +46,7 @@ def wire_table(plan: Plan) -> Table:
             clean(wire.value),
             clean(paths.get(wire.value, "")),
             str(wire.source),
-            ", ".join(map(str, wire.targets)),
+            ", ".join(f"{to}" if to in sent_to(plan, wire) else f"{to} (same device)" for to in wire.targets),
             size(wire.n_bytes),
             "yes" if wire.gradient else "no",
         )

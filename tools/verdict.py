@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..partitioner.plan import Plan, StageRecord
+from ..partitioner.plan import Plan, StageRecord, WireRecord
 from ..runtime.program import Span, Timeline
 from .words import count, duration, memory, share, size
 
@@ -77,8 +77,14 @@ def stages_of(plan: Plan, worker: int) -> str:
 
 
 def bytes_into(plan: Plan, stage: int) -> int:
-    """Count the bytes that one microbatch's forward brings into ``stage`` from other stages."""
-    return sum(wire.n_bytes for wire in plan.wires if stage in wire.targets)
+    """Count the bytes that one microbatch's forward brings into ``stage`` from other devices."""
+    return sum(wire.n_bytes for wire in plan.wires if stage in sent_to(plan, wire))
+
+
+def sent_to(plan: Plan, wire: WireRecord) -> tuple[int, ...]:
+    """List the stages on other devices that a value goes to."""
+    own = plan.stages[wire.source].workers
+    return tuple(stage for stage in wire.targets if plan.stages[stage].workers != own)
 
 
 def _order(plan: Plan) -> str:
@@ -122,13 +128,14 @@ def _cut(plan: Plan) -> str:
 
 
 def _crossing(plan: Plan) -> str:
-    if not plan.wires:
-        return "nothing crosses between stages"
+    crossing = [(wire, len(sent_to(plan, wire))) for wire in plan.wires if sent_to(plan, wire)]
+    if not crossing:
+        return "nothing crosses between devices" if plan.wires else "nothing crosses between stages"
     most = max(range(len(plan.stages)), key=lambda stage: bytes_into(plan, stage))
-    total = sum(wire.n_bytes * len(wire.targets) for wire in plan.wires)
-    back = sum(wire.n_bytes * len(wire.targets) for wire in plan.wires if wire.gradient)
+    total = sum(wire.n_bytes * times for wire, times in crossing)
+    back = sum(wire.n_bytes * times for wire, times in crossing if wire.gradient)
     return (
-        f"{count(len(plan.wires), 'value')}, {size(total)} forward and {size(back)} back a microbatch; "
+        f"{count(len(crossing), 'value')}, {size(total)} forward and {size(back)} back a microbatch; "
         f"most into stage {most}: {size(bytes_into(plan, most))}"
     )
 

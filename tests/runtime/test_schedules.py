@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import stagecut
 from stagecut.errors import ConstraintError
 from stagecut.partitioner.cluster import Link
+from stagecut.partitioner.placing import placed
 from stagecut.partitioner.simulate import StepCosts, simulate
 from stagecut.runtime.instructions import Action, Layout
-from stagecut.runtime.program import Timeline, lower
-from stagecut.runtime.schedules import ANY_REPLICAS, IN_COLUMNS, SCHEDULES, schedule
+from stagecut.runtime.program import Timeline, check, lower
+from stagecut.runtime.schedules import ANY_REPLICAS, IN_COLUMNS, SCHEDULES, of_part, schedule
+from stagecut.runtime.schedules.families import FAMILIES
 from stagecut.runtime.schedules.one_f_one_b import warm_up
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
@@ -162,3 +169,34 @@ def test_1f1b_of_a_worker_with_two_stages_is_refused_and_fill_drain_runs_it() ->
     with pytest.raises(ConstraintError, match="worker 0 owns several: use 'fill-drain'"):
         schedule("1f1b", layout, 2)
     assert [str(action) for action in schedule("fill-drain", layout, 1)[0]] == ["F0.0", "F1.0", "B1.0", "B0.0"]
+
+
+@property_test
+@given(st.sampled_from(IN_COLUMNS), st.integers(1, 3), st.integers(1, 2), st.integers(1, 7))
+def test_a_batch_that_is_too_short_runs_what_is_left_of_a_longer_ones_order(
+    name: str, p: int, n_replicas: int, m: int
+) -> None:
+    owners = tuple(tuple(range(w * n_replicas, (w + 1) * n_replicas)) for w in range(p))
+    placement = FAMILIES[name].placement
+    workers = owners if placement == "chain" else placed(owners, placement, 2)
+    wires = tuple((s, s + 1) for s in range(len(workers) - 1))
+    layout = Layout(workers, wires, wires)
+    orders = of_part(name, layout, m)
+    check(lower(name, layout, orders, m))
+    assert {a.microbatch for order in orders for a in order} == set(range(m))
+
+
+def test_the_last_rows_of_an_epoch_run_under_a_schedule_that_needs_more() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6))).double()
+    plain, x = copy.deepcopy(model), torch.randn(9, 4, dtype=torch.float64)
+    wishes = {"schedule": "dualpipe-v", "microbatches": 4, "replicas": 1, "costs": "analytic", "launch": "inline"}
+    with stagecut.compile(model, [0, 1], loss_fn=nn.functional.mse_loss, **wishes) as pm:
+        for rows in (8, 1, 3):
+            pm.zero_grad()
+            plain.zero_grad()
+            wanted = nn.functional.mse_loss(plain(x[:rows]), x[:rows])
+            wanted.backward()
+            torch.testing.assert_close(pm.step(x[:rows], target=x[:rows]).loss, wanted.detach())
+            for own, other in zip(model.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(own.grad, other.grad)

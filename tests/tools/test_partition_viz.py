@@ -58,6 +58,25 @@ def test_show_plans_a_model_for_the_devices_that_are_named(capsys):
     assert "1f1b, 2 microbatches, 8 rows" in capsys.readouterr().out
 
 
+def test_several_stages_of_a_device_are_shown_as_such(tmp_path, capsys):
+    options = ["--cluster", "sim:2xA100-80GB", "--replicas", "1", "--microbatches", "4", "--schedule", "zb-v"]
+    assert main(["show", "demo:mlp", *options]) == 0
+    out = capsys.readouterr().out
+    assert "fullest is the device of stages " in out
+    assert "worker 1 (stages 1, 2) waits longest" in out or "worker 0 (stages 0, 3) waits longest" in out
+    assert "2 (same device)" in out
+    assert "4 x 1, 2 to a device" in out
+    assert main(["report", "demo:mlp", *options, "-o", str(tmp_path / "plan.svg")]) == 0
+    drawn = (tmp_path / "plan.svg").read_text()
+    assert "▼ same device" in drawn
+    assert "stages 0, 3" in drawn
+
+
+def test_a_schedule_that_is_not_known_names_those_that_are(capsys):
+    assert main(["show", "demo:mlp", "--schedule", "gpipe"]) == 2
+    assert "schedule must be one of 1f1b, fill-drain, " in capsys.readouterr().err
+
+
 def test_json_is_the_plan(model_file, capsys):
     spec = model_file("torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), (torch.randn(4, 4),)")
     options = ["--cluster", "sim:4xA100-80GB", "--replicas", "2", "--memory-gib", "1.5", "--microbatches", "1"]
