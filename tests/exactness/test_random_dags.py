@@ -32,7 +32,7 @@ def compiled(case: Case, launch: str) -> stagecut.Pipeline:
 
 
 exactness = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=24, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 

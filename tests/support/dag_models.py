@@ -248,7 +248,8 @@ def draw_case(chooser: Chooser, *, max_ops: int = 9, max_stages: int = 4, replic
     cluster = describe(["cpu"] * (1 + max(map(max, groups)))).with_groups(groups)
     plan = make_plan(captured, _tensors(args, kwargs), cluster, wishes)
     if len(set(map(len, groups))) == 1 and chooser.choose([False, False, True]):
-        plan = with_orders(plan, GIVEN, draw_orders(chooser, groups, n_microbatches))
+        chance = RandomChooser(chooser.choose(range(1000)))
+        plan = with_orders(plan, GIVEN, draw_orders(chance, groups, n_microbatches))
     return Case(model, args, kwargs, target, loss, plan)
 
 
