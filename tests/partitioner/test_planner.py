@@ -331,7 +331,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[StagecutError], str]] = {
     "schedule": (
         {"schedule": "gpipe"},
         ConstraintError,
-        "schedule must be one of 1f1b, fill-drain, eager-1f1b, interleaved-1f1b, .*, dualpipe-v, search, auto, or a file, got 'gpipe'",
+        "schedule must be one of 1f1b, fill-drain, .*, dualpipe-v, search, auto, or a file, got 'gpipe'",
     ),
     "half a schedule": ({"schedule": "forward-only"}, ConstraintError, "schedule must be one of 1f1b, fill-drain"),
     "more stages than devices": ({"stages": 3}, ConstraintError, "the number of devices, 2, or go .*; got 3"),
