@@ -269,6 +269,7 @@ def interleaved_s(plan: Plan, n_workers: int) -> float:
         link=Link(0.0, float("inf"), "not used"),
         links={(r.source, r.target): Link(r.latency_s, r.bytes_per_s, "plan") for r in plan.timing.links},
         reduce_s=plan.timing.reduce_s,
+        reduce_buckets=plan.timing.reduce_buckets,
     )
     return simulate(lower("interleaved", layout, order, plan.n_microbatches), costs).makespan_s
 

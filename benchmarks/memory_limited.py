@@ -286,7 +286,7 @@ def study(name: str, rounds: int, screening: int, n_finalists: int) -> Result:
         limit_bytes=limit_bytes,
         alone_bytes=alone_bytes,
         plan=f"{len(plan.stages)} stages, {plan.schedule}, {plan.n_microbatches} microbatches, {again} recomputed",
-        planned_bytes=max(stage.memory_bytes for stage in plan.stages),
+        planned_bytes=max(stage.device_bytes for stage in plan.stages),
         refusals=said,
         predicted_s=plan.prediction.step_s,
         measured_s=statistics.median(mine),

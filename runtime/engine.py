@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import StagecutError
 from .executor import Executor
+from .gradients import own_norm
 from .program import PipelineSpec, Program, check, lower
 from .replicate import NoReduction
 from .requests import BACKWARD, PROGRAM_OF, TRAIN, StepReport, StepRequest
@@ -38,6 +39,9 @@ class Engine(Protocol):
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """Return every parameter and buffer of the model by name, from the workers that own them."""
+
+    def gradient_norm(self, norm_type: float) -> torch.Tensor:
+        """Return the norm of all gradients of the model as one vector."""
 
     def close(self) -> None:
         """End what the engine started; safe to call twice."""
@@ -149,6 +153,10 @@ class InlineEngine:
     def full_state(self) -> dict[str, torch.Tensor]:
         """Return the model's own state; it lives here."""
         return model_state(self._model)
+
+    def gradient_norm(self, norm_type: float) -> torch.Tensor:
+        """Return the norm of the model's own gradients; they live here."""
+        return own_norm(self._model.parameters(), norm_type)
 
     def close(self) -> None:
         """Drop the stages."""

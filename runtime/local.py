@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import StageError, StallError
 from .arena import Arena
 from .engine import Programs, model_state
+from .gradients import own_norm
 from .launch import WorkerPool, WorkerProcess
 from .local_messages import Failed, Forget, Run, Setup
 from .mailbox import Mailbox
@@ -296,6 +297,10 @@ class LocalEngine:
     def full_state(self) -> dict[str, torch.Tensor]:
         """Return the model's own state; it is the workers' too."""
         return model_state(self._model)
+
+    def gradient_norm(self, norm_type: float) -> torch.Tensor:
+        """Return the norm of the model's own gradients; the workers have handed them over."""
+        return own_norm(self._model.parameters(), norm_type)
 
     def close(self, *, kill: bool = False) -> None:
         """End the workers."""

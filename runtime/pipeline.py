@@ -26,10 +26,12 @@ from .batch import (
     split_target,
 )
 from .engine import Engine
+from .gradients import clip, own_norm
 from .program import PipelineSpec, Timeline
 from .program.timeline import Span
 from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepRequest
 from .results import EvalResult, Profile, StepResult
+from .unsplit import unsplit
 from .verify import VerifyReport, compare, gradients_of, preserved, reference_step, whole
 
 
@@ -467,6 +469,32 @@ class Pipeline(nn.Module):
         if load is not None:
             return load(state_dict, strict)
         return self.model.load_state_dict(state_dict, strict)
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> torch.Tensor:
+        """Scale all gradients, in place, so that the norm of the whole model's is at most ``max_norm``.
+
+        As ``torch.nn.utils.clip_grad_norm_`` on the unsplit model: one norm over all stages, in which tied parameters
+        count once, and replicas' too. Under torchrun this is a collective call; torch's own function would see the
+        rank's gradients alone there.
+
+        Returns:
+            The norm before, 0-dim.
+
+        Raises:
+            StagecutError: the norm is not finite, and ``error_if_nonfinite``.
+        """
+        engine, parameters = self._engine, list(self.model.parameters())
+        norm = own_norm(parameters, norm_type) if engine is None else engine.gradient_norm(norm_type)
+        return clip(parameters, norm, max_norm, norm_type, error_if_nonfinite)
+
+    def to_module(self) -> nn.Module:
+        """Return the unsplit model as a module of its own, with the weights of now: to export, evaluate, or average.
+
+        Under torchrun this is a collective call, and every rank receives the whole model.
+        """
+        return unsplit(self.model, {} if self._engine is None else self._engine.full_state())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Pipeline:
         raise StagecutError(

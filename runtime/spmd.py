@@ -16,6 +16,7 @@ from ..errors import CheckpointError, DeviceError, PlanError, ShapeError, StageE
 from ..structure import flatten, is_encodable, unflatten
 from .engine import Programs, fresh_gradients, model_state
 from .executor import Executor
+from .gradients import joined_norm, own_norm
 from .instructions import Op
 from .packets import decode, encode
 from .program import PipelineSpec, Span
@@ -312,6 +313,15 @@ class SpmdEngine:
             dist.broadcast(data, owner, group=self._group)
             state[name] = data
         return {name: state[self._names[id(tensor)]] for name, tensor in model_state(self._model).items()}
+
+    def gradient_norm(self, norm_type: float) -> torch.Tensor:
+        """Return the norm of the gradients of all ranks, each parameter counted on one of them (a collective call)."""
+        mine = [t for name, t in self._owned if isinstance(t, nn.Parameter) and self._owner[name] == self._worker]
+
+        def all_reduce(total: torch.Tensor, how: str) -> None:
+            dist.all_reduce(total, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, group=self._group)
+
+        return joined_norm(own_norm(mine, norm_type), norm_type, all_reduce)
 
     def load_state(self, state_dict: Mapping[str, Any], strict: bool) -> Any:
         """Load the entries that this rank owns, after checking names and shapes of all.

@@ -122,6 +122,31 @@ def test_state_dict_round_trips_with_the_plain_model(pm: stagecut.Pipeline) -> N
     torch.testing.assert_close(pm.get_parameter("embed.weight"), plain.embed.weight)
 
 
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+def test_gradients_are_clipped_by_the_norm_of_the_whole_model(pm: stagecut.Pipeline, norm_type: float) -> None:
+    _, wanted = expected(pm.model, 6)
+    given = [gradient for gradient in wanted.values() if gradient is not None]
+    norm = torch.nn.utils.get_total_norm(given, norm_type)
+    pm.zero_grad()
+    x, y = batch(6)
+    pm.step(x, target=y)
+    torch.testing.assert_close(pm.clip_grad_norm_(float(norm) / 2, norm_type), norm)
+    for name, parameter in pm.named_parameters():
+        if wanted[name] is not None:
+            torch.testing.assert_close(parameter.grad, wanted[name] / 2, rtol=1e-5, atol=1e-12)
+
+
+def test_the_unsplit_model_comes_back_with_memory_of_its_own(pm: stagecut.Pipeline) -> None:
+    alone = pm.to_module()
+    x, _ = batch(6)
+    torch.testing.assert_close(alone(x), pm.model(x))
+    assert [p.requires_grad for p in alone.parameters()] == [p.requires_grad for p in pm.parameters()]
+    before = pm.get_parameter("embed.weight").detach().clone()
+    with torch.no_grad():
+        alone.embed.weight.zero_()
+    torch.testing.assert_close(pm.get_parameter("embed.weight").detach(), before)
+
+
 def test_a_parameter_that_is_frozen_later_gets_no_gradient(pm: stagecut.Pipeline) -> None:
     weight = pm.get_parameter("body.2.1.weight")
     weight.requires_grad_(False)

@@ -86,6 +86,10 @@ def main() -> None:
     check(pm, plain, pieces, loss.item())
 
     assert pm.verify(x, target=y).ok
+    gradients = [g for g in expected(plain, pieces)[1].values() if g is not None]
+    for norm_type in (2.0, 1.0, float("inf")):
+        wanted = torch.nn.utils.get_total_norm(gradients, norm_type)
+        torch.testing.assert_close(pm.clip_grad_norm_(1e9, norm_type), wanted, rtol=1e-9, atol=0.0)
     optimizer = torch.optim.SGD(pm.parameters(), 0.1)
     optimizer.step()
     state = pm.state_dict()
@@ -96,8 +100,11 @@ def main() -> None:
     pm.load_state_dict(doubled)
     torch.testing.assert_close(pm.state_dict()["embed.weight"], state["embed.weight"] * 2)
 
+    alone = pm.to_module()
+    assert alone.embed.weight.shape == (11, 6)
     pm.eval()
     plain.load_state_dict(pm.state_dict())
+    torch.testing.assert_close(alone.state_dict(), plain.state_dict())
     plain.eval()
     torch.testing.assert_close(pm.evaluate(x).output["logits"], plain(x)["logits"].detach())
     pm.train()
