@@ -182,7 +182,7 @@ def _check_cluster(cluster: Cluster, known: Plan | None, launch: str) -> None:
     if cluster.simulated:
         raise DeviceError("simulated devices can be planned for, not run on", hint="stagecut.plan(model, 'sim:…', …)")
     if known is not None:
-        planned = tuple(stage.devices for stage in known.stages)
+        planned = tuple({stage.workers: stage.devices for stage in known.stages}.values())
         missing = Counter(known.devices) - Counter(cluster.names)
         if missing or (cluster.groups is not None and planned != cluster.stages):
             raise ConstraintError(f"the plan is for devices {planned}, and devices={cluster.stages} was given")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import InfeasibleError
+from ..errors import ConstraintError, InfeasibleError
 from ..runtime.schedules import GIVEN, SEARCH
 from .plan import Plan
 from .ranking import rank
-from .reorder import given, least_s, searched
+from .reorder import MOST_ACTIONS, given, least_s, searched
 from .task import Task
 
 _SEARCHED = 3  # pipelines; the best as predicted, of different stages or microbatches
@@ -29,11 +29,7 @@ def in_orders_of_their_own(task: Task, candidates: Sequence[Plan], rivals: Seque
         return [given(plan, GIVEN, wishes.orders) for plan in _of_different_cuts(sorted(candidates, key=rank))]
     pipelines = sorted((plan for plan in candidates if len(plan.stages) > 1), key=rank)
     if wishes.schedule == SEARCH:
-        found = _searched(task, pipelines, _TIME_S)
-        others = [plan for plan in candidates if len(plan.stages) == 1]
-        if not found and pipelines:
-            raise InfeasibleError("no order of compute was found that fits in memory", hint="leave out schedule=")
-        return others + found
+        return _searched_for(task, candidates, pipelines)
     if wishes.schedule is not None or not task.few_devices:
         return list(candidates)
     best_s = min(plan.prediction.step_s for plan in (*candidates, *rivals))
@@ -41,6 +37,26 @@ def in_orders_of_their_own(task: Task, candidates: Sequence[Plan], rivals: Seque
     found = _searched(task, near, _AUTO_TIME_S)
     least_s = min((plan.prediction.step_s for plan in pipelines), default=0.0)
     return [*candidates, *(plan for plan in found if plan.prediction.step_s < (1 - _GAIN) * least_s)]
+
+
+def _searched_for(task: Task, candidates: Sequence[Plan], pipelines: Sequence[Plan]) -> list[Plan]:
+    """Put searched orders in the place of all pipelines.
+
+    Raises:
+        ConstraintError: there are pipelines, and none whose order can be searched.
+        InfeasibleError: no order fits in memory.
+    """
+    searchable = [plan for plan in pipelines if least_s(plan) < float("inf")]
+    if pipelines and not searchable:
+        raise ConstraintError(
+            "schedule='search' wants as many replicas of every stage, and at most "
+            f"{MOST_ACTIONS:,} computations in a step",
+            hint="set replicas= to one number, or microbatches= to fewer",
+        )
+    found = _searched(task, searchable, _TIME_S)
+    if searchable and not found:
+        raise InfeasibleError("no order of compute was found that fits in memory", hint="leave out schedule=")
+    return [*(plan for plan in candidates if len(plan.stages) == 1), *found]
 
 
 def _searched(task: Task, pipelines: Sequence[Plan], time_s: float) -> list[Plan]:

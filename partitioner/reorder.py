@@ -19,7 +19,7 @@ from .scheduling.bounds import lower_bound_s
 from .scheduling.clock import Problem
 from .scheduling.family import placed
 
-_MOST_ACTIONS = 20_000  # of a step; more are not searched
+MOST_ACTIONS = 20_000  # of a step; more are not searched
 _LISTED = ("chain", "loop", "vee")
 
 
@@ -105,7 +105,7 @@ def _placement(plan: Plan) -> str | None:
     placement = placement_of([stage.workers for stage in plan.stages])
     uneven = len({len(workers) for workers in owners}) > 1
     n_actions = 3 * len(plan.stages) * plan.n_microbatches
-    searchable = len(owners) > 1 and not uneven and placement in _LISTED and n_actions <= _MOST_ACTIONS
+    searchable = len(owners) > 1 and not uneven and placement in _LISTED and n_actions <= MOST_ACTIONS
     return placement if searchable else None
 
 

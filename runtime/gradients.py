@@ -8,14 +8,19 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from ..errors import StagecutError
+from ..errors import ConstraintError, StagecutError
 
 
 def own_norm(parameters: Iterable[nn.Parameter], norm_type: float) -> torch.Tensor:
     """Return the norm of the gradients of ``parameters``, taken as one vector; 0 where there are none.
 
     Each parameter counts once, however many modules share it.
+
+    Raises:
+        ConstraintError: ``norm_type`` is not positive, so that norms of parts do not make the norm of the whole.
     """
+    if not norm_type > 0:
+        raise ConstraintError(f"norm_type must be positive, got {norm_type}", hint="norm_type=2.0, or float('inf')")
     unique = {id(parameter): parameter for parameter in parameters}
     found = [parameter.grad for parameter in unique.values() if parameter.grad is not None]
     norm: torch.Tensor = torch.nn.utils.get_total_norm(found, norm_type)

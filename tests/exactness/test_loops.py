@@ -138,3 +138,5 @@ def test_a_norm_that_is_not_finite_can_be_an_error() -> None:
         pm.step(x * float("nan"), target=y)
         with pytest.raises(stagecut.StagecutError, match="norm of order 2 of all gradients is nan"):
             pm.clip_grad_norm_(1.0, error_if_nonfinite=True)
+        with pytest.raises(stagecut.errors.ConstraintError, match="norm_type must be positive, got 0"):
+            pm.clip_grad_norm_(1.0, 0)

@@ -90,6 +90,11 @@ def test_the_planner_searches_unasked_where_it_pays() -> None:
     assert not score_plan(plan).faults
 
 
+def test_a_search_that_cannot_be_says_why() -> None:
+    with pytest.raises(ConstraintError, match="as many replicas of every stage, and at most 20,000 computations"):
+        plan_of(uneven(3, 1, 4), "sim:3xA100-80GB", replicas=[2, 1], microbatches=2, schedule="search")
+
+
 def test_nothing_is_searched_where_there_is_no_choice() -> None:
     assert searched(plan_of(uneven(1), ["cpu"]), 1.0) is None
     assert searched(plan_of(uneven(3, 1, 4), "sim:3xA100-80GB", replicas=[2, 1], microbatches=2), 1.0) is None
