@@ -159,17 +159,29 @@ def plan(
     memory_bytes: float | None = None,
     opaque: Sequence[str] = (),
     threads_per_worker: int | None = None,
+    optimizer: str | None = None,
 ) -> Plan:
     """Plan without running anything; the devices need not exist: ``devices="sim:8xH100-80GB"``, or a TOML file.
 
-    Arguments and errors are those of :func:`compile`; costs of devices that are not there are analytic.
+    Arguments and errors are those of :func:`compile`; costs of devices that are not there are analytic. With
+    ``optimizer="adamw"`` (or ``"sgd"``, ``"momentum"``) its step is part of the predicted one: replicas all step the
+    whole model, the stages of a pipeline a part each.
     """
     check_threads(threads_per_worker)
     kwargs = example_kwargs or {}
     cluster = describe(devices, replicas, memory_bytes)
     check_stages(cluster, stages)
     order = order_of(schedule, stages, microbatches)
-    wishes = Wishes(order.n_microbatches, order.name, costs, None, order.n_stages, recompute, orders=order.orders)
+    wishes = Wishes(
+        order.n_microbatches,
+        order.name,
+        costs,
+        None,
+        order.n_stages,
+        recompute,
+        orders=order.orders,
+        optimizer=optimizer,
+    )
     with planning(), shown_progress() as progress:
         captured = capture(model, example_inputs, kwargs, opaque=opaque)
         tensors = tensors_of(captured, example_inputs, kwargs)

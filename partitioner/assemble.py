@@ -155,7 +155,7 @@ class _Assembly:
             prediction=Prediction(0.0, 0.0, 0.0, 0.0, False, 0.0, ""),
             alternatives=(),
             n_threads=self.priced.n_threads,
-            timing=timing_of(self.cluster, stages, wires, self.loss_s),
+            timing=timing_of(self.cluster, stages, wires, self.loss_s, self.priced.optimizer),
             orders=tuple(tuple(map(token, order)) for order in self.decision.orders),
         )
         return replace(plan, prediction=self._prediction(plan))

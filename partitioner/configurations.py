@@ -31,6 +31,7 @@ class Wishes:
         assignment: maps every op to a stage and replaces the search for a cut.
         all_devices: every device must be used (under torchrun, where each is a rank that waits).
         orders: the order of each worker of one replica, where ``schedule`` is ``"given"``.
+        optimizer: whose step is part of a training step.
     """
 
     n_microbatches: int | None = None
@@ -41,6 +42,7 @@ class Wishes:
     recompute: bool | None = None
     all_devices: bool = False
     orders: Orders = ()
+    optimizer: str | None = None
 
     @property
     def family(self) -> str | None:

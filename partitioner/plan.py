@@ -123,6 +123,7 @@ class Timing:
             which it goes beside the last backward; () for one, after it.
         store_s, accumulate_s: per stage, by how much a replica's first backward is longer, since gradients move to
             memory that they share, and by how much its later ones are, which add to them.
+        optimizer_s: per stage, the optimizer's step on its weights; () where it is not part of the prediction.
         loss_s: of a microbatch's loss, forward and backward; both are part of the last stage's seconds.
         start_s: before the workers begin, and after they are done.
         split: how many times as long the two parts of a backward take as the whole.
@@ -140,6 +141,7 @@ class Timing:
     reduce_buckets: tuple[int, ...] = ()
     store_s: tuple[float, ...] = ()
     accumulate_s: tuple[float, ...] = ()
+    optimizer_s: tuple[float, ...] = ()
     loss_s: tuple[float, float] = (0.0, 0.0)
     start_s: float = 0.0
     split: float = 1.0
@@ -155,7 +157,7 @@ class Prediction:
     """What the plan is expected to cost.
 
     Attributes:
-        step_s: seconds of one training step of ``batch_rows`` samples, optimizer excluded.
+        step_s: seconds of one training step of ``batch_rows`` samples; with the optimizer's if that was asked for.
         bubble: share of the workers' time without compute.
         bottleneck_s: largest load of a stage for one microbatch (compute and transfers), what the cut minimises.
         lower_bound_s: proven smallest bottleneck that any cut into so many stages has.

@@ -109,7 +109,7 @@ def check_orders(orders: Orders, workers: Sequence[tuple[int, ...]], n_microbatc
 def _validate_timing(plan: Plan) -> None:
     n_workers = len(plan.devices)
     expected = {
-        **dict.fromkeys(("reduce_s", "reduce_buckets", "store_s", "accumulate_s"), len(plan.stages)),
+        **dict.fromkeys(("reduce_s", "reduce_buckets", "store_s", "accumulate_s", "optimizer_s"), len(plan.stages)),
         "hosts": n_workers,
     }
     for name, n in expected.items():

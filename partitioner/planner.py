@@ -23,6 +23,7 @@ from .plan import Plan
 from .pricing import Corrections, Pricer, Progress, silent
 from .ranking import Configuration, fitted, rank
 from .task import Task
+from .timing import OPTIMIZERS
 from .ways import ways_of
 
 
@@ -62,9 +63,23 @@ def choose(
     if batch_rows < 1:
         raise ConstraintError("the example batch has no rows", hint="plan with a batch of the size to be trained with")
     _check_pieces(capture, cluster, wishes)
-    pricer = Pricer(capture, tensors, cluster, wishes.costs, progress, corrections, loss)
+    _check_optimizer(cluster, wishes.optimizer)
+    pricer = Pricer(capture, tensors, cluster, wishes.costs, progress, corrections, loss, wishes.optimizer)
     threads_of = threads_of or _share_of_cores(cluster)
     return _Planner(Task(capture, pricer, cluster, wishes, batch_rows, threads_of, progress)).run()
+
+
+def _check_optimizer(cluster: Cluster, optimizer: str | None) -> None:
+    """Refuse an optimizer that cannot be priced."""
+    if optimizer is None:
+        return
+    if optimizer not in OPTIMIZERS:
+        raise ConstraintError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    if all(device.kind.name == "cpu" for device in cluster.devices):
+        raise ConstraintError(
+            "with CPU workers the optimizer runs in your own process, on all weights, whatever the plan",
+            hint="leave out optimizer=",
+        )
 
 
 def _check_pieces(capture: Capture, cluster: Cluster, wishes: Wishes) -> None:

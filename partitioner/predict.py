@@ -92,6 +92,7 @@ def _simulated(plan: Plan, layout: Layout, n_pieces: int) -> Timeline:
             reduce_buckets=timing.reduce_buckets,
             store_s=timing.store_s,
             accumulate_s=timing.accumulate_s,
+            optimizer_s=timing.optimizer_s,
             hosts=timing.hosts[: layout.n_workers],
             n_cores=timing.n_cores,
             beside=timing.beside,

@@ -41,6 +41,7 @@ class Priced:
         costs: per name of a device kind, the cost of each op.
         graph: what the cut is searched on.
         loss_s: per name of a device kind, seconds of the loss's forward and backward.
+        optimizer: the optimizer whose step is part of a training step, if one is.
     """
 
     rows: int
@@ -49,6 +50,7 @@ class Priced:
     costs: dict[str, dict[str, OpCost]]
     graph: nx.DiGraph
     loss_s: dict[str, tuple[float, float]] = field(default_factory=dict)
+    optimizer: str | None = None
 
     @property
     def ops(self) -> dict[str, OpNode]:
@@ -72,6 +74,7 @@ class Pricer:
         progress: Progress = silent,
         corrections: Corrections | None = None,
         loss: Loss | None = None,
+        optimizer: str | None = None,
     ) -> None:
         """Take the tensor leaves of an example call.
 
@@ -84,7 +87,7 @@ class Pricer:
             raise ConstraintError(f"costs must be 'measured' or 'analytic', got {source!r}")
         self._capture, self._tensors, self._cluster = capture, list(tensors), cluster
         self._source, self._progress, self._corrections = source, progress, corrections or {}
-        self._loss = loss
+        self._loss, self._optimizer = loss, optimizer
         self._facts: dict[int, dict[str, OpFacts]] = {}
         self._known: dict[tuple[int, int], Priced] = {}
         self._warned: set[str] = set()
@@ -102,7 +105,7 @@ class Pricer:
             travels = {name: is_encodable(own.value) for name, own in facts.items()}
             graph = op_graph(self._capture, facts, self._with_loss(costs, loss_s), self._cluster, travels)
             _price_copies(self._capture, facts, costs, graph)
-            self._known[rows, n_threads] = Priced(rows, n_threads, facts, costs, graph, loss_s)
+            self._known[rows, n_threads] = Priced(rows, n_threads, facts, costs, graph, loss_s, self._optimizer)
         return self._known[rows, n_threads]
 
     def is_known(self, rows: int, n_threads: int) -> bool:

@@ -11,7 +11,8 @@ from ..runtime.schedules.eager_1f1b import eager_warm_up
 from ..runtime.schedules.one_f_one_b import warm_up
 
 if TYPE_CHECKING:
-    from .plan import StageRecord
+    from ..runtime.program import Timeline
+    from .plan import Plan, StageRecord
 
 
 def orders_of(layout: Layout, schedule: str, n_pieces: int, column: Orders = ()) -> Orders:
@@ -69,3 +70,34 @@ def _most_held(order: Sequence[Action], bytes_of: dict[int, int]) -> int:
         elif action.kind != "I":  # a stage holds all of a microbatch until its backward is through
             held -= bytes_of.get(action.stage, 0)
     return most
+
+
+def memory_over_time(plan: Plan, timeline: Timeline) -> dict[int, list[tuple[float, float]]]:
+    """Return, per worker, what it holds over a step: pairs of seconds and the bytes from then on.
+
+    State of its stages all the time; activations of a microbatch from the start of its forward to the end of its
+    backward (of its weight gradient, where parts run apart); what a computation needs beside, while it runs. The most
+    is what the plan says of the worker's device, or less where stages are not at their fullest at the same time.
+    """
+    found: dict[int, list[tuple[float, float]]] = {}
+    for worker in range(timeline.n_workers):
+        own = {stage.index: stage for stage in plan.stages if worker in stage.workers}
+        state = float(sum(stage.memory_bytes - stage.held_bytes for stage in own.values()))
+        changes: list[tuple[float, int, float]] = []  # of equal times, what goes comes first
+        for span in timeline.spans:
+            if span.worker != worker or span.op not in ("F", "B", "I", "W"):
+                continue
+            stage = own[span.stage]
+            held = stage.input_bytes if stage.recompute else stage.saved_bytes
+            again = stage.saved_bytes if stage.recompute and span.op != "F" else 0
+            beside = stage.workspace_bytes + again
+            changes += [(span.start_s, 1, beside), (span.end_s, 0, -beside)]
+            if span.op == "F":
+                changes.append((span.start_s, 1, held))
+            elif span.op != "I":
+                changes.append((span.end_s, 0, -held))
+        steps = [(0.0, state)]
+        for second, _, change in sorted(changes):
+            steps.append((second, steps[-1][1] + change))
+        found[worker] = steps
+    return found

@@ -7,7 +7,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import PlanError
-from ..runtime.instructions import COMPUTE, INPUT_GRADIENTS, RECEIVES, SENDS, WEIGHT_GRADIENTS, Instruction, Op
+from ..runtime.instructions import (
+    COMPUTE,
+    INPUT_GRADIENTS,
+    RECEIVES,
+    SENDS,
+    WEIGHT_GRADIENTS,
+    WHOLE_BATCH,
+    Instruction,
+    Op,
+)
 from ..runtime.program import Program, Span, Timeline
 from .cluster import Link
 
@@ -31,6 +40,8 @@ class StepCosts:
             (DistributedDataParallel's buckets); () for one, after the backward.
         store_s, accumulate_s: per stage, by how much a worker's first backward and its later ones are longer; () for
             nothing.
+        optimizer_s: per stage, the optimizer's step, which a worker does for all its stages when it is through; () for
+            none.
         hosts: per worker, the machine that it runs on; () for one each.
         n_cores: workers that a machine can run at once; None for all. Where more are busy they share in equal parts,
             and all take ``sharing`` times as long; with fewer, and more than one, ``beside`` times as long.
@@ -55,6 +66,7 @@ class StepCosts:
     gradient_bytes: Mapping[tuple[int, int], float] | None = None
     backward_input_s: tuple[float, ...] = ()
     backward_weight_s: tuple[float, ...] = ()
+    optimizer_s: tuple[float, ...] = ()
 
 
 def simulate(program: Program, costs: StepCosts) -> Timeline:
@@ -145,8 +157,20 @@ class _Simulation:
         for worker, instructions in enumerate(self.program.workers):
             if self.at[worker] < len(instructions):
                 raise PlanError(f"worker {worker} waits for ever at {instructions[self.at[worker]]}")
+        if self.costs.optimizer_s:
+            self.spans += self._optimizer_steps(self.costs.optimizer_s)
         spans = sorted(self.spans, key=lambda span: (span.worker, span.start_s, span.end_s))
         return Timeline("simulated", len(self.program.workers), tuple(spans))
+
+    def _optimizer_steps(self, optimizer_s: tuple[float, ...]) -> list[Span]:
+        through = [0.0] * len(self.at)
+        for span in self.spans:
+            through[span.worker] = max(through[span.worker], span.end_s)
+        own = [[s for s, owners in enumerate(self.layout.workers) if w in owners] for w in range(len(self.at))]
+        return [
+            Span(worker, "optimizer", stages[0], WHOLE_BATCH, end, end + sum(optimizer_s[s] for s in stages))
+            for worker, (end, stages) in enumerate(zip(through, own))
+        ]
 
     def _proceed(self, worker: int, now: float) -> None:
         """Start what the worker can start; instructions that take no time are passed over."""

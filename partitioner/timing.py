@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .cluster import Cluster, Link
+from .opgraph import STATE_COPIES
 from .plan import LinkRecord, StageRecord, Timing, WireRecord
 
 # The runtime's own work on CPU workers: per packet (header, message) and how fast packets are packed, as
@@ -28,13 +29,22 @@ BESIDE = 1.02
 # (benchmarks/split_backward.py: transformer 1.021, ResNet-50 1.026).
 SPLIT = 1.04
 _BUCKET_BYTES = 25 << 20  # DistributedDataParallel's bucket_cap_mb
+# How often an optimizer's step reads or writes as many bytes as the weights have: weights, gradients, moments.
+OPTIMIZERS = {"sgd": 3, "momentum": 5, "adamw": 7}
 REDUCE_S = 0.5e-3  # until replicas have heard of each other that they are there
 
 
 def timing_of(
-    cluster: Cluster, stages: Sequence[StageRecord], wires: Sequence[WireRecord], loss_s: tuple[float, float]
+    cluster: Cluster,
+    stages: Sequence[StageRecord],
+    wires: Sequence[WireRecord],
+    loss_s: tuple[float, float],
+    optimizer: str | None = None,
 ) -> Timing:
-    """Describe the runtime on the devices of ``cluster``, whose groups are the stages, with the loss's seconds."""
+    """Describe the runtime on the devices of ``cluster``, whose groups are the stages, with the loss's seconds.
+
+    ``optimizer`` names one of ``OPTIMIZERS``, whose steps on accelerators are priced by their traffic.
+    """
     assert cluster.groups is not None
     pairs = sorted({(wire.source, target) for wire in wires for target in wire.targets})
     links = tuple(_record(cluster, source, target) for source, target in pairs)
@@ -46,6 +56,9 @@ def timing_of(
             reduce_s=tuple(_all_reduce_s(stage, cluster, group) for stage, group in owned),
             reduce_buckets=tuple(max(1, -(-stage.parameter_bytes // _BUCKET_BYTES)) for stage in stages),
             accumulate_s=tuple(3 * stage.parameter_bytes / _bandwidth(cluster, group) for stage, group in owned),
+            optimizer_s=()
+            if optimizer is None
+            else tuple(OPTIMIZERS[optimizer] * _trained(stage) / _bandwidth(cluster, group) for stage, group in owned),
             loss_s=loss_s,
             split=SPLIT,
             source=cluster.inside.source,
@@ -71,6 +84,11 @@ def timing_of(
         sharing=SHARING,
         source=f"{cluster.inside.source}; the runtime's own work: benchmarks/overhead.py",
     )
+
+
+def _trained(stage: StageRecord) -> float:
+    """Return the bytes of the weights that an optimizer changes: state has copies of these."""
+    return (stage.memory_bytes - stage.held_bytes - stage.parameter_bytes) / (STATE_COPIES - 1)
 
 
 def _record(cluster: Cluster, source: int, target: int) -> LinkRecord:

@@ -19,7 +19,7 @@ _DIGIT = 6.5
 _WAITS_TEXT = 84.0
 _HEAD, _FOOT = 24.0, 22.0
 _TICKS = 10
-_REDUCE = "reduce"
+_OTHER = ("reduce", "optimizer")
 _NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
 
@@ -91,7 +91,7 @@ def _span(span: Span, y: float, scale: float) -> str:
     whose += f", stage {span.stage}" if span.stage >= 0 else ""
     tip = f"{what}{whose}: {duration(span.end_s - span.start_s)}, from {duration(span.start_s)}"
     if span.op not in _NAMES:
-        if span.op == _REDUCE:
+        if span.op in _OTHER:
             return rect("other", x, y + 5, width, _LANE - 10, tip=tip)
         return rect("send", x, y + _LANE - 6, width, 5, tip=tip) if span.op.startswith("send") else ""
     colour = stage_class(span.stage)

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CaptureError, InfeasibleError, StagecutError
 from ..partitioner.plan import Plan, load
@@ -17,6 +17,9 @@ from ..runtime.schedules import TRAINING_SCHEDULES
 from .arguments import count, positive
 from .schedule import add_schedule, schedule_text
 from .solve import add_solve, solve_text
+
+if TYPE_CHECKING:
+    from ..runtime.program import Timeline
 
 # What imports torch is imported where it is used: help and wrong arguments answer in a tenth of a second, not in three.
 
@@ -31,6 +34,7 @@ _EXAMPLES = """examples:
   partition-viz show torchvision:resnet50 --cluster sim:4xA100-80GB --batch 64
   partition-viz show train.py:build --devices cpu,cpu --schedule 1f1b --json > plan.json
   partition-viz report plan.json -o plan.html
+  partition-viz report plan.json -o trace.json    (open it at ui.perfetto.dev)
   partition-viz report demo:unet --cluster sim:8xH100-80GB --replicas 2 -o plan.svg
   partition-viz solve graph.json --max-chunks 2 --json > cut.json
   partition-viz schedule --costs costs.json --name search --microbatches 24
@@ -100,10 +104,18 @@ def _report(plan: Plan, output: Path) -> int:
     from .html import report_html
     from .svg import plan_svg
 
-    write = plan_svg if output.suffix == ".svg" else report_html
+    write = {".svg": plan_svg, ".json": _trace}.get(output.suffix, report_html)
     output.write_text(write(plan, plan.predicted), encoding="utf-8")
     print(f"wrote {output}", file=sys.stderr)
     return OK
+
+
+def _trace(plan: Plan, timeline: Timeline) -> str:
+    """Write a step, with what each worker holds, as a trace for Perfetto."""
+    from ..partitioner.residency import memory_over_time
+    from ..runtime.program import chrome_trace
+
+    return json.dumps(chrome_trace(timeline, memory_over_time(plan, timeline))) + "\n"
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -163,7 +175,12 @@ def _parser() -> argparse.ArgumentParser:
         "report", help="write the plan as a page or a picture", description="Write the plan as a page or a picture."
     )
     report.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="plan.html, or plan.svg for the picture alone"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="plan.html, plan.svg for the picture alone, or trace.json for Perfetto",
     )
     for command in (show, report):
         _add_planning(command)

@@ -4,6 +4,7 @@ from .check import check
 from .lower import Program, lower
 from .specs import InputLeaf, InputSpec, NodeRecord, NodeRef, OutputLeaf, PipelineSpec, StageSpec, WireGroup
 from .timeline import Span, Timeline
+from .trace import chrome_trace
 
 __all__ = [
     "InputLeaf",
@@ -18,5 +19,6 @@ __all__ = [
     "Timeline",
     "WireGroup",
     "check",
+    "chrome_trace",
     "lower",
 ]

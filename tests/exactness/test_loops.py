@@ -85,8 +85,11 @@ LOOPS: list[Loop] = [
 ]
 
 
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-@pytest.mark.parametrize("launch", ["inline", "local"])
+@pytest.mark.parametrize(
+    ("loop", "launch"),
+    [*((loop, "inline") for loop in LOOPS), (adamw_with_schedule_and_clipping, "local"), (moving_averages, "local")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_a_loop_ends_with_the_weights_of_the_same_loop_on_the_unsplit_model(loop: Loop, launch: str) -> None:
     model = model_of()
     plain = copy.deepcopy(model)

@@ -14,7 +14,6 @@ TIMEOUT_S = 400
 @pytest.mark.parametrize(
     ("devices", "n_ranks", "schedule"),
     [
-        ("[['cpu'], ['cpu']]", 2, "1f1b"),
         ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4, "1f1b"),
         ("[['cpu'], ['cpu']]", 2, "interleaved-zero-bubble"),
         ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4, "zb-v"),  # one worker has both ends of the tie

@@ -22,7 +22,7 @@ from stagecut.partitioner.pricing import Pricer
 from stagecut.partitioner.step_bound import least_step_s
 from stagecut.structure import call_leaves
 
-property_test = settings(max_examples=6, deadline=None, derandomize=True)
+property_test = settings(max_examples=4, deadline=None, derandomize=True)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_no_step_is_shorter_than_its_bound(seed: int, replicas: list[int], n_mic
     assert 0 < bound_s <= made.prediction.step_s
 
 
-@settings(property_test, max_examples=3)
+@settings(property_test, max_examples=2)
 @given(seed=st.integers(0, 10**6))
 def test_the_best_plan_is_found_without_drafting_all(seed: int) -> None:
     model, args, kwargs = random_problem(seed, max_ops=12)

@@ -14,10 +14,13 @@ from torch import nn
 
 import stagecut
 from stagecut.errors import ConstraintError, InfeasibleError, PlanError
+from stagecut.partitioner.describe import describe
 from stagecut.partitioner.plan import parse
 from stagecut.partitioner.reorder import costs_of, least_s, searched, with_orders
+from stagecut.partitioner.residency import memory_over_time
 from stagecut.partitioner.scheduling.files import to_csv
 from stagecut.records import to_json
+from stagecut.runtime.program import chrome_trace
 from stagecut.runtime.schedules import GIVEN, SEARCH, schedule
 from stagecut.runtime.schedules.tokens import actions_of
 
@@ -186,3 +189,55 @@ def test_a_plan_keeps_what_it_is_but_for_its_order() -> None:
     assert again.prediction == plan.prediction
     assert again.stages == plan.stages
     assert actions_of(again.orders) == schedule("1f1b", plan.layout(), 6)
+
+
+@pytest.mark.parametrize(
+    "wishes", [{"schedule": "1f1b"}, {"schedule": "zb-v"}, {"schedule": "zb-h2", "recompute": True}]
+)
+def test_memory_over_time_peaks_at_what_the_plan_says(wishes: dict[str, Any]) -> None:
+    plan = plan_of(uneven(3, 1, 4, 1, 5, 2), "sim:2xA100-80GB", replicas=1, microbatches=6, **wishes)
+    for worker, steps in memory_over_time(plan, plan.predicted).items():
+        own = [stage for stage in plan.stages if worker in stage.workers]
+        state = sum(stage.memory_bytes - stage.held_bytes for stage in own)
+        assert steps[0] == (0.0, state)
+        assert steps[-1][1] == pytest.approx(state), "nothing stays"
+        most = max(n_bytes for _, n_bytes in steps)
+        assert most <= own[0].device_bytes
+        if len(own) == 1:
+            assert most == pytest.approx(own[0].device_bytes)
+        assert most >= max(stage.memory_bytes for stage in own)
+
+
+def test_a_step_as_a_trace_has_every_computation_and_what_is_held() -> None:
+    plan = plan_of(uneven(3, 1, 4), "sim:2xA100-80GB", replicas=1, microbatches=3, schedule="zb-h1")
+    timeline = plan.predicted
+    trace = json.loads(json.dumps(chrome_trace(timeline, memory_over_time(plan, timeline))))
+    slices = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    computed = sorted(e["name"] for e in slices if e["cat"] in ("forward", "input gradient", "weight gradient"))
+    assert computed == sorted(f"{kind}{s}.{m}" for kind in "FIW" for s in range(2) for m in range(3))
+    assert max(e["ts"] + e["dur"] for e in slices) == pytest.approx(timeline.makespan_s * 1e6)
+    assert {e["name"] for e in trace["traceEvents"] if e["ph"] == "C"} == {"bytes on worker 0", "bytes on worker 1"}
+
+
+def test_an_optimizers_step_can_be_part_of_the_prediction() -> None:
+    """Replicas all step the whole model, stages a part each; seven times the weights' bytes for AdamW."""
+    model, x = (
+        nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))).to("meta"),
+        torch.empty(64, 1024, device="meta"),
+    )
+    wishes: dict[str, Any] = {"example_inputs": (x,), "microbatches": 4}
+    for places, more in (({"stages": 1, "replicas": 1}, 1.0), ({"stages": 2, "replicas": 1}, 0.5)):
+        devices = f"sim:{places['stages']}xA100-80GB"
+        plain = stagecut.plan(model, devices, **places, schedule="1f1b", **wishes)
+        stepped = stagecut.plan(model, devices, **places, schedule="1f1b", optimizer="adamw", **wishes)
+        trained = sum(p.numel() * 4 for p in model.parameters())
+        bandwidth = describe(devices).devices[0].kind.bytes_per_s
+        assert stepped.prediction.step_s - plain.prediction.step_s == pytest.approx(
+            more * 7 * trained / bandwidth, rel=1e-6
+        )
+        assert not score_plan(stepped).faults
+        assert parse(to_json(stepped)) == stepped
+    with pytest.raises(ConstraintError, match="optimizer must be one of sgd, momentum, adamw, got 'adam'"):
+        stagecut.plan(model, "sim:2xA100-80GB", optimizer="adam", **wishes)
+    with pytest.raises(ConstraintError, match="the optimizer runs in your own process"):
+        plan_of(uneven(1, 1), ["cpu", "cpu"], optimizer="sgd")

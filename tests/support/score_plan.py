@@ -432,12 +432,15 @@ class _Clock:
     def _last_s(self, now: list[float], slower: float) -> float:
         """Let each stage reduce once its last replica is there."""
         if self.shares_workers:
-            return max(now)  # between two computations somewhere: see ``between_s``
+            # Reductions are between two computations somewhere: see ``between_s``.
+            return max(now[w] + sum(self._end_s(self.plan.timing.optimizer_s, s.index) for s in self._stages_of(w))
+                       for w in range(self.n_workers))  # fmt: skip
         ends = []
         for s, stage in enumerate(self.plan.stages):
             together = max(now[worker] for worker in stage.workers)
             last = [worker for worker in stage.workers if now[worker] == together][-1]
-            ends.append(together + slower * self._left_s(s, self.last_backward_s.get((last, s), 0.0)))
+            left_s = slower * self._left_s(s, self.last_backward_s.get((last, s), 0.0))
+            ends.append(together + left_s + self._end_s(self.plan.timing.optimizer_s, s))
         return max(ends)
 
     def _left_s(self, s: int, backward_s: float) -> float:

@@ -91,7 +91,10 @@ def test_json_of_a_plan_file_is_that_file(saved, capsys):
     assert capsys.readouterr().out == Path(saved).read_text()
 
 
-@pytest.mark.parametrize(("name", "start"), [("plan.html", "<!doctype html>"), ("plan.svg", "<svg xmlns=")])
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("plan.html", "<!doctype html>"), ("plan.svg", "<svg xmlns="), ("trace.json", '{"traceEvents": [')],
+)
 def test_report_writes_the_same_bytes_every_time(saved, tmp_path, capsys, name, start):
     first, second = tmp_path / name, tmp_path / f"again-{name}"
     assert main(["report", saved, "-o", str(first)]) == 0
