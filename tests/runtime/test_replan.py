@@ -16,6 +16,8 @@ from stagecut.partitioner.capture import capture
 from stagecut.partitioner.configurations import Wishes
 from stagecut.partitioner.describe import describe
 from stagecut.partitioner.planner import make_plan
+from stagecut.partitioner.replan import stage_seconds
+from stagecut.runtime.program import Span, Timeline
 
 ROWS, WIDTH, DEPTH = 128, 512, 6
 
@@ -148,3 +150,17 @@ def test_under_torchrun_it_is_refused_before_anything_is_measured(monkeypatch: p
         with pytest.raises(StagecutError, match=r"every rank owns its stage's weights.*\n.*state_dict"):
             pm.replan(x, target=y)
         twins.train(1)
+
+
+def test_backwards_in_two_parts_count_as_what_they_would_take_in_one() -> None:
+    """They were left out, so that a profile under a zero-bubble schedule corrected forwards only."""
+    spans = [
+        Span(0, "F", 0, 0, 0.0, 1.0),
+        Span(0, "I", 0, 0, 1.0, 2.1),
+        Span(0, "W", 0, 0, 2.1, 3.2),
+        Span(0, "F", 1, 0, 3.2, 4.2),
+        Span(0, "B", 1, 0, 4.2, 6.3),
+    ]
+    found = stage_seconds(Timeline("measured", 1, tuple(spans)), action_s=0.1, split=1.25)
+    assert found[0] == (pytest.approx(0.9), pytest.approx((1.0 + 1.0) / 1.25))
+    assert found[1] == (pytest.approx(0.9), pytest.approx(2.0))
