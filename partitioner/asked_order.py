@@ -45,7 +45,8 @@ def order_of(schedule: str | Path | None, n_stages: int | None, n_microbatches: 
     except OSError as error:
         raise ConstraintError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ConstraintError(f"{path}: no JSON: {error}") from error
+        what = "no JSON" if path.suffix == ".json" else "no text"
+        raise ConstraintError(f"{path}: {what}: {error}") from error
     except ConstraintError as error:
         raise ConstraintError(f"{path}: {error.message}", hint=error.hint) from error
     for what, asked, own in (("stages", n_stages, len(owner)), ("microbatches", n_microbatches, count)):

@@ -35,8 +35,8 @@ def in_orders_of_their_own(task: Task, candidates: Sequence[Plan], rivals: Seque
     best_s = min(plan.prediction.step_s for plan in (*candidates, *rivals))
     near = [plan for plan in pipelines if plan.prediction.step_s <= _WORTH * best_s and _has_slack(plan)]
     found = _searched(task, near, _AUTO_TIME_S)
-    least_s = min((plan.prediction.step_s for plan in pipelines), default=0.0)
-    return [*candidates, *(plan for plan in found if plan.prediction.step_s < (1 - _GAIN) * least_s)]
+    published_s = min((plan.prediction.step_s for plan in pipelines), default=0.0)
+    return [*candidates, *(plan for plan in found if plan.prediction.step_s < (1 - _GAIN) * published_s)]
 
 
 def _searched_for(task: Task, candidates: Sequence[Plan], pipelines: Sequence[Plan]) -> list[Plan]:

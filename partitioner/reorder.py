@@ -90,7 +90,10 @@ def searched(plan: Plan, time_s: float, progress: Callable[[str], None] = lambda
 
 
 def least_s(plan: Plan) -> float:
-    """Bound the compute of a step from below, whatever the order; infinite where no order can be searched."""
+    """Bound the compute of a step from below for all orders that :func:`searched` looks at.
+
+    These have backwards all in one or all in two parts. Infinite where no order can be searched.
+    """
     placement = _placement(plan)
     if placement is None:
         return float("inf")

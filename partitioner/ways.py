@@ -41,8 +41,7 @@ def _check_placement(task: Task) -> None:
     if placement not in (None, "chain"):
         many = "two stages" if placement == "vee" else "equally many stages"
         raise ConstraintError(
-            f"{name} places {many} on every device, and stages={n} on {task.cluster.n_devices} devices is something "
-            "else",
+            f"{name} places {many} on every device, so stages={n} do not go on {task.cluster.n_devices} devices",
             hint=f"stages={2 * task.cluster.n_devices}, or leave out stages=",
         )
 

@@ -29,7 +29,7 @@ from stagecut.runtime.instructions import Layout
 from stagecut.runtime.program import check, lower
 from stagecut.runtime.schedules import schedule
 
-property_test = settings(max_examples=250, deadline=None, derandomize=True)
+property_test = settings(max_examples=400, deadline=None, derandomize=True)
 
 
 def op(name: str, stage: int, *inputs: str) -> OpRecord:

@@ -18,6 +18,7 @@ from stagecut.partitioner.describe import describe
 from stagecut.partitioner.plan import parse
 from stagecut.partitioner.reorder import costs_of, least_s, searched, with_orders
 from stagecut.partitioner.residency import memory_over_time
+from stagecut.partitioner.scheduling import family_schedule
 from stagecut.partitioner.scheduling.files import to_csv
 from stagecut.records import to_json
 from stagecut.runtime.program import chrome_trace
@@ -75,8 +76,6 @@ def test_an_order_is_searched_within_the_memory_of_the_devices() -> None:
 
 def test_the_costs_of_a_search_are_those_of_the_simulator() -> None:
     """On one chain, without copies and skips, both clocks agree on a published order."""
-    from stagecut.partitioner.scheduling import family_schedule
-
     plan = pipeline(schedule="zb-h1")
     costs = replace(costs_of(plan, True), memory_bytes=None)
     assert family_schedule("zb-h1", costs, 6).makespan_s == pytest.approx(plan.prediction.step_s, rel=0.01)
@@ -152,6 +151,9 @@ def test_what_a_file_says_must_fit(tmp_path: Path) -> None:
         asked("0B0,0F0\n1F0,1B0\n")
     with pytest.raises(ConstraintError, match="no JSON"):
         asked("{", ".json")
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConstraintError, match=r"bytes\.csv: no text"):
+        plan_of(uneven(3, 1, 4), schedule=tmp_path / "bytes.csv")
     with pytest.raises(ConstraintError, match="No such file"):
         plan_of(uneven(3, 1, 4), schedule=tmp_path / "nothing.json")
 

@@ -84,7 +84,7 @@ def test_more_stages_than_devices_of_one_are_refused() -> None:
 
 
 def test_stages_that_a_schedule_cannot_place_are_refused() -> None:
-    with pytest.raises(ConstraintError, match="zb-v places two stages on every device, and stages=2 on 2 devices"):
+    with pytest.raises(ConstraintError, match="on every device, so stages=2 do not go on 2 devices"):
         plan_of(layers(), devices="sim:2xA100-80GB", stages=2, schedule="zb-v")
 
 
@@ -96,7 +96,7 @@ def test_too_few_microbatches_name_what_works() -> None:
 
 def test_several_stages_are_among_what_the_planner_tries() -> None:
     plan = plan_of(layers(16), devices="sim:2xA100-80GB", rows=64)
-    shapes = {(other.replicas, other.n_workers) for other in (plan, *plan.alternatives)[1:]}
+    shapes = {(other.replicas, other.n_workers) for other in plan.alternatives}
     assert ((1, 1, 1, 1), 2) in shapes
 
 
@@ -149,6 +149,16 @@ def test_workers_of_a_plan_from_elsewhere_are_checked() -> None:
     refused([(0,), (1,), (1, 0), (0,)], r"\$.stages\[2\].workers: expected a worker of its own for each")
     refused([(0,), (0,), (1,), (1,)], r"\$.stages\[1\].workers: worker 0 is on A100:1 here and on A100:0")
     refused([(0,), (1,), (-1,), (0,)], "numbered from 0, got -1")
+
+
+def test_a_plan_of_several_stages_fits_devices_that_are_nested_by_worker() -> None:
+    model, x = layers(4), torch.randn(8, 64)
+    plan = plan_of(model, devices=["cpu", "cpu"], replicas=1, schedule="zb-v", microbatches=2)
+    for devices in (["cpu", "cpu"], [["cpu"], ["cpu"]]):
+        with stagecut.compile(model, devices, loss_fn=F.mse_loss, plan=plan, launch="inline") as pm:
+            assert pm.verify(x, target=x).ok
+    with pytest.raises(ConstraintError, match="the plan is for devices"):
+        stagecut.compile(model, [["cpu", "cpu"]], loss_fn=F.mse_loss, plan=plan, launch="inline")
 
 
 def test_placements_are_told_apart() -> None:

@@ -26,7 +26,7 @@ from stagecut.runtime.schedules.families import FAMILIES
 from stagecut.runtime.schedules.placement import chain, loop, vee
 
 property_test = settings(max_examples=150, deadline=None, derandomize=True)
-mutation_test = settings(max_examples=300, deadline=None, derandomize=True)
+mutation_test = settings(max_examples=500, deadline=None, derandomize=True)
 
 
 @st.composite
