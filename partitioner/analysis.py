@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -188,13 +189,17 @@ def _interpret(capture: Capture, inputs: list[torch.Tensor], state: Mapping[str,
     interpreter = _Interpreter(capture, state)
     for tensor in inputs:
         interpreter.owned.add(storage_of(tensor))
-    with interpreter.meter, torch.autograd.graph.saved_tensors_hooks(interpreter.pack, lambda saved: saved):
+    # What autograd holds, the hooks and what they return, must not lead back to the tensors that hold autograd's graph:
+    # no garbage collector sees such a circle, in which the model would hang too.
+    pack, packed = weakref.WeakMethod(interpreter.pack), interpreter.packed
+    with interpreter.meter, torch.autograd.graph.saved_tensors_hooks(lambda t: pack()(t), packed.__getitem__):  # type: ignore[misc]
         torch.func.functional_call(
             _Runner(interpreter),
             {f"module.{name}": tensor for name, tensor in state.items()},
             tuple(inputs),
             strict=False,
         )
+    packed.clear()
     return interpreter.facts
 
 
@@ -208,9 +213,11 @@ class _Interpreter(fx.Interpreter):
         self._alive = set(self.owned)
         self._saved: set[int] = set()
         self._parameters = parameters_read(capture)
+        self.packed: list[torch.Tensor] = []
         self._current: OpFacts | None = None
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+    def pack(self, tensor: torch.Tensor) -> int:
+        """Note what autograd saves, and return a number for it."""
         storage = storage_of(tensor)
         if self._current is not None and storage not in self.owned:
             n_bytes = tensor.untyped_storage().nbytes()
@@ -218,7 +225,8 @@ class _Interpreter(fx.Interpreter):
             if storage not in self._saved:
                 self._saved.add(storage)
                 self._current.saved_bytes += n_bytes
-        return tensor
+        self.packed.append(tensor)
+        return len(self.packed) - 1
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "output":

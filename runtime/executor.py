@@ -14,7 +14,7 @@ import torch
 from ..errors import FailureSite
 from ..structure import flatten, map_leaves
 from .instructions import RECEIVES, Instruction, Layout, Op
-from .packets import decode, encode
+from .packets import decode, pack
 from .parts import FILE, OP
 from .program.timeline import Span
 from .replicate import Reducer
@@ -118,10 +118,10 @@ class Executor:
             self._backward_weight(i)
         elif i.op is Op.SEND_ACT:
             values, wanted = self._activations(i.stage, i.microbatch, i.peer_stage)
-            self.transport.send(i, encode(values, wanted))
+            self.transport.send(i, pack(values, wanted))
         elif i.op is Op.SEND_GRAD:
             gradients = self.stages[i.stage].input_gradients(i.microbatch, i.peer_stage)
-            self.transport.send(i, encode(gradients, [False] * len(gradients)))
+            self.transport.send(i, pack(gradients, [False] * len(gradients)))
         elif i.op in RECEIVES:
             self.transport.post(i)
         elif i.op is Op.FREE:

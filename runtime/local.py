@@ -27,6 +27,7 @@ from .pickling import dumps, loads
 from .program import PipelineSpec, StageSpec
 from .requests import BACKWARD, TRAIN, StepReport, StepRequest
 from .shared_gradients import gradient_slot
+from .shared_memory import ChannelFiles, channels_of
 
 START_S = 60.0
 _POLL_S = 0.2
@@ -97,8 +98,15 @@ class LocalEngine:
         self._bindings = [_Binding(name, tensor, self._arena.view(name)) for name, tensor in state.items()]
         self._bind()
         self._pool.wait_until_ready(self._start_s)
-        for worker in self._pool.workers:
-            self._send_setup(worker, used[worker.index], state, loss_fn)
+        channels = [ChannelFiles.open(*pair) for pair in channels_of(self._spec.layout)]
+        try:
+            for worker in self._pool.workers:
+                self._send_setup(worker, used[worker.index], state, loss_fn)
+                for fd in (fd for channel in channels for fd in channel.of(worker.index) or ()):
+                    worker.send_fd(fd)
+        finally:
+            for channel in channels:
+                channel.close()
         self._collect(list(self._pool.workers), self._start_s, None)
 
     def _tensors_of(self, worker: int) -> list[str]:
@@ -224,6 +232,8 @@ class LocalEngine:
             for worker in self._pool.wait_any(waiting, min(_POLL_S, timeout_s)):
                 answer = self._pool.receive(worker, self._mailboxes[worker.index])
                 waiting.remove(worker)
+                if isinstance(answer, Failed) and answer.peer_gone:
+                    continue  # the worker that ended is noticed too, and says how
                 if isinstance(answer, Failed):
                     raise self._original(answer)
                 answers[worker.index] = answer

@@ -12,7 +12,9 @@ from .requests import StepReport, StepRequest
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a worker needs before its first step. The arena's descriptor follows it on the socket.
+    """Everything a worker needs before its first step.
+
+    Descriptors follow it on the socket: the arena's, the mailbox's, and two for each channel that the worker has.
 
     ``payload`` is pickled (stages, loss_fn) whose tensors refer to ``parameters`` and ``buffers`` by name.
     ``gradients`` names the parameters whose gradients this worker writes to the arena, where replicas sum them.
@@ -76,13 +78,17 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The step failed; ``error`` is the pickled exception, or None if it could not be pickled."""
+    """The step failed; ``error`` is the pickled exception, or None if it could not be pickled.
+
+    ``peer_gone`` says that it failed only because another worker's process has ended.
+    """
 
     error: bytes | None
     type_name: str
     message: str
     traceback: str
     site: FailureSite | None
+    peer_gone: bool = False
 
 
 Answer = Ready | Done | Failed

@@ -38,20 +38,38 @@ class _Place:
         return over.set_(packet.untyped_storage(), start // self.dtype.itemsize, self.shape, self.strides)
 
 
-def encode(values: list[Any], wants_gradient: list[bool]) -> torch.Tensor:
-    """Pack ``values`` into a new 1-D uint8 CPU tensor.
+@dataclass(frozen=True)
+class Packed:
+    """Values that are ready to be written into ``n_bytes`` of memory, wherever that lies."""
+
+    tensors: list[torch.Tensor]
+    start: np.ndarray[Any, np.dtype[np.uint8]]
+    places: tuple[_Place, ...]
+    n_bytes: int
+
+    def write(self, packet: torch.Tensor) -> torch.Tensor:
+        """Write the packet into a 1-D uint8 CPU tensor of ``n_bytes``, and return it."""
+        packet.numpy()[: len(self.start)] = self.start
+        for tensor, place in zip(self.tensors, self.places):
+            if tensor.numel():
+                place.view(packet).copy_(tensor)
+        return packet
+
+
+def pack(values: list[Any], wants_gradient: list[bool]) -> Packed:
+    """Describe ``values`` as a packet; nothing is copied yet.
 
     ``wants_gradient[i]`` says, for a tensor ``values[i]``, that the receiver shall send a gradient back.
     """
     tensors: list[torch.Tensor] = []
     described = [_describe(value, tensors) for value in values]
-    start, places, total = _prepared(json.dumps([described, wants_gradient]))
-    packet = torch.empty(total, dtype=torch.uint8)
-    packet.numpy()[: len(start)] = start
-    for tensor, place in zip(tensors, places):
-        if tensor.numel():
-            place.view(packet).copy_(tensor)
-    return packet
+    return Packed(tensors, *_prepared(json.dumps([described, wants_gradient])))
+
+
+def encode(values: list[Any], wants_gradient: list[bool]) -> torch.Tensor:
+    """Pack ``values`` into a new 1-D uint8 CPU tensor; see :func:`pack`."""
+    packed = pack(values, wants_gradient)
+    return packed.write(torch.empty(packed.n_bytes, dtype=torch.uint8))
 
 
 @functools.lru_cache(maxsize=4096)

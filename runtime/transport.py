@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .instructions import SENDS, Instruction, Op
-from .packets import PREFIX_BYTES, total_bytes
+from .packets import PREFIX_BYTES, Packed, total_bytes
 
 MessageKey = tuple[bool, int, int, int]
 _AHEAD = 4
@@ -24,13 +24,13 @@ def message_key(i: Instruction) -> MessageKey:
 
 
 class Transport(Protocol):
-    """What an executor needs to exchange packets (1-D uint8 CPU tensors)."""
+    """What an executor needs to exchange packets, which are taken as 1-D uint8 CPU tensors."""
 
     def begin(self, receives: list[Instruction], signature: tuple[int, ...]) -> None:
         """Start a step: ``receives`` in program order; ``signature[m]`` tells microbatches of equal shapes."""
 
-    def send(self, i: Instruction, packet: torch.Tensor) -> None:
-        """Hand over a packet; return without waiting for the other side."""
+    def send(self, i: Instruction, packed: Packed) -> None:
+        """Write a packet where it can leave from; return without waiting for the other side."""
 
     def post(self, i: Instruction) -> None:
         """Tell that the program has reached the receive ``i``."""
@@ -54,9 +54,9 @@ class InlineTransport:
     def begin(self, receives: list[Instruction], signature: tuple[int, ...]) -> None:
         """Start a step; nothing to prepare."""
 
-    def send(self, i: Instruction, packet: torch.Tensor) -> None:
+    def send(self, i: Instruction, packed: Packed) -> None:
         """Put the packet into the receiver's mailbox."""
-        self._mailbox[message_key(i)] = packet
+        self._mailbox[message_key(i)] = packed.write(torch.empty(packed.n_bytes, dtype=torch.uint8))
 
     def post(self, i: Instruction) -> None:
         """Mailboxes need no posted receives."""
@@ -112,15 +112,15 @@ class DistTransport:
         while message_key(i) not in self._posted:
             self._post_ahead(1)
 
-    def send(self, i: Instruction, packet: torch.Tensor) -> None:
+    def send(self, i: Instruction, packed: Packed) -> None:
         """Start sending; the packet is kept until :meth:`end`."""
         key = message_key(i)
         first = self._size(key)
-        self._observe(key, packet.numel())
+        self._observe(key, packed.n_bytes)
         rank = self._ranks[i.peer_worker]
-        head = (
-            packet[:first] if packet.numel() >= first else torch.cat([packet, packet.new_empty(first - packet.numel())])
-        )
+        packet = torch.empty(max(first, packed.n_bytes), dtype=torch.uint8)
+        packed.write(packet[: packed.n_bytes])
+        head = packet[:first]
         self._sending.append((dist.isend(head, rank, group=self._group, tag=self._tag(key)), head))
         if packet.numel() > first:
             rest = packet[first:]

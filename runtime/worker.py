@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -30,8 +31,8 @@ from .program.specs import StageSpec
 from .replicate import NoReduction, Reducer
 from .requests import BACKWARD, TRAIN
 from .shared_gradients import CommonReducer, GradientSlots, SharedMemoryReducer, WithCommon, gradient_slot
+from .shared_memory import Inbox, Outbox, PeerGone, SharedMemoryTransport, channels_of
 from .stage import StageRuntime
-from .transport import DistTransport
 
 _PARENT_POLL_S = 0.5
 
@@ -55,7 +56,7 @@ def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> 
             if isinstance(command, Setup):
                 if server is not None:
                     server.close()
-                server = _Server(command, _receive_fd(command_fd), Mailbox(_receive_fd(command_fd)))
+                server = _Server(command, partial(_receive_fd, command_fd))
                 answer: Any = Ready()
             else:
                 assert server is not None, "a worker is set up before it runs"
@@ -99,17 +100,30 @@ def _failure(error: Exception) -> Failed:
         pickled = dumps(error)
         loads(pickled)
     text = "".join(traceback.format_exception(error))
-    return Failed(pickled, type(error).__name__, str(error), text, getattr(error, "stagecut", None))
+    site = getattr(error, "stagecut", None)
+    return Failed(pickled, type(error).__name__, str(error), text, site, isinstance(error, PeerGone))
+
+
+def _transport(setup: Setup, next_fd: Callable[[], int]) -> SharedMemoryTransport:
+    inboxes, outboxes = {}, {}
+    for origin, target in channels_of(setup.layout):
+        if setup.worker == origin:
+            outboxes[target] = Outbox(next_fd(), next_fd())
+        elif setup.worker == target:
+            inboxes[origin] = Inbox(next_fd(), next_fd())
+    return SharedMemoryTransport(setup.layout.worker_of, inboxes, outboxes)
 
 
 class _Server:
     """The state of a worker between commands."""
 
-    def __init__(self, setup: Setup, arena_fd: int, mailbox: Mailbox) -> None:
+    def __init__(self, setup: Setup, next_fd: Callable[[], int]) -> None:
+        """Take the descriptors that follow ``setup`` from ``next_fd``."""
         self.setup = setup
-        self.mailbox = mailbox
         torch.set_num_threads(setup.n_threads)
-        self.arena = Arena(arena_fd, setup.arena_bytes, setup.slots)
+        self.arena = Arena(next_fd(), setup.arena_bytes, setup.slots)
+        self.mailbox = Mailbox(next_fd())
+        self.transport = _transport(setup, next_fd)
         self.state: dict[str, torch.Tensor] = {name: parameter_over(self.arena.view(name)) for name in setup.parameters}
         self.private_buffers = self._owns_private_buffers()
         for name in setup.buffers:
@@ -136,11 +150,10 @@ class _Server:
 
     def _join(self, specs: list[StageSpec]) -> None:
         layout, worker = self.setup.layout, self.setup.worker
-        transport: Any = None
         self.groups: dict[int, Any] = {}
         self.common: dict[tuple[int, ...], CommonReducer] = {}
         reducers: dict[int, Reducer] = {}
-        if layout.n_workers > 1:
+        if layout.n_replicas > 1:
             store = dist.FileStore(self.setup.store_path, layout.n_workers)  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=store, rank=worker, world_size=layout.n_workers)
         for s, owners in enumerate(layout.workers):
@@ -148,13 +161,12 @@ class _Server:
             if worker in owners:
                 self.groups[s] = group
                 reducers[s] = NoReduction() if group is None else self._reducer(s, owners, group)
-        transport = DistTransport(None, tuple(range(layout.n_workers)), layout.n_stages)
         progress = np.frombuffer(self.arena.view("progress").numpy(), dtype=np.int64)
 
         def tick(position: int) -> None:
             progress[worker] = position
 
-        self.executor = Executor(worker, layout, self.stages, transport, reducers, tick)
+        self.executor = Executor(worker, layout, self.stages, self.transport, reducers, tick)
 
     def _reducer(self, s: int, owners: tuple[int, ...], group: Any) -> Reducer:
         """Sum what only this stage adds to when it is through, what others of this worker add to when all are."""
@@ -182,6 +194,7 @@ class _Server:
         """Give up the files that are shared with the parent."""
         self.arena.close()
         self.mailbox.close()
+        self.transport.close()
 
     def handle(self, command: Run | Forget) -> Done | None:
         """Carry out one command."""
