@@ -21,30 +21,20 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import networkx as nx
 import torch
 from prediction import LOSSES, models
-from rival_splits import by_places, legal_places, nearest
-from step_time import StageModule
+from same_stages import StageModule, Stages
 from torch import nn
 from torch.nn import functional as F
 
 import stagecut
-from stagecut.building import tensors_of
 from stagecut.errors import InfeasibleError
-from stagecut.partitioner.analysis import analyse
-from stagecut.partitioner.configurations import Wishes
-from stagecut.partitioner.describe import describe
-from stagecut.partitioner.planner import make_plan, random_ops
-from stagecut.partitioner.pricing import Pricer
-from stagecut.partitioner.split import split
 
 COUNTS = (4, 8, 16)
 # Per schedule, the stages of each of two ranks.
@@ -134,35 +124,10 @@ def refusals(model: nn.Module, x: torch.Tensor, limit_bytes: float) -> dict[str,
     return said
 
 
-def by_narrow_shares(graph: nx.DiGraph, seconds: Mapping[str, float], n_stages: int) -> dict[Hashable, int]:
-    """Part the graph's order nearest to equal times, where one value crosses.
-
-    Stages of torch.distributed.pipelining pass values to the next stage only, and those that split a backward in two
-    fail on values that are passed on.
-    """
-    order = list(graph)
-    sums = [0.0, *accumulate(seconds[node] for node in order)]
-    index = {node: i for i, node in enumerate(order)}
-    last = {node: max((index[user] for user in graph.successors(node)), default=-1) for node in order}
-    places = [p for p in legal_places(graph) if sum(last[node] >= p for node in order[:p]) == 1]
-    chosen = nearest([sums[p] for p in places], [sums[-1] * s / n_stages for s in range(1, n_stages)])
-    return by_places(graph, [places[p] for p in chosen])
-
-
 def equal_stages(model: nn.Module, x: torch.Tensor, n_stages: int) -> list[StageModule]:
     """Cut the model into stages of equal measured time, as modules for torch.distributed.pipelining."""
-    captured = stagecut.capture(model, (x,))
-    tensors = tensors_of(captured, (x,), {})
-    cluster = describe(["cpu"] * n_stages, 1)
-    priced = Pricer(captured, tensors, cluster, "measured").at(x.shape[0] // COUNTS[1], 1)
-    seconds = {name: cost.forward_s + cost.backward_s for name, cost in priced.costs["cpu"].items()}
-    stage_of = {str(name): s for name, s in by_narrow_shares(priced.graph, seconds, n_stages).items()}
-    wishes = Wishes(COUNTS[1], "fill-drain", "measured", stage_of, n_stages)
-    plan = make_plan(captured, tensors, cluster, wishes, threads_of=lambda n_workers: 1)
-    spec = split(captured, plan, random_ops(analyse(captured, tensors, tensors[0].shape[0])))
-    modules = [StageModule(stage) for stage in spec.stages]
-    assert all(len(module.names) == 1 == len(module.results) for module in modules)
-    return modules
+    stages = Stages(model, x, x.shape[0] // COUNTS[1])
+    return stages.modules(stages.plan(tuple((s,) for s in range(n_stages)), "fill-drain", COUNTS[1]))
 
 
 def serve(rank: int, folder: str) -> None:

@@ -1,14 +1,20 @@
-"""Step time of the demo's plan: stagecut, torch.distributed.pipelining on the same stages, and one process.
+"""Step time and memory of stagecut beside torch.distributed.pipelining: same stages, schedules and microbatches.
 
-All are started once and then run in turn, round by round, so that a slower minute of the machine hits all of them.
-Reported are medians, and the ratio of each round with its quartiles. Run on an otherwise idle machine:
+Three models, two workers with one thread each, every schedule that both have. The two run in turn, some steps each,
+with one process of one thread that runs the unsplit model in the same microbatches, and in one piece; reported is the
+median over the rounds of stagecut's step over theirs. "Ideal" is (one process, same microbatches) / 2 / (1 - bubble),
+where the bubble is the schedule's with stages of equal time. Then data parallelism beside plain DDP, and two stages of
+two replicas each beside DDP over four processes. Run on an otherwise idle machine, a quarter of an hour a model:
 
-    python benchmarks/step_time.py
+    python benchmarks/step_time.py --model transformer
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
+import json
 import pickle
 import statistics
 import subprocess
@@ -16,37 +22,95 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import psutil
 import torch
+from plain import Plain
+from same_stages import Stages
 from torch import nn
 from torch.nn import functional as F
 
 import stagecut
-from stagecut.models.digits import load_digits
-from stagecut.models.resnet import DigitsResNet
-from stagecut.runtime.stage import Seed, build_module, input_names
+from stagecut.models.transformer import GPT, next_token_loss
+from stagecut.partitioner.cluster import Link
+from stagecut.partitioner.plan import Plan
+from stagecut.partitioner.simulate import StepCosts, simulate
+from stagecut.runtime.program import lower
+from stagecut.runtime.schedules import schedule
+from stagecut.vision_compat import import_torchvision
 
-BATCH, MICROBATCHES = 64, 4
+CHAIN, LOOP, VEE = ((0,), (1,)), ((0,), (1,), (0,), (1,)), ((0,), (1,), (1,), (0,))
+# The peer's name for each schedule, and the worker of each stage.
+SCHEDULES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
+    "fill-drain": ("ScheduleGPipe", CHAIN),
+    "1f1b": ("Schedule1F1B", CHAIN),
+    "looped-breadth-first": ("ScheduleLoopedBFS", LOOP),
+    "interleaved-1f1b": ("ScheduleInterleaved1F1B", LOOP),
+    "interleaved-zero-bubble": ("ScheduleInterleavedZeroBubble", LOOP),
+    "zb-v": ("ScheduleZBVZeroBubble", VEE),
+    "dualpipe-v": ("ScheduleDualPipeV", VEE),
+}
+COUNTS = (4, 8, 16)
+_STEPS = 3  # of each in a round
+_WARM_UP = 4  # a signature is recorded when it has come up twice
 
 
-class StageModule(nn.Module):
-    """One stage of the plan as the plain module that torch.distributed.pipelining takes: tensors in, tensors out."""
+@dataclass(frozen=True)
+class Case:
+    """A model, its batch and its loss."""
 
-    def __init__(self, spec: Any) -> None:
-        super().__init__()
-        self.module = build_module(spec, Seed())
-        self.names = input_names(spec)
-        self.sends = tuple(value for group in spec.wires_out for value in group.values)
-        self.results = self.sends or tuple(leaf.node for leaf in spec.outputs)
+    model: nn.Module
+    x: torch.Tensor
+    y: torch.Tensor
+    loss_fn: Callable[..., torch.Tensor]
 
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        results = self.module(*inputs)
-        values = tuple(results[name] for name in self.results)
-        return values[0] if len(values) == 1 else values
+
+def cases(name: str) -> Case:
+    """Make a model by name, with its batch."""
+    if name == "transformer":
+        model = GPT(1024, 256, 8, 8, 128, tied=False)  # the peer cannot have one weight on two stages
+        return Case(model, torch.randint(1024, (32, 128)), torch.randint(1024, (32, 128)), next_token_loss)
+    if name == "resnet50":
+        import_torchvision()
+        from torchvision.models import resnet50
+
+        return Case(resnet50(), torch.randn(32, 3, 64, 64), torch.randint(1000, (32,)), F.cross_entropy)
+    model = nn.Sequential(*(layer for _ in range(200) for layer in (nn.Linear(64, 64), nn.ReLU())))
+    for layer in model[::2]:
+        nn.init.kaiming_normal_(
+            layer.weight, nonlinearity="relu"
+        )  # else gradients become subnormal: slow for everybody
+    return Case(model, torch.randn(128, 64), torch.randn(128, 64), F.mse_loss)
+
+
+@dataclass
+class Row:
+    """What one schedule took with one count of microbatches.
+
+    Attributes:
+        ours_s, peer_s, pieces_s, whole_s: medians of stagecut, the peer, one process with the same microbatches, and
+            one process with the batch in one piece.
+        over_peer: stagecut over the peer by round: lower quartile, median, upper quartile.
+        over_ideal, over_whole: of medians.
+        ours_bytes, peer_bytes: the larger peak of resident memory of the two workers.
+    """
+
+    schedule: str
+    n_microbatches: int
+    ours_s: float
+    peer_s: float
+    pieces_s: float
+    whole_s: float
+    over_peer: tuple[float, float, float]
+    over_ideal: float
+    over_whole: float
+    ours_bytes: int
+    peer_bytes: int
 
 
 def serve(run: Callable[[], None]) -> None:
@@ -56,39 +120,43 @@ def serve(run: Callable[[], None]) -> None:
     for _ in sys.stdin:
         start = time.perf_counter()
         run()
-        print(time.perf_counter() - start, flush=True)
+        seconds = time.perf_counter() - start
+        gc.collect()  # zero-bubble schedules of the peer leave their graphs in cycles
+        print(seconds, flush=True)
 
 
 def peer(rank: int, folder: str) -> None:
-    """Be one rank of torch.distributed.pipelining's 1F1B."""
+    """Be one rank of torch.distributed.pipelining."""
     import torch.distributed as dist
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+    from torch.distributed import pipelining
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/peer", rank=rank, world_size=2)
-    module, x, y = pickle.loads(Path(folder, f"peer{rank}.pkl").read_bytes())
-    stage = PipelineStage(module, rank, 2, torch.device("cpu"))
-    schedule = Schedule1F1B(stage, MICROBATCHES, loss_fn=F.cross_entropy)
+    name, count, groups, modules, case = pickle.loads(Path(folder, "peers.pkl").read_bytes())
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mine = [s for s, (worker,) in enumerate(groups) if worker == rank]
+    stages = [pipelining.PipelineStage(modules[s], s, len(groups), torch.device("cpu")) for s in mine]
+    given = stages if len(stages) > 1 else stages[0]
+    runner = getattr(pipelining.schedules, name)(given, count, loss_fn=case.loss_fn)
+    inputs = (case.x,) if 0 in mine else ()
+    results = {"target": case.y, "losses": []} if len(groups) - 1 in mine else {}
 
     def run() -> None:
-        module.zero_grad(set_to_none=True)
-        if rank == 0:
-            schedule.step(x)
-        else:
-            schedule.step(target=y, losses=[])
+        for s in mine:
+            modules[s].zero_grad(set_to_none=True)
+        runner.step(*inputs, **results)
 
     serve(run)
 
 
 def single(folder: str, n_microbatches: int) -> None:
-    """Be the unsplit model in one process with one thread, in the same microbatches or in one piece."""
+    """Be the unsplit model in one process with one thread, in microbatches or in one piece."""
     torch.set_num_threads(1)
-    model, x, y = pickle.loads(Path(folder, "single.pkl").read_bytes())
+    case = pickle.loads(Path(folder, "single.pkl").read_bytes())
 
     def run() -> None:
-        model.zero_grad(set_to_none=True)
-        for xs, ys in zip(x.chunk(n_microbatches), y.chunk(n_microbatches)):
-            (F.cross_entropy(model(xs), ys) / n_microbatches).backward()
+        case.model.zero_grad(set_to_none=True)
+        for xs, ys in zip(case.x.chunk(n_microbatches), case.y.chunk(n_microbatches)):
+            (case.loss_fn(case.model(xs), ys) / n_microbatches).backward()
 
     serve(run)
 
@@ -105,88 +173,169 @@ class Other:
         ]
         for process in self.processes:
             assert process.stdout is not None
-            assert process.stdout.readline().strip() == "ready"
+            if process.stdout.readline().strip() != "ready":
+                raise RuntimeError(f"{commands[0]} did not run")
 
     def step(self) -> float:
+        """Run a step on all processes."""
         for process in self.processes:
             assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
         return max(float(process.stdout.readline()) for process in self.processes if process.stdout is not None)
 
+    def peak_bytes(self) -> int:
+        """Return the peak of resident memory of the fullest process."""
+        return max(peak_bytes(process.pid) for process in self.processes)
+
     def close(self) -> None:
+        """End the processes."""
         for process in self.processes:
             process.communicate()
 
 
-def quartiles(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+def peak_bytes(pid: int) -> int:
+    """Read a process's peak of resident memory, pages that it shares included."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def timed(pm: stagecut.Pipeline, case: Case) -> float:
+    """Run one step of a pipeline."""
+    pm.model.zero_grad(set_to_none=True)
+    start = time.perf_counter()
+    pm.step(case.x, target=case.y)
+    return time.perf_counter() - start
+
+
+def in_turn(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Run some steps of each, round by round; return the seconds of the median step of each round."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for step in contestants.values():
+        for _ in range(_WARM_UP):
+            step()
+    for _ in range(rounds):
+        for name, step in contestants.items():
+            step()  # its memory was not used for a while
+            times[name].append(statistics.median(step() for _ in range(_STEPS)))
+    return times
+
+
+def quartiles(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """Return the quartiles of the ratios of two contestants, round by round."""
+    low, middle, high = statistics.quantiles([x / y for x, y in zip(a, b)], n=4)
+    return low, middle, high
+
+
+def bubble_of(plan: Plan) -> float:
+    """Return the share of the step in which workers idle under the plan's schedule, if stages take equal times."""
+    layout = plan.layout()
+    n, each = layout.n_stages, (1.0,) * layout.n_stages
+    orders = schedule(plan.schedule, layout, plan.n_microbatches)
+    program = lower(plan.schedule, layout, orders, plan.n_microbatches)
+    nothing = dict.fromkeys(layout.wires, 0.0)
+    costs = StepCosts(each, (2.0,) * n, nothing, Link(0.0, 1.0, "none"), backward_input_s=each, backward_weight_s=each)
+    return simulate(program, costs).bubble
+
+
+def study(case: Case, stages: Stages, name: str, count: int, rounds: int) -> Row:
+    """Run one schedule with one count of microbatches, everybody in turn."""
+    peers_name, groups = SCHEDULES[name]
+    plan = stages.plan(groups, name, count)
+    with tempfile.TemporaryDirectory() as folder:
+        given = (peers_name, count, groups, stages.modules(plan), case)
+        Path(folder, "peers.pkl").write_bytes(cloudpickle.dumps(given))
+        Path(folder, "single.pkl").write_bytes(cloudpickle.dumps(case))
+        others = {
+            "peer": Other(["--peer", "0", folder], ["--peer", "1", folder]),
+            "pieces": Other(["--single", str(count), folder]),
+            "whole": Other(["--single", "1", folder]),
+        }
+        with stagecut.compile(
+            copy.deepcopy(case.model), ["cpu", "cpu"], loss_fn=case.loss_fn, plan=plan, threads_per_worker=1
+        ) as pm:
+            timed(pm, case)
+            workers = [child.pid for child in psutil.Process().children() if "worker" in " ".join(child.cmdline())]
+            times = in_turn({"ours": lambda: timed(pm, case), **{n: o.step for n, o in others.items()}}, rounds)
+            ours_bytes = max(map(peak_bytes, workers))
+            peers_bytes = others["peer"].peak_bytes()
+        for other in others.values():
+            other.close()
+    medians = {who: statistics.median(values) for who, values in times.items()}
+    ideal_s = medians["pieces"] / 2 / (1 - bubble_of(plan))
+    return Row(
+        name,
+        count,
+        medians["ours"],
+        medians["peer"],
+        medians["pieces"],
+        medians["whole"],
+        quartiles(times["ours"], times["peer"]),
+        medians["ours"] / ideal_s,
+        medians["ours"] / medians["whole"],
+        ours_bytes,
+        peers_bytes,
+    )
+
+
+def replicas(case: Case, rounds: int) -> dict[str, tuple[float, float, float]]:
+    """Compare data parallelism, and two stages of two replicas each, with DDP over as many processes of one thread."""
+    found = {}
+    asked: dict[str, dict[str, Any]] = {
+        "2 replicas over DDP with 2 processes": {"devices": ["cpu"] * 2, "replicas": 2, "microbatches": 1},
+        "2 stages x 2 replicas over DDP with 4 processes": {"devices": ["cpu"] * 4, "replicas": 2, "schedule": "1f1b"},
+    }
+    for what, wishes in asked.items():
+        ddp = Plain(case.model, case.x, case.y, case.loss_fn, len(wishes["devices"]), 1)
+        with stagecut.compile(copy.deepcopy(case.model), loss_fn=case.loss_fn, threads_per_worker=1, **wishes) as pm:
+            times = in_turn({"ours": lambda pm=pm: timed(pm, case), "ddp": ddp.step}, rounds)  # type: ignore[misc]
+        ddp.close()
+        found[what] = quartiles(times["ours"], times["ddp"])
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Write the rows as a Markdown table."""
+    lines = [
+        "| schedule | microbatches | stagecut | peer | stagecut / peer (quartiles) | / ideal | "
+        "/ one process, whole batch | peak memory of a worker: stagecut | peer |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        low, middle, high = r.over_peer
+        lines.append(
+            f"| {r.schedule} | {r.n_microbatches} | {r.ours_s * 1e3:.1f} ms | {r.peer_s * 1e3:.1f} ms | "
+            f"**{middle:.3f}** ({low:.3f} to {high:.3f}) | {r.over_ideal:.3f} | {r.over_whole:.3f} | "
+            f"{r.ours_bytes / 2**20:.0f} MiB | {r.peer_bytes / 2**20:.0f} MiB |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=60)
+    """Run the chosen model, and print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["transformer", "resnet50", "mlp"], required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--schedule", action="append", choices=list(SCHEDULES))
+    parser.add_argument("--microbatches", action="append", type=int)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    data = load_digits()
-    x, y = data.x_train[:BATCH], data.y_train[:BATCH]
-    model = DigitsResNet()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        stagecut.compile(
-            model,
-            ["cpu", "cpu"],
-            loss_fn=F.cross_entropy,
-            schedule="1f1b",
-            microbatches=MICROBATCHES,
-            threads_per_worker=1,
-        ) as pm,
-    ):
-        Path(folder, "single.pkl").write_bytes(cloudpickle.dumps((model, x, y)))
-        pm.prepare(x)
-        assert pm._spec is not None
-        for stage in pm._spec.stages:
-            module = StageModule(stage)
-            Path(folder, f"peer{stage.index}.pkl").write_bytes(cloudpickle.dumps((module, x, y)))
-        peers = Other(["--peer", "0", folder], ["--peer", "1", folder])
-        pieces = Other(["--single", str(MICROBATCHES), folder])
-        whole = Other(["--single", "1", folder])
-
-        def ours() -> float:
-            model.zero_grad(set_to_none=True)
-            start = time.perf_counter()
-            pm.step(x, target=y)
-            return time.perf_counter() - start
-
-        contestants = {
-            "stagecut, 2 workers": ours,
-            "torch.distributed.pipelining, 2 ranks": peers.step,
-            "1 process, 1 thread, same microbatches": pieces.step,
-            "1 process, 1 thread, whole batch": whole.step,
-        }
-        times: dict[str, list[float]] = {name: [] for name in contestants}
-        for round_ in range(options.rounds + 5):
-            for name, step in contestants.items():
-                seconds = step()
-                if round_ >= 5:
-                    times[name].append(seconds)
-        predicted_s = pm.plan.prediction.step_s
-        for other in (peers, pieces, whole):
-            other.close()
-    mine = times["stagecut, 2 workers"]
-    print(f"{'':<42} {'median':>9}   stagecut / it, by round: median (quartiles)")
-    for name, values in times.items():
-        ratios = [a / b for a, b in zip(mine, values)]
-        print(
-            f"{name:<42} {statistics.median(values) * 1e3:>6.1f} ms   {quartiles(ratios) if values is not mine else ''}"
-        )
-    measured_s = statistics.median(mine)
-    print(
-        f"predicted {predicted_s * 1e3:.1f} ms, measured {measured_s * 1e3:.1f} ms: {predicted_s / measured_s - 1:+.1%}"
-    )
+    case = cases(options.model)
+    rows: list[Row] = []
+    for count in options.microbatches or COUNTS:
+        stages = Stages(case.model, case.x, case.x.shape[0] // count)
+        for name in options.schedule or SCHEDULES:
+            rows.append(study(case, stages, name, count, options.rounds))
+            print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+            if options.json:
+                options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    print(table(rows), flush=True)
+    if not options.schedule:
+        for what, (low, middle, high) in replicas(case, options.rounds).items():
+            print(f"{what}: {middle:.3f} ({low:.3f} to {high:.3f})")
 
 
 if __name__ == "__main__":

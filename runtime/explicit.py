@@ -25,7 +25,7 @@ from .sinks import Accumulate, Arm, Sink, ThroughAutograd, finish, has_hooks
 _STEPS_BEFORE = 2  # that a signature comes up in, before it is recorded for steps that do not split backwards
 _MOST_RECORDED = 16
 _MOST_SEEN = 1024
-_MOST_OPS = 200  # of a stage that is recorded though its backward is not split: of thousands it takes seconds
+_MOST_OPS = 1000  # of a stage that is recorded though its backward is not split: of thousands it takes seconds
 
 
 class Explicit:

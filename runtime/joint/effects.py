@@ -24,7 +24,7 @@ class Effects:
         for node in graph.nodes:
             before = [changer for origin in self._touched(node) for changer in self.changers.get(origin, ())]
             self._needed[node] = [*node.all_input_nodes, *before]
-            shared = [self._memory[argument] for argument in _aliased(node)]
+            shared = [self._memory[argument] for argument in aliased(node)]
             self._memory[node] = frozenset().union(*shared) if shared else frozenset([node])
             for argument in _changed(node):
                 for origin in self._memory[argument]:
@@ -32,6 +32,10 @@ class Effects:
 
     def _touched(self, node: fx.Node) -> frozenset[fx.Node]:
         return frozenset().union(*(self._memory[argument] for argument in node.all_input_nodes))
+
+    def is_changed(self, node: fx.Node) -> bool:
+        """Say whether some op changes the memory of a value in place."""
+        return any(self.changers.get(origin) for origin in self._memory[node])
 
     def needed_by(self, node: fx.Node) -> list[fx.Node]:
         """List what has to run before ``node``."""
@@ -63,7 +67,7 @@ class Effects:
         return None
 
 
-def _aliased(node: fx.Node) -> list[fx.Node]:
+def aliased(node: fx.Node) -> list[fx.Node]:
     """List the arguments whose memory the results of an op may share."""
     return node.all_input_nodes if node.target is operator.getitem else _marked(node, writes_only=False)
 

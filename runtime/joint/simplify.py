@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from .pieces import join_pieces
+
 _aten = torch.ops.aten
 
 
 def simplify(graph: fx.Graph) -> None:
     """Leave out, in place, what changes nothing: detaching, two transpositions in a row, views of the same shape.
 
-    A sum that keeps its dimensions only to lose them in a view loses them at once.
+    A sum that keeps its dimensions only to lose them in a view loses them at once; gradients of parts of a tensor are
+    put side by side without adding.
     """
     for node in list(graph.nodes):
         same = _same_as(node)
@@ -30,6 +33,7 @@ def simplify(graph: fx.Graph) -> None:
             graph.erase_node(node)
             if not kept.users:
                 graph.erase_node(kept)
+    join_pieces(graph)
 
 
 def _same_as(node: fx.Node) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from ..parts import FILE, OP
+from .reuse import over_arguments
 
 _n_files = 0
 
@@ -36,13 +37,14 @@ def function_of(
     lines = [f"    [{', '.join(takes)}] = _given", "    _given.clear()"]
     lines += [f"    _sink.add({number}, {name})" for name in takes for number in sunk.get(name, ())]
     last = _last_uses(takes, body, gives)
+    instead = over_arguments(body, last, {*filter(None, gives), *sunk})
     for node in body:
         numbers = sunk.get(node.name, ())
         if _is_only_sunk_product(node) and len(numbers) == 1 and node.name not in gives:
             line = f"    _sink.add_product({numbers[0]}, {', '.join(map(writer.written, node.args))})"
             done = [name for name in last[node.name] if name != node.name]
         else:
-            line = f"    {node.name} = {writer.call(node)}"
+            line = f"    {node.name} = {writer.call(node, *instead.get(node.name, ()))}"
             line += "".join(f"; _sink.add({number}, {node.name})" for number in numbers)
             done = last[node.name]
         place = node.meta.get("op")
@@ -76,15 +78,17 @@ class _Writer:
         self.names: dict[str, Any] = {}
         self._of: dict[int, str] = {}
 
-    def call(self, node: fx.Node) -> str:
+    def call(self, node: fx.Node, target: Any = None, args: Any = None, kwargs: Any = None) -> str:
+        """Write what a node does; with ``target`` and its arguments in place of its own if given."""
         if node.op == "get_attr":
             return self._bound(_attribute(self.owner, str(node.target)))
-        arguments = [self.written(argument) for argument in node.args]
-        arguments += [f"{key}={self.written(argument)}" for key, argument in node.kwargs.items()]
+        own = target is None
+        arguments = [self.written(argument) for argument in (node.args if own else args)]
+        arguments += [f"{key}={self.written(argument)}" for key, argument in (node.kwargs if own else kwargs).items()]
         if node.op == "call_module":
             return f"{self._bound(self.owner.get_submodule(str(node.target)))}({', '.join(arguments)})"
         assert node.op == "call_function", node.op
-        return f"{self._bound(_entry(node.target))}({', '.join(arguments)})"
+        return f"{self._bound(_entry(node.target if own else target))}({', '.join(arguments)})"
 
     def written(self, value: Any) -> str:
         """Write an argument."""
