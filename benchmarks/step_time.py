@@ -131,6 +131,7 @@ def peer(rank: int, folder: str) -> None:
     from torch.distributed import pipelining
 
     torch.set_num_threads(1)
+    import_torchvision()
     name, count, groups, modules, case = pickle.loads(Path(folder, "peers.pkl").read_bytes())
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mine = [s for s, (worker,) in enumerate(groups) if worker == rank]
@@ -151,6 +152,7 @@ def peer(rank: int, folder: str) -> None:
 def single(folder: str, n_microbatches: int) -> None:
     """Be the unsplit model in one process with one thread, in microbatches or in one piece."""
     torch.set_num_threads(1)
+    import_torchvision()
     case = pickle.loads(Path(folder, "single.pkl").read_bytes())
 
     def run() -> None:
