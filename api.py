@@ -26,7 +26,7 @@ from .partitioner.asked_order import order_of
 from .partitioner.capture import capture
 from .partitioner.cluster import Cluster
 from .partitioner.configurations import Wishes
-from .partitioner.describe import Devices, Replicas, describe
+from .partitioner.describe import Devices, Replicas, describe, over_sockets
 from .partitioner.plan import Plan, load
 from .partitioner.planner import make_plan
 from .progress import Progress, shown_progress
@@ -114,6 +114,7 @@ def compile(
         launch = "torchrun" if under_torchrun() else "local"
     known = load(plan) if isinstance(plan, (str, Path)) else plan
     cluster = describe(devices, replicas, memory_bytes)
+    cluster = over_sockets(cluster) if launch == "torchrun" else cluster
     check_stages(cluster, stages)
     _check_cluster(cluster, known, launch)
     _announce(devices, cluster)

@@ -20,7 +20,7 @@ from .predict import predict_column
 from .pricing import Priced
 from .residency import beside_bytes, in_flight_of
 from .split import fingerprint, wires_of
-from .timing import PACK_BYTES_PER_S, timing_of
+from .timing import pack_bytes_per_s, timing_of
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class _Assembly:
     def _wire_bytes_per_s(self) -> float:
         bytes_per_s = self.cluster.slowest_link(range(self.cluster.n_devices)).bytes_per_s
         if all(device.kind.name == "cpu" for device in self.cluster.devices):
-            bytes_per_s = 1 / (1 / bytes_per_s + 1 / PACK_BYTES_PER_S)
+            bytes_per_s = 1 / (1 / bytes_per_s + 1 / pack_bytes_per_s(self.cluster))
         return bytes_per_s
 
     def _wire_s(self, name: str) -> float:

@@ -13,7 +13,7 @@ from ..errors import DeviceError
 from .cluster import Cluster, Device, slowest
 from .cluster_file import SUFFIX, cluster_of_file
 from .cluster_spec import PREFIX, cluster_of_spec
-from .cpu import cpu_link, cpu_network, machine_memory_bytes, this_cpu, usable_cores
+from .cpu import cpu_link, cpu_network, cpu_socket_link, machine_memory_bytes, this_cpu, usable_cores
 from .devices import NAMES, KnownDevice, known_device
 
 Devices = str | int | Sequence[int | str | Sequence[int | str]]
@@ -171,3 +171,8 @@ def _unknown(name: str, product: str) -> KnownDevice:
 
 def _with_memory(device: Device, memory_bytes: float) -> Device:
     return replace(device, kind=replace(device.kind, memory_bytes=memory_bytes))
+
+
+def over_sockets(cluster: Cluster) -> Cluster:
+    """Return a cluster whose CPU workers of one machine exchange messages by sockets: ranks, not local workers."""
+    return replace(cluster, inside=cpu_socket_link()) if cluster.inside == cpu_link() else cluster

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .cluster import Cluster, Link
+from .cpu import cpu_link
 from .opgraph import STATE_COPIES
 from .plan import LinkRecord, StageRecord, Timing, WireRecord
 
 # The runtime's own work on CPU workers: per packet (header, message) and how fast packets are packed, as
-# benchmarks/overhead.py measures them on two cores; per compute instruction (waiting, bookkeeping, autograd's start)
-# what that benchmark leaves once sends and the tiny compute are taken off; per step, commands to workers and answers.
-ACTION_S = 150e-6
-SEND_S = 220e-6
-PACK_BYTES_PER_S = 1.2e9
-STEP_S = 2e-3
+# benchmarks/overhead.py measures them on two cores, through shared memory and, where workers are ranks, through sockets;
+# per compute instruction (waiting, bookkeeping, autograd's start) what that benchmark leaves once sends and the tiny
+# compute are taken off; per step, commands to workers and answers.
+ACTION_S = 90e-6
+STEP_S = 1e-3
+_SEND_S, _PACK_BYTES_PER_S = 45e-6, 5.5e9
+_SOCKET_SEND_S, _SOCKET_PACK_BYTES_PER_S = 220e-6, 1.2e9
 # Gradients lie in memory that was last used a step ago. Copying a gradient there, right after it was made, and adding
 # one such to another both take about this many times as long as the bandwidth of a copy within caches says of as many
 # bytes; adding a fresh one takes three quarters of that (50 MB of gradients: 8.6, 8.2 and 6.3 ms at 29 GB/s).
@@ -67,8 +69,8 @@ def timing_of(
     return Timing(
         links,
         action_s=ACTION_S,
-        send_s=SEND_S,
-        pack_bytes_per_s=PACK_BYTES_PER_S,
+        send_s=_SEND_S if _in_shared_memory(cluster) else _SOCKET_SEND_S,
+        pack_bytes_per_s=pack_bytes_per_s(cluster),
         reduce_s=tuple(
             _all_reduce_s(stage, cluster, group) if _spans_hosts(cluster, group) else _sum_s(seconds, len(group))
             for (stage, group), seconds in zip(owned, store_s)
@@ -84,6 +86,15 @@ def timing_of(
         sharing=SHARING,
         source=f"{cluster.inside.source}; the runtime's own work: benchmarks/overhead.py",
     )
+
+
+def pack_bytes_per_s(cluster: Cluster) -> float:
+    """Return how fast CPU workers pack what they send."""
+    return _PACK_BYTES_PER_S if _in_shared_memory(cluster) else _SOCKET_PACK_BYTES_PER_S
+
+
+def _in_shared_memory(cluster: Cluster) -> bool:
+    return cluster.inside == cpu_link()
 
 
 def _trained(stage: StageRecord) -> float:
