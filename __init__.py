@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from .partitioner.hidden import Hidden
     from .partitioner.plan import Plan, load
     from .partitioner.verification import CaptureCheck
+    from .runtime.launch import end_workers
     from .runtime.pipeline import Pipeline
     from .runtime.program import Timeline
-    from .runtime.results import EvalResult, Profile, StepResult
+    from .runtime.results import EvalResult, Profile, Startup, StepResult
     from .runtime.verify import VerifyReport
 
 __version__ = "0.1.0"
@@ -58,12 +59,14 @@ __all__ = [
     "StageError",
     "StagecutError",
     "StallError",
+    "Startup",
     "StepResult",
     "Timeline",
     "VerifyReport",
     "WorkerLost",
     "capture",
     "compile",
+    "end_workers",
     "load",
     "plan",
 ]
@@ -76,9 +79,10 @@ _HOMES = {
     "partitioner.hidden": ("Hidden",),
     "partitioner.plan": ("Plan", "load"),
     "partitioner.verification": ("CaptureCheck",),
+    "runtime.launch": ("end_workers",),
     "runtime.pipeline": ("Pipeline",),
     "runtime.program": ("Timeline",),
-    "runtime.results": ("EvalResult", "Profile", "StepResult"),
+    "runtime.results": ("EvalResult", "Profile", "Startup", "StepResult"),
     "runtime.verify": ("VerifyReport",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

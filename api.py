@@ -31,6 +31,7 @@ from .partitioner.plan import Plan, load
 from .partitioner.planner import make_plan
 from .progress import Progress, shown_progress
 from .runtime.pipeline import Pipeline
+from .runtime.replicate import CommHook
 from .runtime.spmd import under_torchrun
 
 LAUNCHES = ("auto", "local", "torchrun", "inline")
@@ -59,6 +60,8 @@ def compile(
     threads_per_worker: int | None = None,
     timeout_s: float = 300.0,
     trial_s: float = 20.0,
+    compile_stages: bool | str = False,
+    comm_hook: CommHook | None = None,
 ) -> Pipeline:
     """Compile ``model`` into a pipelined, replicated training program.
 
@@ -96,6 +99,11 @@ def compile(
         trial_s: where predictions are too close to tell which plan is fastest, run the closest ones in turn for some
             steps, about so many seconds, before the first step; 0 goes by the predictions. The model stays as it was.
             Local workers with measured costs only; ``pm.plan.reasons`` says what was tried.
+        compile_stages: run each stage through ``torch.compile``: True, or the name of a backend. Backwards are whole
+            then, and results differ from the unsplit model's by rounding.
+        comm_hook: a communication hook of DistributedDataParallel for gradients of replicas under torchrun: called with
+            the process group of a stage's replicas, it returns (state, hook):
+            ``lambda group: (group, default_hooks.fp16_compress_hook)``.
 
     Raises:
         DeviceError: a device does not exist or cannot be used.
@@ -112,6 +120,12 @@ def compile(
     check_threads(threads_per_worker)
     if launch == "auto":
         launch = "torchrun" if under_torchrun() else "local"
+    if comm_hook is not None and launch != "torchrun":
+        raise ConstraintError(
+            f"comm_hook was given, and launch={launch!r} reduces gradients in shared memory: nothing is communicated",
+            hint="torchrun --nproc-per-node N train.py",
+        )
+    compiler = _backend(compile_stages)
     known = load(plan) if isinstance(plan, (str, Path)) else plan
     cluster = describe(devices, replicas, memory_bytes)
     cluster = over_sockets(cluster) if launch == "torchrun" else cluster
@@ -124,7 +138,7 @@ def compile(
     )
     builder = Builder(model, cluster, wishes, known, opaque, threads_per_worker, launch, loss_fn, trial_s)
     builder.target, builder.can_step = example_target, None not in (loss_fn, example_target)
-    launcher = Launcher(model, loss_fn, launch, threads_per_worker, timeout_s, cluster.n_devices)
+    launcher = Launcher(model, loss_fn, launch, threads_per_worker, timeout_s, cluster.n_devices, compiler, comm_hook)
     pipeline = Pipeline(
         model,
         builder,
@@ -189,6 +203,20 @@ def plan(
         threads_of = None if threads_per_worker is None else constant(threads_per_worker)
         loss = loss_of_batch(loss_fn, example_target, captured, tensors)
         return make_plan(captured, tensors, cluster, wishes, threads_of=threads_of, progress=progress, loss=loss)
+
+
+def _backend(compile_stages: bool | str) -> str | None:
+    """Return the backend of ``torch.compile`` that is asked for.
+
+    Raises:
+        ConstraintError: there is none of that name.
+    """
+    if isinstance(compile_stages, bool):
+        return "inductor" if compile_stages else None
+    known = torch.compiler.list_backends(exclude_tags=())
+    if compile_stages not in known:
+        raise ConstraintError(f"compile_stages={compile_stages!r} is no backend of torch.compile: {', '.join(known)}")
+    return compile_stages
 
 
 def _check_cluster(cluster: Cluster, known: Plan | None, launch: str) -> None:

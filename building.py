@@ -29,6 +29,7 @@ from .runtime.engine import Engine, InlineEngine
 from .runtime.launch import WorkerPool
 from .runtime.local import LocalEngine
 from .runtime.program import PipelineSpec, Timeline
+from .runtime.replicate import CommHook
 from .runtime.spmd import SpmdEngine, ensure_process_group, share_text
 from .runtime.trials import LEAST_STEPS, try_steps
 from .structure import call_leaves
@@ -247,23 +248,26 @@ class Launcher:
         n_threads: int | None,
         timeout_s: float,
         n_workers: int,
+        compiler: str | None = None,
+        comm_hook: CommHook | None = None,
     ) -> None:
         self.model, self.loss_fn, self.launch, self.timeout_s = model, loss_fn, launch, timeout_s
+        self.compiler, self.comm_hook = compiler, comm_hook
         share = max(1, usable_cores() // n_workers) if n_threads is None else n_threads
         self.pool = WorkerPool(n_workers, share) if launch == "local" else None
 
     def __call__(self, spec: PipelineSpec) -> Engine:
         if self.launch == "inline":
-            return InlineEngine(spec, self.model, self.loss_fn)
+            return InlineEngine(spec, self.model, self.loss_fn, self.compiler)
         if self.launch == "torchrun":
-            return SpmdEngine(spec, self.model, self.loss_fn)
+            return SpmdEngine(spec, self.model, self.loss_fn, self.compiler, self.comm_hook)
         pool = self.pool if self.pool is not None else WorkerPool(spec.layout.n_workers, spec.n_threads)
         self.pool = None
         pool.keep(spec.layout.n_workers, spec.n_threads)
-        return LocalEngine(spec, self.model, self.loss_fn, pool, self.timeout_s)
+        return LocalEngine(spec, self.model, self.loss_fn, pool, self.timeout_s, self.compiler)
 
     def release(self) -> None:
-        """End workers that were started and never used."""
+        """Let workers go that were started and never used."""
         if self.pool is not None:
-            self.pool.kill()
+            self.pool.close()
             self.pool = None

@@ -52,7 +52,6 @@ class Arena:
         self.n_bytes = n_bytes
         self.slots = slots
         self._map = mmap.mmap(fd, n_bytes)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 
     @classmethod
     def create(cls, tensors: Iterable[tuple[str, torch.Tensor]]) -> Arena:
@@ -62,16 +61,18 @@ class Arena:
         for name, tensor in tensors:
             slots[name] = Slot.at(offset, tensor)
             offset = slots[name].end
-        n_bytes = max(offset, _ALIGN)
-        fd = anonymous_file()
+        n_bytes = offset + _ALIGN
+        fd = anonymous_file("state")
         os.ftruncate(fd, n_bytes)
         return cls(fd, n_bytes, slots)
 
     def view(self, name: str) -> torch.Tensor:
         """Return the tensor at ``name``; all views of all processes share one memory."""
-        # .data: views share their base's version counter, and autograd would take a buffer's update for a change of
-        # every parameter in the arena.
-        return self.slots[name].over(self._bytes).data
+        # Each has a storage of its own: whoever saves or compiles one tensor must not meet all the others, and views of
+        # one tensor share a version counter, so that autograd would take a buffer's update for a change of all.
+        slot = self.slots[name]
+        own = torch.frombuffer(self._map, dtype=torch.uint8, count=max(slot.n_bytes, 1), offset=slot.offset)
+        return Slot(0, slot.n_bytes, slot.dtype, slot.shape, slot.strides).over(own).data
 
     def close(self) -> None:
         """Give up the file; the memory lives as long as tensors over it do."""
@@ -80,10 +81,10 @@ class Arena:
             self.fd = -1
 
 
-def anonymous_file() -> int:
-    """Make a file without a name, which goes with the last process that holds it."""
+def anonymous_file(what: str) -> int:
+    """Make a file without a name, which goes with its last holder; memory maps show ``what`` it is for."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("stagecut", os.MFD_CLOEXEC)
+        return os.memfd_create(f"stagecut-{what}", os.MFD_CLOEXEC)
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 

@@ -18,15 +18,18 @@ from .requests import BACKWARD, PROGRAM_OF, TRAIN, StepReport, StepRequest
 from .schedules import Orders, of_columns, of_part, shortened
 from .stage import StageRuntime, isolated_randomness
 from .transport import InlineTransport, MessageKey
+from .unsynced import Unsynced
 
 
 class Engine(Protocol):
     """Runs requests on the workers of one pipeline and leaves gradients in the model's ``.grad``.
 
-    ``n_threads`` is how many CPU threads each worker computes with.
+    ``n_threads`` is how many CPU threads each worker computes with; ``unsynced`` are gradients that replicas have yet
+    to sum.
     """
 
     n_threads: int
+    unsynced: Unsynced
 
     def run(self, request: StepRequest) -> StepReport:
         """Carry out one request on all workers; raises what a worker raised."""
@@ -97,8 +100,11 @@ class InlineEngine:
     and replicas add into the same gradients.
     """
 
-    def __init__(self, spec: PipelineSpec, model: nn.Module, loss_fn: Callable[..., Any] | None) -> None:
+    def __init__(
+        self, spec: PipelineSpec, model: nn.Module, loss_fn: Callable[..., Any] | None, compiler: str | None = None
+    ) -> None:
         self.n_threads = torch.get_num_threads()
+        self.unsynced = Unsynced()  # never any: replicas add into the same gradients
         self._model = model
         self._programs = Programs(spec)
         self._random = spec.random
@@ -109,7 +115,7 @@ class InlineEngine:
         for worker in range(layout.n_workers):
             own = [s for s, owners in enumerate(layout.workers) if worker in owners]
             device = torch.device(spec.devices[worker])
-            stages = {s: StageRuntime(spec.stages[s], device, loss_fn) for s in own}
+            stages = {s: StageRuntime(spec.stages[s], device, loss_fn, compiler=compiler) for s in own}
             reducers = {s: NoReduction() for s in own}
             self._executors.append(Executor(worker, layout, stages, InlineTransport(mailbox), dict(reducers)))
 

@@ -126,7 +126,7 @@ class Executor:
             self.transport.post(i)
         elif i.op is Op.FREE:
             self._free(i)
-        elif i.op is Op.REDUCE:
+        elif i.op is Op.REDUCE and self.request.sync:
             self.reducers[i.stage].complete()
 
     def _awaited(self, i: Instruction) -> list[MessageKey]:
@@ -209,7 +209,8 @@ class Executor:
         """Return what arms the stage's reducer, if it has to be and this backward is the last to add to gradients."""
         self._backwards_left[i.stage] -= 1
         reducer = self.reducers[i.stage]
-        return reducer.arm if reducer.follows_autograd and self._backwards_left[i.stage] == 0 else None
+        last = self._backwards_left[i.stage] == 0
+        return reducer.arm if last and self.request.sync and reducer.follows_autograd else None
 
     def _last_roots(self, stage: StageRuntime, m: int) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         if self.request.kind == TRAIN:

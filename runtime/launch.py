@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -9,18 +10,20 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 from ..errors import WorkerLost
-from .local_messages import Exit
+from .local_messages import Release
 from .mailbox import Mailbox
 from .pickling import dumps, loads
 
 STOP_S = 3.0
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # this package
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main(*map(int, sys.argv[2:]))"
 )
@@ -35,6 +38,7 @@ class WorkerProcess:
     connection: Connection
     channel: socket.socket
     lifeline: int
+    is_ready: bool = False
 
     def send_fd(self, fd: int) -> None:
         """Pass a file descriptor to the worker."""
@@ -70,12 +74,13 @@ class WorkerPool:
         self._owner = os.getpid()
         self._finalizer = weakref.finalize(self, _kill_all, self.workers, self._owner)
         for index in range(n_workers):
-            self.workers.append(_start(index, n_threads))
+            parked = _unparked()
+            self.workers.append(replace(parked, index=index) if parked else _start(index, n_threads))
 
     def keep(self, n_workers: int, n_threads: int) -> None:
-        """End the workers that are not needed; the others are told at their setup how many threads to use."""
-        _kill_all(self.workers[n_workers:], self._owner)
-        del self.workers[n_workers:]
+        """Part with the workers that are not needed; the others are told at their setup how many threads to use."""
+        spare, self.workers[n_workers:] = self.workers[n_workers:], []
+        _park(spare, self._owner)
         self.n_threads = n_threads
 
     def wait_until_ready(self, timeout_s: float) -> None:
@@ -85,9 +90,12 @@ class WorkerPool:
             WorkerLost: a worker ended, or was not ready in time.
         """
         for worker in self.workers:
+            if worker.is_ready:
+                continue
             if not worker.connection.poll(timeout_s):
                 raise WorkerLost(f"worker {worker.index} was not ready after {timeout_s:.0f} s")
             self.receive(worker)
+            worker.is_ready = True
 
     def receive(self, worker: WorkerProcess, mailbox: Mailbox | None = None) -> Any:
         """Return the next answer of ``worker``, whose large tensors are in ``mailbox``.
@@ -106,19 +114,81 @@ class WorkerPool:
         return [worker for worker in workers if worker.connection in ready]
 
     def close(self) -> None:
-        """Let idle workers leave; kill those that are not gone after a moment."""
-        for worker in self.workers:
-            with contextlib.suppress(OSError, ValueError):
-                worker.connection.send_bytes(dumps(Exit()))
-        deadline = time.monotonic() + STOP_S
-        for worker in self.workers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        self.kill()
+        """Let idle workers forget what they hold, and wait for the next pool that wants some."""
+        idle, self.workers[:] = list(self.workers), []
+        _park(idle, self._owner)
 
     def kill(self) -> None:
         """End every worker at once."""
         self._finalizer()
+
+
+_parked: list[WorkerProcess] = []
+_parked_by: dict[str, Any] = {"owner": 0, "code": None}
+
+
+def _park(workers: list[WorkerProcess], owner: int) -> None:
+    """Keep idle workers for the next pipeline: a process that has imported torch is worth a second."""
+    if os.getpid() != owner:
+        return
+    _drop_foreign()
+    for worker in workers:
+        try:
+            if worker.is_ready:
+                worker.connection.send_bytes(dumps(Release()))
+        except (OSError, ValueError):
+            _kill_all([worker], owner)
+        else:
+            _parked.append(worker)
+    _parked_by.update(owner=owner, code=_code_outside())
+
+
+def _unparked() -> WorkerProcess | None:
+    """Take an idle worker that is still there, and has not imported what has changed since."""
+    _drop_foreign()
+    if _parked and _parked_by["code"] != _code_outside():
+        end_workers()
+    while _parked:
+        worker = _parked.pop()
+        unheard = worker.is_ready and worker.connection.poll()  # what it says now is that it has ended
+        if worker.process.poll() is None and not unheard:
+            return worker
+        _kill_all([worker], os.getpid())
+    return None
+
+
+def _drop_foreign() -> None:
+    """Forget workers of the process that this one was forked from."""
+    if _parked_by["owner"] != os.getpid():
+        _parked.clear()
+
+
+def _code_outside() -> dict[str, float]:
+    """Return when the files of modules that were not installed were changed, by path.
+
+    Workers import such modules too, and a notebook's user edits them and reloads them.
+    """
+    installed = (sys.prefix, sys.base_prefix, os.path.dirname(torch.__file__), _HERE)
+    found = {}
+    for module in list(sys.modules.values()):
+        path = getattr(module, "__file__", None)
+        if isinstance(path, str) and not path.startswith(installed):
+            with contextlib.suppress(OSError):
+                found[path] = os.stat(path).st_mtime
+    return found
+
+
+def end_workers() -> None:
+    """End the idle worker processes that wait for the next :func:`stagecut.compile`.
+
+    They take memory (about what a Python process that has imported torch takes), and end with this process, or after
+    five minutes without work.
+    """
+    _drop_foreign()
+    _kill_all(_parked, os.getpid())
+
+
+atexit.register(end_workers)
 
 
 def _start(index: int, n_threads: int) -> WorkerProcess:

@@ -28,6 +28,8 @@ from .program import PipelineSpec, StageSpec
 from .requests import BACKWARD, TRAIN, StepReport, StepRequest
 from .shared_gradients import gradient_slot
 from .shared_memory import ChannelFiles, channels_of
+from .surroundings import Surroundings
+from .unsynced import Unsynced
 
 START_S = 60.0
 _POLL_S = 0.2
@@ -56,12 +58,15 @@ class LocalEngine:
         loss_fn: Callable[..., Any] | None,
         pool: WorkerPool,
         timeout_s: float,
+        compiler: str | None = None,
     ) -> None:
         self.n_threads = pool.n_threads
+        self.unsynced = Unsynced()
         self._spec = spec
         self._model = model
         self._pool = pool
         self._timeout_s = timeout_s
+        self._compiler = compiler
         self._start_s = max(START_S, timeout_s)
         self._programs = Programs(spec)
         self._modules = list(model.named_modules(remove_duplicate=False))
@@ -101,9 +106,12 @@ class LocalEngine:
         channels = [ChannelFiles.open(*pair) for pair in channels_of(self._spec.layout)]
         try:
             for worker in self._pool.workers:
-                self._send_setup(worker, used[worker.index], state, loss_fn)
-                for fd in (fd for channel in channels for fd in channel.of(worker.index) or ()):
-                    worker.send_fd(fd)
+                try:
+                    self._send_setup(worker, used[worker.index], state, loss_fn)
+                    for fd in (fd for channel in channels for fd in channel.of(worker.index) or ()):
+                        worker.send_fd(fd)
+                except BrokenPipeError as error:
+                    raise worker.exit_error() from error
         finally:
             for channel in channels:
                 channel.close()
@@ -152,6 +160,8 @@ class LocalEngine:
             payload=self._pickle(stages, own_loss),
             torchvision="torchvision" in sys.modules,
             n_threads=self.n_threads,
+            compiler=self._compiler,
+            surroundings=Surroundings.here(),
         )
         worker.connection.send_bytes(dumps(setup))
         worker.send_fd(self._arena.fd)
@@ -177,8 +187,11 @@ class LocalEngine:
 
     def run(self, request: StepRequest) -> StepReport:
         """Carry out one request; on failure every worker is ended and the worker's own exception is raised."""
+        trains = request.kind in (TRAIN, BACKWARD)
+        goes_on = self.unsynced.resume() if trains else frozenset()
         self._bind()
-        self._release_gradient_slots()
+        if trains:
+            self._release_gradient_slots()
         key = self._programs.key_of(request)
         program = self._programs.get(key)
         trainable = frozenset(
@@ -192,7 +205,7 @@ class LocalEngine:
             for worker in self._pool.workers:
                 instructions = None if key in self._sent else program.workers[worker.index]
                 own = self._share_of(request, worker.index)
-                message = Run(key, instructions, own, *news)
+                message = Run(key, instructions, own, *news, goes_on)
                 worker.connection.send_bytes(dumps(message, mailbox=self._mailboxes[worker.index]))
             self._sent.add(key)
             done = self._collect(list(self._pool.workers), self._timeout_s, key)
@@ -202,8 +215,8 @@ class LocalEngine:
         report = StepReport()
         for answer in done.values():
             report.merge(answer.report)
-        if request.kind in (TRAIN, BACKWARD):
-            self._accept_gradients({worker: answer.has_gradient for worker, answer in done.items()})
+        if trains:
+            self._accept_gradients({worker: answer.has_gradient for worker, answer in done.items()}, request.sync)
         return report
 
     def _share_of(self, request: StepRequest, worker: int) -> StepRequest:
@@ -279,8 +292,8 @@ class LocalEngine:
             if gradient is not None and gradient.data_ptr() in self._slot_pointers:
                 binding.tensor.grad = gradient.clone()
 
-    def _accept_gradients(self, has_gradient: dict[int, tuple[str, ...]]) -> None:
-        """Add what the workers computed to ``.grad``, summed where stages share a parameter."""
+    def _accept_gradients(self, has_gradient: dict[int, tuple[str, ...]], complete: bool) -> None:
+        """Add what the workers computed to ``.grad``, summed where stages share a parameter; or hold parts of it."""
         parts: dict[str, list[torch.Tensor]] = {}
         for worker in sorted(has_gradient):
             for name in has_gradient[worker]:
@@ -289,6 +302,10 @@ class LocalEngine:
             if binding.name not in parts:
                 continue
             first, *others = parts[binding.name]
+            if not complete:
+                assert isinstance(binding.tensor, nn.Parameter)
+                self.unsynced.hold(binding.name, binding.tensor, first)
+                continue
             for other in others:
                 _add(first, other)
             old = binding.tensor.grad
@@ -313,7 +330,7 @@ class LocalEngine:
         return own_norm(self._model.parameters(), norm_type)
 
     def close(self, *, kill: bool = False) -> None:
-        """End the workers."""
+        """Let the workers go; with ``kill`` end them, whatever they do."""
         if kill:
             self._pool.kill()
         else:

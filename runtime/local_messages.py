@@ -8,6 +8,7 @@ from ..errors import FailureSite
 from .arena import Slot
 from .instructions import Instruction, Layout
 from .requests import StepReport, StepRequest
+from .surroundings import Surroundings
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Setup:
     ``payload`` is pickled (stages, loss_fn) whose tensors refer to ``parameters`` and ``buffers`` by name.
     ``gradients`` names the parameters whose gradients this worker writes to the arena, where replicas sum them.
     ``torchvision`` says that the parent uses it, so that the payload may refer to it.
-    ``n_threads`` is how many CPU threads the worker computes with.
+    ``n_threads`` is how many CPU threads the worker computes with; ``compiler`` is a backend of ``torch.compile`` for
+    its stages; ``surroundings`` is what else of the parent's process changes what a model computes.
     """
 
     worker: int
@@ -34,6 +36,8 @@ class Setup:
     payload: bytes
     torchvision: bool
     n_threads: int
+    compiler: str | None
+    surroundings: Surroundings
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Run:
     """Do one step.
 
     ``instructions`` is None when ``program`` was sent before; ``trainable`` (parameters that require gradients) and
-    ``modes`` (training flag per module) are None when they are as in the step before.
+    ``modes`` (training flag per module) are None when they are as in the step before. ``goes_on`` names the parameters
+    whose gradients are added to those of the step before, which was not to be summed over replicas.
     """
 
     program: tuple[str, int]
@@ -49,6 +54,7 @@ class Run:
     request: StepRequest
     trainable: frozenset[str] | None
     modes: dict[str, bool] | None
+    goes_on: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,8 @@ class Forget:
 
 
 @dataclass(frozen=True)
-class Exit:
-    """Leave."""
+class Release:
+    """Forget the pipeline, and wait for the next setup."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Mailbox:
     """One end of it; the other end is a :class:`Mailbox` over the same file in the other process."""
 
     def __init__(self, fd: int | None = None) -> None:
-        self.fd = anonymous_file() if fd is None else fd
+        self.fd = anonymous_file("messages") if fd is None else fd
         self._used = 0
         self._bytes = torch.empty(0, dtype=torch.uint8)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -30,7 +32,7 @@ from .gradients import clip, own_norm
 from .program import PipelineSpec, Timeline
 from .program.timeline import Span
 from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepRequest
-from .results import EvalResult, Profile, StepResult
+from .results import EvalResult, Profile, Startup, StepResult
 from .unsplit import unsplit
 from .verify import VerifyReport, compare, gradients_of, preserved, reference_step, whole
 
@@ -67,7 +69,8 @@ class Pipeline(nn.Module):
     state dicts, ``train()`` and ``eval()`` are the model's. Local worker processes are started by ``compile``; they get
     their stages at the first call, when capture and plan are made, or before it when example inputs were given.
 
-    A pipeline is a context manager; leaving it, or :meth:`close`, ends its workers.
+    A pipeline is a context manager; leaving it, or :meth:`close`, lets its workers go: they wait for the next
+    ``compile`` (``stagecut.end_workers()`` ends those that wait).
     """
 
     def __init__(
@@ -95,6 +98,9 @@ class Pipeline(nn.Module):
         self._broken: BaseException | None = None
         self._closed = False
         self._n_calls = 0
+        self._sync = True
+        self._plan_s = self._workers_s = 0.0
+        self._startup: Startup | None = None
         self._forgotten: list[int] = []
         self._told: set[int] = set()  # stages
         self.training = model.training
@@ -118,6 +124,19 @@ class Pipeline(nn.Module):
                 hint="stagecut.compile(..., example_inputs=(x,)) plans at once",
             )
         return self._plan
+
+    @property
+    def startup(self) -> Startup:
+        """Return how long it took until the first step or forward was done, and with what.
+
+        Raises:
+            StagecutError: there was none yet.
+        """
+        if self._startup is None:
+            raise StagecutError(
+                "nothing has run yet, so nobody knows how long the start takes", hint="run a step first"
+            )
+        return self._startup
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepResult:
         """Run forward and backward of one batch; gradients are added into ``.grad``.
@@ -143,6 +162,19 @@ class Pipeline(nn.Module):
         request, _ = self._request(TRAIN, args, kwargs, target=target, want_loss=True, profile=profile)
         report = self._run(request)
         return StepResult(_total_loss(report, request)), report
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Add up gradients on each replica, step by step, for the next step after it to sum them over replicas.
+
+        As ``DistributedDataParallel.no_sync``: what accumulates over several batches is reduced once. Inside, ``.grad``
+        is a part (one replica's) that may be dropped by ``zero_grad()``, and not be changed.
+        """
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's result for the batch; ``backward()`` on a loss of it runs the pipeline's backward.
@@ -198,7 +230,7 @@ class Pipeline(nn.Module):
         Raises:
             StagecutError: something differs; the message names the first parameter.
         """
-        with preserved(self.model):
+        with self._complete("verify"), preserved(self.model):
             request, _ = self._request(TRAIN, args, kwargs, target=target, want_loss=True)
             report = self._run(request)
             given = gradients_of(self.model, _total_loss(report, request))
@@ -219,7 +251,7 @@ class Pipeline(nn.Module):
         if steps < 1:
             raise ConstraintError(f"steps must be at least 1, got {steps}")
         measured: list[tuple[float, Timeline]] = []
-        with preserved(self.model):
+        with self._complete("profile"), preserved(self.model):
             self._step(args, kwargs, target, profile=False)
             for _ in range(steps):
                 self.model.zero_grad(set_to_none=True)
@@ -261,6 +293,24 @@ class Pipeline(nn.Module):
             self.prepare(*args, **kwargs)
         return self.plan
 
+    @contextmanager
+    def _complete(self, what: str) -> Iterator[None]:
+        """Let steps of the pipeline's own sum their gradients; refuse them while the user's have yet to be summed.
+
+        Raises:
+            StagecutError: there are such gradients.
+        """
+        if self._engine is not None and self._engine.unsynced:
+            raise StagecutError(
+                f"{what}() between steps under no_sync would lose the gradients that are not summed yet",
+                hint=f"call pm.{what}(...) after a step outside of no_sync",
+            )
+        before, self._sync = self._sync, True
+        try:
+            yield
+        finally:
+            self._sync = before
+
     @property
     def _n_workers(self) -> int:
         assert self._spec is not None
@@ -276,12 +326,15 @@ class Pipeline(nn.Module):
                 hint="pm.restart() starts the workers again with the parameters as they are",
             )
         if self._engine is None:
+            begin = time.perf_counter()
             if self._spec is None:
                 target = self._build.target
                 contenders = self._build(args, kwargs)
                 settled = contenders[0] if len(contenders) == 1 else self._try(contenders, args, kwargs, target)
                 self._spec, self._plan = settled
+            planned = time.perf_counter()
             self._engine = self._launch(self._spec)
+            self._plan_s, self._workers_s = planned - begin, time.perf_counter() - planned
 
     def _try(
         self, contenders: Sequence[tuple[PipelineSpec, Any]], args: tuple[Any, ...], kwargs: dict[str, Any], target: Any
@@ -311,7 +364,7 @@ class Pipeline(nn.Module):
             )
             taken, plan = self._build.without_trial(error)
         finally:
-            self._spec = self._engine = self._broken = None
+            self._spec = self._engine = self._broken = self._startup = None
             self._told.clear()  # that was about other plans' stages
             for engine in engines:
                 engine.close()
@@ -359,6 +412,7 @@ class Pipeline(nn.Module):
             want_loss=want_loss,
             want_outputs=want_outputs,
             profile=profile,
+            sync=self._sync,
         )
         return request, sizes
 
@@ -373,6 +427,9 @@ class Pipeline(nn.Module):
         assert self._engine is not None
         while self._forgotten:
             self._engine.forget(self._forgotten.pop())
+        if request.kind in (TRAIN, BACKWARD):
+            self._engine.unsynced.check()
+        begin = time.perf_counter()
         try:
             report = self._engine.run(request)
         except BaseException as error:
@@ -380,6 +437,10 @@ class Pipeline(nn.Module):
             self._engine.close()
             self._engine = None
             raise
+        if self._startup is None:
+            self._startup = Startup(self._plan_s, self._workers_s, time.perf_counter() - begin)
+            if sys.stderr.isatty():
+                print(f"stagecut: {self._startup}", file=sys.stderr)
         self._tell_whole(report)
         return report
 
@@ -401,7 +462,7 @@ class Pipeline(nn.Module):
         self._run(replace(forward, kind=BACKWARD, want_outputs=False, inputs=nothing, output_gradients=gradients))
 
     def close(self) -> None:
-        """End the workers; parameters stay usable."""
+        """Let the workers go, to the next pipeline of this process; parameters stay usable."""
         self._closed = True
         if self._engine is not None:
             self._engine.close()
@@ -489,6 +550,29 @@ class Pipeline(nn.Module):
         norm = own_norm(parameters, norm_type) if engine is None else engine.gradient_norm(norm_type)
         return clip(parameters, norm, max_norm, norm_type, error_if_nonfinite)
 
+    def local_parameters(self) -> list[nn.Parameter]:
+        """List the parameters that this process holds: all of the model's, or those of a rank's stages under torchrun.
+
+        Sharded optimizers take these, with :attr:`replica_group`:
+        ``ZeroRedundancyOptimizer(pm.local_parameters(), torch.optim.AdamW, process_group=pm.replica_group, lr=3e-4)``.
+        """
+        self._require_plan()
+        own = getattr(self._engine, "local_parameters", None)
+        return list(self.model.parameters()) if own is None else own()
+
+    @property
+    def replica_group(self) -> Any:
+        """Return the process group of the ranks that hold the same stages as this one; None if there is no other."""
+        self._require_plan()
+        return getattr(self._engine, "replica_group", None)
+
+    def _require_plan(self) -> None:
+        if self._engine is None:
+            raise StagecutError(
+                "who holds what is known once the pipeline is planned, and it is not yet",
+                hint="stagecut.compile(..., example_inputs=(x,)) plans at once",
+            )
+
     def to_module(self) -> nn.Module:
         """Return the unsplit model as a module of its own, with the weights of now: to export, evaluate, or average.
 
@@ -497,6 +581,10 @@ class Pipeline(nn.Module):
         return unsplit(self.model, {} if self._engine is None else self._engine.full_state())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Pipeline:
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        kinds = {(tensor.dtype, tensor.device): tensor for tensor in tensors}.values()
+        if all(fn(empty := torch.empty(0, dtype=t.dtype, device=t.device)) is empty for t in kinds):
+            return self  # trainers call .to(device) for good measure
         raise StagecutError(
             "a compiled pipeline cannot change its dtype or device: its workers own the placement",
             hint="change the model first, then call stagecut.compile(model, devices=[...])",

@@ -19,15 +19,15 @@ from ..structure import tensors_in
 from .seeding import Seed
 
 
-def recomputed(module: nn.Module, seed: Seed, m: int, values: list[Any]) -> dict[str, Any]:
-    """Return ``module(*values)`` for microbatch ``m``, with only ``values`` kept for the backward.
+def recomputed(module: nn.Module, forward: Callable[..., Any], seed: Seed, m: int, values: list[Any]) -> dict[str, Any]:
+    """Return ``forward(*values)``, which is ``module``'s, for microbatch ``m``, with only ``values`` kept.
 
     Raises:
         StageError: the stage changes one of its inputs in place, so that it cannot be computed again.
     """
     given = [(tensor, tensor._version) for tensor in tensors_in(values)]
     results: dict[str, Any] = checkpoint(
-        _Again(module, seed, m), *values, use_reentrant=False, preserve_rng_state=False
+        _Again(module, forward, seed, m), *values, use_reentrant=False, preserve_rng_state=False
     )
     if any(tensor._version != version for tensor, version in given):
         raise StageError(
@@ -40,9 +40,8 @@ def recomputed(module: nn.Module, seed: Seed, m: int, values: list[Any]) -> dict
 class _Again:
     """A stage's forward that can be run twice for one microbatch."""
 
-    def __init__(self, module: nn.Module, seed: Seed, m: int) -> None:
-        self.module, self.seed, self.m = module, seed, m
-        self.forward: Callable[..., Any] = module.forward
+    def __init__(self, module: nn.Module, forward: Callable[..., Any], seed: Seed, m: int) -> None:
+        self.module, self.forward, self.seed, self.m = module, forward, seed, m
         self.n_runs = 0
 
     def __call__(self, *values: Any) -> Any:

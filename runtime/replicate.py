@@ -10,7 +10,7 @@ here: in 1F1B the last forward is followed by several backwards.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 # torch 2.13 renamed the switch.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+
+
+# Called with the process group of a stage's replicas; returns what ``register_comm_hook`` takes: state and hook.
+CommHook = Callable[[Any], tuple[Any, Callable[..., Any]]]
 
 
 class Reducer(Protocol):
@@ -56,16 +60,25 @@ class DataParallelReducer:
     unsplit model; DDP's average is multiplied by the replica count. Parameters that
     the last microbatch did not use are found by DDP from ``roots`` (``find_unused_parameters``), so a stage with
     conditional parameters neither hangs nor loses gradients. ``left_out`` names parameters of the module that other
-    stages of the same worker add to as well: somebody else sums these when all stages are through.
+    stages of the same worker add to as well: somebody else sums these when all stages are through. ``comm_hook``
+    makes the communication hook that DDP hands its buckets to.
     """
 
     follows_autograd = True
 
-    def __init__(self, module: nn.Module, group: Any, n_replicas: int, left_out: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        group: Any,
+        n_replicas: int,
+        left_out: Sequence[str] = (),
+        comm_hook: CommHook | None = None,
+    ) -> None:
         self.module = module
         self._left_out = frozenset(left_out)
         self._n_replicas = n_replicas
         self._group = group
+        self._hook = None if comm_hook is None else comm_hook(group)
         self._trainable: tuple[bool, ...] = ()
         self._ddp: DistributedDataParallel | None = None
         self._armed = False
@@ -88,6 +101,8 @@ class DataParallelReducer:
                 find_unused_parameters=True,
                 **_NO_BUFFER_SYNC,
             )
+            if self._hook is not None:
+                self._ddp.register_comm_hook(*self._hook)
 
     def arm(self, roots: list[torch.Tensor]) -> None:
         """Let the reducer take the gradients of the backward that starts from ``roots``."""

@@ -28,6 +28,7 @@ class StepRequest:
         output_gradients: per microbatch, gradients of the leaves of the result (``backward`` only).
         seed: base of the seeds of random ops.
         autocast: dtype of the caller's autocast region, or None outside of one.
+        sync: whether replicas sum their gradients in this step; else a later one sums these too.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class StepRequest:
     want_loss: bool = False
     want_outputs: bool = False
     profile: bool = False
+    sync: bool = True
 
     @property
     def n_microbatches(self) -> int:

@@ -12,6 +12,30 @@ from .program import Timeline
 
 
 @dataclass(frozen=True)
+class Startup:
+    """Seconds until a pipeline's first step or forward was done.
+
+    Attributes:
+        plan_s: capture, costs, plan and cut, beside which local workers start.
+        workers_s: until the workers had their stages; what is left of their own start is part of it.
+        first_call_s: the call itself.
+    """
+
+    plan_s: float
+    workers_s: float
+    first_call_s: float
+
+    @property
+    def total_s(self) -> float:
+        """Return the seconds of all together."""
+        return self.plan_s + self.workers_s + self.first_call_s
+
+    def __str__(self) -> str:
+        parts = f"plan {self.plan_s:.1f} s, workers {self.workers_s:.1f} s, the call itself {self.first_call_s:.1f} s"
+        return f"first result after {self.total_s:.1f} s: {parts}"
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What a training step returns: the loss of the whole batch, a 0-dim tensor without graph."""
 

@@ -58,7 +58,7 @@ class ChannelFiles:
     @classmethod
     def open(cls, origin: int, target: int) -> ChannelFiles:
         """Make the memory, without a name, and the pipe."""
-        return cls(origin, target, anonymous_file(), *os.pipe())
+        return cls(origin, target, anonymous_file("packets"), *os.pipe())
 
     def of(self, worker: int) -> tuple[int, int] | None:
         """Return the descriptors that a worker needs of it: the memory, and its end of the pipe."""

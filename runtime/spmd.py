@@ -20,10 +20,11 @@ from .gradients import joined_norm, own_norm
 from .instructions import Op
 from .packets import decode, encode
 from .program import PipelineSpec, Span
-from .replicate import DataParallelReducer, NoReduction, Reducer
+from .replicate import CommHook, DataParallelReducer, NoReduction, Reducer
 from .requests import BACKWARD, TRAIN, StepReport, StepRequest
 from .stage import StageRuntime
 from .transport import DistTransport
+from .unsynced import Unsynced
 
 _SAMPLE_BYTES = 1 << 16
 _LOSS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -85,7 +86,14 @@ class SpmdEngine:
     others: they keep their names and identity but are empty, and have no gradient, so optimizers leave them alone.
     """
 
-    def __init__(self, spec: PipelineSpec, model: nn.Module, loss_fn: Callable[..., Any] | None) -> None:
+    def __init__(
+        self,
+        spec: PipelineSpec,
+        model: nn.Module,
+        loss_fn: Callable[..., Any] | None,
+        compiler: str | None = None,
+        comm_hook: CommHook | None = None,
+    ) -> None:
         layout = spec.layout
         if dist.get_world_size() != layout.n_workers:
             raise DeviceError(
@@ -97,15 +105,18 @@ class SpmdEngine:
         self._group = _gloo()
         self._worker = dist.get_rank()
         self.n_threads = torch.get_num_threads()
+        self.unsynced = Unsynced()
+        self._parts: dict[str, torch.Tensor] = {}
         self._device = torch.device(spec.devices[self._worker])
         self._programs = Programs(spec)
         self._names = {id(tensor): name for name, tensor in reversed(list(model_state(model).items()))}
         self._compare_fingerprints()
         self._take_over_state()
         own = [s for s, owners in enumerate(layout.workers) if self._worker in owners]
-        stages = {s: StageRuntime(spec.stages[s], self._device, loss_fn, steady=True) for s in own}
+        stages = {s: StageRuntime(spec.stages[s], self._device, loss_fn, True, compiler) for s in own}
         transport = DistTransport(self._group, tuple(range(layout.n_workers)), layout.n_stages)
-        self._executor = Executor(self._worker, layout, stages, transport, self._reducers(stages))
+        self.replica_group: Any = None
+        self._executor = Executor(self._worker, layout, stages, transport, self._reducers(stages, comm_hook))
         self._ties = self._tie_groups()
 
     def _compare_fingerprints(self) -> None:
@@ -152,7 +163,7 @@ class SpmdEngine:
                 tensor.data = data.new_empty(0)
         self._by_name = by_name
 
-    def _reducers(self, stages: dict[int, StageRuntime]) -> dict[int, Reducer]:
+    def _reducers(self, stages: dict[int, StageRuntime], comm_hook: CommHook | None) -> dict[int, Reducer]:
         reducers: dict[int, Reducer] = {}
         devices = self._spec.devices
         for s, owners in enumerate(self._spec.layout.workers):
@@ -162,8 +173,11 @@ class SpmdEngine:
                 module = stages[s].module
                 elsewhere = {id(p) for t, other in stages.items() if t != s for p in other.module.parameters()}
                 common = [name for name, parameter in module.named_parameters() if id(parameter) in elsewhere]
-                n = len(owners)
-                reducers[s] = NoReduction() if group is None else DataParallelReducer(module, group, n, common)
+                if group is None:
+                    reducers[s] = NoReduction()
+                else:
+                    reducers[s] = DataParallelReducer(module, group, len(owners), common, comm_hook)
+                    self.replica_group = self.replica_group or group
         return reducers
 
     def _tie_groups(self) -> list[tuple[list[nn.Parameter], Any, float]]:
@@ -195,14 +209,27 @@ class SpmdEngine:
             if isinstance(reducer, DataParallelReducer):
                 reducer.refresh()
         trains = request.kind in (TRAIN, BACKWARD)
-        parameters = [tensor for _, tensor in self._owned if isinstance(tensor, nn.Parameter)]
-        with fresh_gradients(parameters if trains else []):
+        parameters = {name: tensor for name, tensor in self._owned if isinstance(tensor, nn.Parameter)}
+        goes_on = self.unsynced.resume() if trains else frozenset()
+        with fresh_gradients(list(parameters.values()) if trains else []):
+            for name in goes_on:
+                parameters[name].grad = self._parts[name]
             self._executor.begin(request, program.workers[self._worker])
             report = self._executor.run()
-            if trains:
+            if trains and request.sync:
                 self._sum_ties()
+            if trains:
+                self._take_parts(parameters, request.sync)
+        for name, part in self._parts.items() if trains else ():
+            self.unsynced.hold(name, parameters[name], part)
         self._share_buffers()
         return self._gather(report, request)
+
+    def _take_parts(self, parameters: dict[str, nn.Parameter], complete: bool) -> None:
+        """Keep apart what replicas have yet to sum; nothing where they have."""
+        self._parts = {} if complete else {n: p.grad for n, p in parameters.items() if p.grad is not None}
+        for name in self._parts:
+            parameters[name].grad = None
 
     def _check_batch(self, request: StepRequest) -> None:
         """Refuse a step in which ranks were given different batches; large tensors are sampled."""
@@ -322,6 +349,11 @@ class SpmdEngine:
             dist.all_reduce(total, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, group=self._group)
 
         return joined_norm(own_norm(mine, norm_type), norm_type, all_reduce)
+
+    def local_parameters(self) -> list[nn.Parameter]:
+        """List the parameters of this rank's stages, each once."""
+        mine = {id(parameter) for stage in self._executor.stages.values() for parameter in stage.module.parameters()}
+        return [tensor for _, tensor in self._owned if isinstance(tensor, nn.Parameter) and id(tensor) in mine]
 
     def load_state(self, state_dict: Mapping[str, Any], strict: bool) -> Any:
         """Load the entries that this rank owns, after checking names and shapes of all.

@@ -139,11 +139,17 @@ class StageRuntime:
 
     ``loss_fn`` is called as ``loss_fn(output, target)`` on the last stage; without one the model's own loss is taken
     from its result (a 0-dim tensor, or ``result.loss`` / ``result["loss"]``). With ``steady`` training steps that come
-    up again and again are recorded (see :class:`Explicit`).
+    up again and again are recorded (see :class:`Explicit`); with ``compiler``, a backend of ``torch.compile``, they are
+    compiled instead.
     """
 
     def __init__(
-        self, spec: StageSpec, device: torch.device, loss_fn: Callable[..., Any] | None, steady: bool = False
+        self,
+        spec: StageSpec,
+        device: torch.device,
+        loss_fn: Callable[..., Any] | None,
+        steady: bool = False,
+        compiler: str | None = None,
     ) -> None:
         self.spec = spec
         self.device = device
@@ -154,7 +160,9 @@ class StageRuntime:
         self._modes = (True,) * len(self._deciding)
         self._variants: dict[tuple[bool, ...], fx.GraphModule] = {self._modes: self.module}
         self.held: dict[int, Held] = {}
-        self.steady = steady
+        self.steady = steady and compiler is None
+        self._compiler = compiler
+        self._compiled: dict[int, Callable[..., Any]] = {}
         self.explicit = Explicit(self.seed)
         self._changed = True  # since begin() last looked at the modules
 
@@ -169,9 +177,11 @@ class StageRuntime:
         if self._changed or not self.explicit.slots:
             self.explicit.look_at(self._variant())
             self._changed = False
-        self.explicit.begin(splits, trains and self.steady)
+        self.explicit.begin(splits and self._compiler is None, trains and self.steady)
         if splits and self.spec.recompute:
             self.explicit.why_not = "it computes its activations again"
+        elif splits and self._compiler is not None:
+            self.explicit.why_not = "torch.compile makes one backward of it (compile_stages)"
 
     def forward(self, m: int, graph_inputs: dict[str, Any], packets: dict[str, tuple[Any, bool]]) -> Held:
         """Compute microbatch ``m``: ``packets`` holds (value, gradient wanted) for each incoming wire value."""
@@ -191,9 +201,18 @@ class StageRuntime:
 
     def _compute(self, m: int, values: list[Any]) -> tuple[dict[str, Any], Apart | None]:
         module = self._variant()
+        run = self._ready(module)
         if self.spec.recompute and torch.is_grad_enabled():
-            return recomputed(module, self.seed, m, values), None
-        return self.explicit.forward(module, values) or (module.forward(*values), None)
+            return recomputed(module, run, self.seed, m, values), None
+        return self.explicit.forward(module, values) or (run(*values), None)
+
+    def _ready(self, module: fx.GraphModule) -> Callable[..., Any]:
+        """Return what runs a module: itself, or what ``torch.compile`` makes of it."""
+        if self._compiler is None:
+            return module.forward
+        if id(module) not in self._compiled:
+            self._compiled[id(module)] = torch.compile(module, backend=self._compiler)
+        return self._compiled[id(module)]
 
     def _variant(self) -> fx.GraphModule:
         """Choose the ops that run in the present modes; all variants share the stage's modules."""

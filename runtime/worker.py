@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import gc
 import os
 import select
 import socket
@@ -24,7 +25,7 @@ from ..vision_compat import import_torchvision
 from .arena import Arena, parameter_over
 from .executor import Executor
 from .instructions import Instruction
-from .local_messages import Done, Exit, Failed, Forget, Ready, Run, Setup
+from .local_messages import Done, Failed, Forget, Ready, Release, Run, Setup
 from .mailbox import Mailbox
 from .pickling import dumps, loads
 from .program.specs import StageSpec
@@ -35,10 +36,11 @@ from .shared_memory import Inbox, Outbox, PeerGone, SharedMemoryTransport, chann
 from .stage import StageRuntime
 
 _PARENT_POLL_S = 0.5
+_IDLE_S = 300.0  # after which a worker without a pipeline leaves
 
 
 def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> None:
-    """Serve commands until told to leave, or until the parent is gone."""
+    """Serve commands until the parent closes the connection, or is gone, or has had none for long."""
     threading.Thread(target=_follow_parent, args=(lifeline_fd, parent_pid), daemon=True).start()
     keep_freed_memory()
     torch.set_num_threads(n_threads)
@@ -47,15 +49,19 @@ def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> 
     server: _Server | None = None
     while True:
         try:
+            if server is None and not connection.poll(_IDLE_S):
+                break
             command = loads(connection.recv_bytes(), mailbox=None if server is None else server.mailbox)
         except EOFError:
             break
-        if isinstance(command, Exit):
-            break
+        if isinstance(command, Release):
+            if server is not None:
+                server.close()
+            server = command = None
+            gc.collect()
+            continue
         try:
             if isinstance(command, Setup):
-                if server is not None:
-                    server.close()
                 server = _Server(command, partial(_receive_fd, command_fd))
                 answer: Any = Ready()
             else:
@@ -120,6 +126,7 @@ class _Server:
     def __init__(self, setup: Setup, next_fd: Callable[[], int]) -> None:
         """Take the descriptors that follow ``setup`` from ``next_fd``."""
         self.setup = setup
+        setup.surroundings.take_over()
         torch.set_num_threads(setup.n_threads)
         self.arena = Arena(next_fd(), setup.arena_bytes, setup.slots)
         self.mailbox = Mailbox(next_fd())
@@ -133,7 +140,7 @@ class _Server:
             import_torchvision()
         specs, loss_fn = loads(setup.payload, self.state)
         self.stages = {
-            spec.index: StageRuntime(spec, torch.device(setup.device), loss_fn, steady=True) for spec in specs
+            spec.index: StageRuntime(spec, torch.device(setup.device), loss_fn, True, setup.compiler) for spec in specs
         }
         own = {name: self.arena.view(gradient_slot(setup.worker, name)) for name in setup.gradients}
         self.gradients = GradientSlots({name: self.state[name] for name in own}, own)
@@ -191,10 +198,12 @@ class _Server:
         return SharedMemoryReducer(self.gradients, names, slots, owners.index(self.setup.worker), exchange)
 
     def close(self) -> None:
-        """Give up the files that are shared with the parent."""
+        """Give up the files that are shared with the parent, and what connects replicas."""
         self.arena.close()
         self.mailbox.close()
         self.transport.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def handle(self, command: Run | Forget) -> Done | None:
         """Carry out one command."""
@@ -211,8 +220,10 @@ class _Server:
         return Done(report, has_gradient)
 
     def _prepare(self, command: Run) -> None:
-        for name in self.setup.parameters:
-            self.state[name].grad = None
+        if command.request.kind in (TRAIN, BACKWARD):
+            for name in self.setup.parameters:
+                if name not in command.goes_on:
+                    self.state[name].grad = None
         if command.trainable is not None:
             for name in self.setup.parameters:
                 self.state[name].requires_grad_(name in command.trainable)

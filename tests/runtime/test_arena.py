@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import stagecut
 from stagecut.runtime.arena import Arena, parameter_over
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True)
@@ -129,3 +131,15 @@ def test_only_floating_and_complex_parameters_want_gradients() -> None:
     parameter = parameter_over(arena.view("w"))
     assert type(parameter) is nn.Parameter
     assert parameter.data_ptr() == arena.view("w").data_ptr()
+
+
+def test_a_saved_tensor_takes_its_own_bytes_along_and_not_the_arenas(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    x = torch.ones(4, 64)
+    with stagecut.compile(model, [["cpu"], ["cpu"]], loss_fn=nn.functional.mse_loss, costs="analytic") as pm:
+        pm.step(x, target=x)
+        torch.save(pm.state_dict(), tmp_path / "state.pt")
+        torch.save(model[0].bias, tmp_path / "bias.pt")
+    n_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    assert n_bytes < (tmp_path / "state.pt").stat().st_size < 1.2 * n_bytes
+    assert (tmp_path / "bias.pt").stat().st_size < 4096

@@ -1,0 +1,121 @@
+"""Run by tests/exactness/test_torchrun.py on every rank: hooks on communication, accumulation, a sharded optimizer."""
+
+import copy
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn import functional as F
+
+import stagecut
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+OPTIONS: dict[str, Any] = {"loss_fn": F.mse_loss, "microbatches": 2, "schedule": "1f1b", "costs": "analytic"}
+
+
+def made() -> tuple[nn.Module, nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
+    return model, copy.deepcopy(model), x, y
+
+
+def gradients(plain: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    plain.zero_grad()
+    F.mse_loss(plain(x), y).backward()
+    return {name: p.grad.clone() for name, p in plain.named_parameters() if p.grad is not None}
+
+
+def own(pm: stagecut.Pipeline) -> dict[str, torch.Tensor]:
+    found = {name: p.grad for name, p in pm.named_parameters() if p.grad is not None}
+    assert found
+    return found
+
+
+def hooks(devices: Any) -> None:
+    model, plain, x, y = made()
+    wanted = gradients(plain, x, y)
+    pm = stagecut.compile(model, devices, comm_hook=lambda g: (g, default_hooks.fp16_compress_hook), **OPTIONS)
+    for _ in range(4):
+        pm.zero_grad()
+        pm.step(x, target=y)
+        worst = max(float((wanted[n] - g).abs().max() / wanted[n].abs().max()) for n, g in own(pm).items())
+        assert 1e-8 < worst < 5e-3, worst  # half precision has been between
+    model, plain, x, y = made()
+
+    def low_rank(group: Any) -> tuple[Any, Any]:
+        state = powerSGD_hook.PowerSGDState(
+            group, matrix_approximation_rank=1, start_powerSGD_iter=2, min_compression_rate=1
+        )
+        return state, powerSGD_hook.powerSGD_hook
+
+    pm = stagecut.compile(model, devices, comm_hook=low_rank, **OPTIONS)
+    ranks = []
+    for _ in range(4):
+        pm.zero_grad()
+        pm.step(x, target=y)
+        matrices = [g for g in own(pm).values() if g.dim() == 2]
+        ranks.append(min(int(torch.linalg.matrix_rank(g, rtol=1e-6)) for g in matrices))
+    assert ranks[0] > 1, ranks
+    assert ranks[-1] == 1, ranks
+
+
+def accumulation(devices: Any) -> None:
+    model, plain, x, y = made()
+    wanted = gradients(plain, x, y)
+    pm = stagecut.compile(model, devices, **OPTIONS)
+    for _ in range(2):
+        with pm.no_sync():
+            pm.step(x, target=y)
+            pm.evaluate(x)
+            F.mse_loss(pm(x), y).backward()
+        pm.step(x, target=y)
+        for name, gradient in own(pm).items():
+            torch.testing.assert_close(gradient, 3 * wanted[name], rtol=1e-9, atol=1e-13, msg=name)
+        pm.zero_grad()
+    with pm.no_sync():
+        pm.step(x, target=y)
+    pm.zero_grad()
+    pm.step(x, target=y)
+    for name, gradient in own(pm).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-9, atol=1e-13, msg=name)
+
+
+def sharded(devices: Any) -> None:
+    model, plain, x, y = made()
+    pm = stagecut.compile(model, devices, example_inputs=(x,), **OPTIONS)
+    ours = ZeroRedundancyOptimizer(
+        pm.local_parameters(), torch.optim.AdamW, process_group=pm.replica_group, lr=0.01, weight_decay=0.1
+    )
+    theirs = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(4):
+        pm.zero_grad()
+        pm.step(x, target=y)
+        ours.step()
+        gradients(plain, x, y)
+        theirs.step()
+    n_mine = sum(len(group["params"]) for group in ours.optim.param_groups)
+    assert 0 < n_mine < len(pm.local_parameters()), "each replica has the state of a part"
+    torch.testing.assert_close(pm.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-12)
+
+
+def main() -> None:
+    devices = eval(sys.argv[1], {"__builtins__": {}})
+    dist.init_process_group("gloo")
+    hooks(devices)
+    accumulation(devices)
+    sharded(devices)
+    print(f"rank {dist.get_rank()} is exact", flush=True)
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+main()
