@@ -1,8 +1,8 @@
 """Step time and memory of stagecut beside torch.distributed.pipelining: same stages, schedules and microbatches.
 
-Three models, two workers with one thread each, every schedule that both have. The two run in turn, some steps each,
-with one process of one thread that runs the unsplit model in the same microbatches, and in one piece; reported is the
-median over the rounds of stagecut's step over theirs. "Ideal" is (one process, same microbatches) / 2 / (1 - bubble),
+Three models, two workers with one thread each, every schedule that both have. The two run in turn, some steps each;
+for the first schedule of each count of microbatches with one process of one thread that runs the unsplit model in the
+same microbatches, and in one piece. Reported is the median over the rounds of stagecut's step over theirs. "Ideal" is (one process, same microbatches) / 2 / (1 - bubble),
 where the bubble is the schedule's with stages of equal time. Then data parallelism beside plain DDP, and two stages of
 two replicas each beside DDP over four processes. Run on an otherwise idle machine, a quarter of an hour a model:
 
@@ -56,7 +56,7 @@ SCHEDULES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
     "dualpipe-v": ("ScheduleDualPipeV", VEE),
 }
 COUNTS = (4, 8, 16)
-_STEPS = 3  # of each in a round
+_STEPS = 2  # of each in a round
 _WARM_UP = 4  # a signature is recorded when it has come up twice
 
 
@@ -240,19 +240,21 @@ def bubble_of(plan: Plan) -> float:
     return simulate(program, costs).bubble
 
 
-def study(case: Case, stages: Stages, name: str, count: int, rounds: int) -> Row:
-    """Run one schedule with one count of microbatches, everybody in turn."""
+def study(case: Case, stages: Stages, name: str, count: int, rounds: int, alone_s: dict[tuple[str, int], float]) -> Row:
+    """Run one schedule with one count of microbatches, everybody in turn.
+
+    One process takes part where ``alone_s`` does not know yet what it takes.
+    """
     peers_name, groups = SCHEDULES[name]
     plan = stages.plan(groups, name, count)
     with tempfile.TemporaryDirectory() as folder:
         given = (peers_name, count, groups, stages.modules(plan), case)
         Path(folder, "peers.pkl").write_bytes(cloudpickle.dumps(given))
         Path(folder, "single.pkl").write_bytes(cloudpickle.dumps(case))
-        others = {
-            "peer": Other(["--peer", "0", folder], ["--peer", "1", folder]),
-            "pieces": Other(["--single", str(count), folder]),
-            "whole": Other(["--single", "1", folder]),
-        }
+        others = {"peer": Other(["--peer", "0", folder], ["--peer", "1", folder])}
+        for who, pieces in (("pieces", count), ("whole", 1)):
+            if (who, count) not in alone_s:
+                others[who] = Other(["--single", str(pieces), folder])
         with stagecut.compile(
             copy.deepcopy(case.model), ["cpu", "cpu"], loss_fn=case.loss_fn, plan=plan, threads_per_worker=1
         ) as pm:
@@ -264,6 +266,8 @@ def study(case: Case, stages: Stages, name: str, count: int, rounds: int) -> Row
         for other in others.values():
             other.close()
     medians = {who: statistics.median(values) for who, values in times.items()}
+    for who in ("pieces", "whole"):
+        medians[who] = alone_s.setdefault((who, count), medians.get(who, 0.0))
     ideal_s = medians["pieces"] / 2 / (1 - bubble_of(plan))
     return Row(
         name,
@@ -327,10 +331,11 @@ def main() -> None:
     torch.manual_seed(0)
     case = cases(options.model)
     rows: list[Row] = []
+    alone_s: dict[tuple[str, int], float] = {}
     for count in options.microbatches or COUNTS:
         stages = Stages(case.model, case.x, case.x.shape[0] // count)
         for name in options.schedule or SCHEDULES:
-            rows.append(study(case, stages, name, count, options.rounds))
+            rows.append(study(case, stages, name, count, options.rounds, alone_s))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
             if options.json:
                 options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
