@@ -30,6 +30,8 @@ from .partitioner.describe import Devices, Replicas, describe, over_sockets
 from .partitioner.plan import Plan, load
 from .partitioner.planner import make_plan
 from .progress import Progress, shown_progress
+from .runtime.deferred import MODES
+from .runtime.options import Options
 from .runtime.pipeline import Pipeline
 from .runtime.replicate import CommHook
 from .runtime.spmd import under_torchrun
@@ -61,6 +63,7 @@ def compile(
     timeout_s: float = 300.0,
     trial_s: float = 20.0,
     compile_stages: bool | str = False,
+    batchnorm: str = "microbatch",
     comm_hook: CommHook | None = None,
 ) -> Pipeline:
     """Compile ``model`` into a pipelined, replicated training program.
@@ -101,6 +104,9 @@ def compile(
             Local workers with measured costs only; ``pm.plan.reasons`` says what was tried.
         compile_stages: run each stage through ``torch.compile``: True, or the name of a backend. Backwards are whole
             then, and results differ from the unsplit model's by rounding.
+        batchnorm: ``"microbatch"`` updates running statistics with every microbatch, as the unsplit model run in the
+            same microbatches does; ``"deferred"`` once a step, with those of the whole batch. Each microbatch is
+            normalised by its own either way.
         comm_hook: a communication hook of DistributedDataParallel for gradients of replicas under torchrun: called with
             the process group of a stage's replicas, it returns (state, hook):
             ``lambda group: (group, default_hooks.fp16_compress_hook)``.
@@ -125,7 +131,9 @@ def compile(
             f"comm_hook was given, and launch={launch!r} reduces gradients in shared memory: nothing is communicated",
             hint="torchrun --nproc-per-node N train.py",
         )
-    compiler = _backend(compile_stages)
+    if batchnorm not in MODES:
+        raise ConstraintError(f"batchnorm must be {' or '.join(map(repr, MODES))}, got {batchnorm!r}")
+    options = Options(_backend(compile_stages), batchnorm == "deferred", comm_hook)
     known = load(plan) if isinstance(plan, (str, Path)) else plan
     cluster = describe(devices, replicas, memory_bytes)
     cluster = over_sockets(cluster) if launch == "torchrun" else cluster
@@ -138,7 +146,7 @@ def compile(
     )
     builder = Builder(model, cluster, wishes, known, opaque, threads_per_worker, launch, loss_fn, trial_s)
     builder.target, builder.can_step = example_target, None not in (loss_fn, example_target)
-    launcher = Launcher(model, loss_fn, launch, threads_per_worker, timeout_s, cluster.n_devices, compiler, comm_hook)
+    launcher = Launcher(model, loss_fn, launch, threads_per_worker, timeout_s, cluster.n_devices, options)
     pipeline = Pipeline(
         model,
         builder,

@@ -25,11 +25,12 @@ from .partitioner.replan import better_plan, stage_seconds
 from .partitioner.split import split
 from .progress import shown_progress
 from .records import to_json
+from .runtime.deferred import check_deferrable
 from .runtime.engine import Engine, InlineEngine
 from .runtime.launch import WorkerPool
 from .runtime.local import LocalEngine
+from .runtime.options import Options
 from .runtime.program import PipelineSpec, Timeline
-from .runtime.replicate import CommHook
 from .runtime.spmd import SpmdEngine, ensure_process_group, share_text
 from .runtime.trials import LEAST_STEPS, try_steps
 from .structure import call_leaves
@@ -248,23 +249,24 @@ class Launcher:
         n_threads: int | None,
         timeout_s: float,
         n_workers: int,
-        compiler: str | None = None,
-        comm_hook: CommHook | None = None,
+        options: Options,
     ) -> None:
         self.model, self.loss_fn, self.launch, self.timeout_s = model, loss_fn, launch, timeout_s
-        self.compiler, self.comm_hook = compiler, comm_hook
+        self.options = options
         share = max(1, usable_cores() // n_workers) if n_threads is None else n_threads
         self.pool = WorkerPool(n_workers, share) if launch == "local" else None
 
     def __call__(self, spec: PipelineSpec) -> Engine:
+        if self.options.defers:
+            check_deferrable(spec.stages)
         if self.launch == "inline":
-            return InlineEngine(spec, self.model, self.loss_fn, self.compiler)
+            return InlineEngine(spec, self.model, self.loss_fn, self.options)
         if self.launch == "torchrun":
-            return SpmdEngine(spec, self.model, self.loss_fn, self.compiler, self.comm_hook)
+            return SpmdEngine(spec, self.model, self.loss_fn, self.options)
         pool = self.pool if self.pool is not None else WorkerPool(spec.layout.n_workers, spec.n_threads)
         self.pool = None
         pool.keep(spec.layout.n_workers, spec.n_threads)
-        return LocalEngine(spec, self.model, self.loss_fn, pool, self.timeout_s, self.compiler)
+        return LocalEngine(spec, self.model, self.loss_fn, pool, self.timeout_s, self.options)
 
     def release(self) -> None:
         """Let workers go that were started and never used."""

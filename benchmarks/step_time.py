@@ -2,9 +2,10 @@
 
 Three models, two workers with one thread each, every schedule that both have. The two run in turn, some steps each;
 for the first schedule of each count of microbatches with one process of one thread that runs the unsplit model in the
-same microbatches, and in one piece. Reported is the median over the rounds of stagecut's step over theirs. "Ideal" is (one process, same microbatches) / 2 / (1 - bubble),
-where the bubble is the schedule's with stages of equal time. Then data parallelism beside plain DDP, and two stages of
-two replicas each beside DDP over four processes. Run on an otherwise idle machine, a quarter of an hour a model:
+same microbatches, and in one piece. Reported is the median over the rounds of stagecut's step over theirs. "Ideal" is
+(one process, same microbatches) / 2 / (1 - bubble), where the bubble is the schedule's with stages of equal time. Then
+data parallelism beside plain DDP, and two stages of two replicas each beside DDP over four processes. Run on an
+otherwise idle machine, a quarter of an hour a model:
 
     python benchmarks/step_time.py --model transformer
 """
@@ -255,6 +256,7 @@ def study(case: Case, stages: Stages, name: str, count: int, rounds: int, alone_
         for who, pieces in (("pieces", count), ("whole", 1)):
             if (who, count) not in alone_s:
                 others[who] = Other(["--single", str(pieces), folder])
+        stagecut.end_workers()  # new ones, whose peak of memory is this pipeline's
         with stagecut.compile(
             copy.deepcopy(case.model), ["cpu", "cpu"], loss_fn=case.loss_fn, plan=plan, threads_per_worker=1
         ) as pm:

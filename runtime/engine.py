@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import StagecutError
 from .executor import Executor
 from .gradients import own_norm
+from .options import Options
 from .program import PipelineSpec, Program, check, lower
 from .replicate import NoReduction
 from .requests import BACKWARD, PROGRAM_OF, TRAIN, StepReport, StepRequest
@@ -101,7 +102,7 @@ class InlineEngine:
     """
 
     def __init__(
-        self, spec: PipelineSpec, model: nn.Module, loss_fn: Callable[..., Any] | None, compiler: str | None = None
+        self, spec: PipelineSpec, model: nn.Module, loss_fn: Callable[..., Any] | None, options: Options
     ) -> None:
         self.n_threads = torch.get_num_threads()
         self.unsynced = Unsynced()  # never any: replicas add into the same gradients
@@ -111,11 +112,13 @@ class InlineEngine:
         mailbox: dict[MessageKey, torch.Tensor] = {}
         self._mailbox = mailbox
         self._executors: list[Executor] = []
-        layout = spec.layout
+        layout = self._layout = spec.layout
         for worker in range(layout.n_workers):
             own = [s for s, owners in enumerate(layout.workers) if worker in owners]
             device = torch.device(spec.devices[worker])
-            stages = {s: StageRuntime(spec.stages[s], device, loss_fn, compiler=compiler) for s in own}
+            stages = {
+                s: StageRuntime(spec.stages[s], device, loss_fn, False, options.compiler, options.defers) for s in own
+            }
             reducers = {s: NoReduction() for s in own}
             self._executors.append(Executor(worker, layout, stages, InlineTransport(mailbox), dict(reducers)))
 
@@ -135,7 +138,16 @@ class InlineEngine:
             self._interleave()
             for executor in self._executors:
                 report.merge(executor.end())
+        self._update_statistics()
         return report
+
+    def _update_statistics(self) -> None:
+        """Let deferred BatchNorms move, once for all replicas: they share their modules."""
+        for s, owners in enumerate(self._layout.workers):
+            replicas = [self._executors[worker].stages[s] for worker in owners]
+            seen = [row for row in (replica.take_statistics() for replica in replicas) if row is not None]
+            if seen:
+                replicas[0].update_statistics(seen)
 
     def _interleave(self) -> None:
         while True:

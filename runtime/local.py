@@ -23,6 +23,7 @@ from .gradients import own_norm
 from .launch import WorkerPool, WorkerProcess
 from .local_messages import Failed, Forget, Run, Setup
 from .mailbox import Mailbox
+from .options import Options
 from .pickling import dumps, loads
 from .program import PipelineSpec, StageSpec
 from .requests import BACKWARD, TRAIN, StepReport, StepRequest
@@ -58,7 +59,7 @@ class LocalEngine:
         loss_fn: Callable[..., Any] | None,
         pool: WorkerPool,
         timeout_s: float,
-        compiler: str | None = None,
+        options: Options,
     ) -> None:
         self.n_threads = pool.n_threads
         self.unsynced = Unsynced()
@@ -66,7 +67,7 @@ class LocalEngine:
         self._model = model
         self._pool = pool
         self._timeout_s = timeout_s
-        self._compiler = compiler
+        self._options = options
         self._start_s = max(START_S, timeout_s)
         self._programs = Programs(spec)
         self._modules = list(model.named_modules(remove_duplicate=False))
@@ -160,7 +161,8 @@ class LocalEngine:
             payload=self._pickle(stages, own_loss),
             torchvision="torchvision" in sys.modules,
             n_threads=self.n_threads,
-            compiler=self._compiler,
+            compiler=self._options.compiler,
+            defers=self._options.defers,
             surroundings=Surroundings.here(),
         )
         worker.connection.send_bytes(dumps(setup))

@@ -21,7 +21,8 @@ class Setup:
     ``gradients`` names the parameters whose gradients this worker writes to the arena, where replicas sum them.
     ``torchvision`` says that the parent uses it, so that the payload may refer to it.
     ``n_threads`` is how many CPU threads the worker computes with; ``compiler`` is a backend of ``torch.compile`` for
-    its stages; ``surroundings`` is what else of the parent's process changes what a model computes.
+    its stages; ``defers`` says that BatchNorms update running statistics once a step; ``surroundings`` is what else of
+    the parent's process changes what a model computes.
     """
 
     worker: int
@@ -37,6 +38,7 @@ class Setup:
     torchvision: bool
     n_threads: int
     compiler: str | None
+    defers: bool
     surroundings: Surroundings
 
 

@@ -129,6 +129,12 @@ class DataParallelReducer:
         self._prepare(ddp, [root])
         torch.autograd.backward([root], [torch.zeros_like(witness)])
 
+    def gathered(self, row: torch.Tensor) -> list[torch.Tensor]:
+        """Return the rows of all replicas, in their order."""
+        rows = [torch.empty_like(row) for _ in range(self._n_replicas)]
+        torch.distributed.all_gather(rows, row, group=self._group)
+        return rows
+
     def share_buffers(self, first_rank: int) -> None:
         """Overwrite this replica's buffers by those of the stage's first replica."""
         for buffer in self.module.buffers():

@@ -18,6 +18,7 @@ from .engine import Programs, fresh_gradients, model_state
 from .executor import Executor
 from .gradients import joined_norm, own_norm
 from .instructions import Op
+from .options import Options
 from .packets import decode, encode
 from .program import PipelineSpec, Span
 from .replicate import CommHook, DataParallelReducer, NoReduction, Reducer
@@ -91,8 +92,7 @@ class SpmdEngine:
         spec: PipelineSpec,
         model: nn.Module,
         loss_fn: Callable[..., Any] | None,
-        compiler: str | None = None,
-        comm_hook: CommHook | None = None,
+        options: Options,
     ) -> None:
         layout = spec.layout
         if dist.get_world_size() != layout.n_workers:
@@ -113,10 +113,12 @@ class SpmdEngine:
         self._compare_fingerprints()
         self._take_over_state()
         own = [s for s, owners in enumerate(layout.workers) if self._worker in owners]
-        stages = {s: StageRuntime(spec.stages[s], self._device, loss_fn, True, compiler) for s in own}
+        stages = {
+            s: StageRuntime(spec.stages[s], self._device, loss_fn, True, options.compiler, options.defers) for s in own
+        }
         transport = DistTransport(self._group, tuple(range(layout.n_workers)), layout.n_stages)
         self.replica_group: Any = None
-        self._executor = Executor(self._worker, layout, stages, transport, self._reducers(stages, comm_hook))
+        self._executor = Executor(self._worker, layout, stages, transport, self._reducers(stages, options.comm_hook))
         self._ties = self._tie_groups()
 
     def _compare_fingerprints(self) -> None:
@@ -222,8 +224,21 @@ class SpmdEngine:
                 self._take_parts(parameters, request.sync)
         for name, part in self._parts.items() if trains else ():
             self.unsynced.hold(name, parameters[name], part)
+        self._update_statistics()
         self._share_buffers()
         return self._gather(report, request)
+
+    def _update_statistics(self) -> None:
+        """Let deferred BatchNorms move, with what all replicas have seen."""
+        for s, stage in sorted(self._executor.stages.items()):
+            seen = stage.take_statistics()
+            if seen is None:
+                continue
+            reducer = self._executor.reducers[s]
+            every = [seen]
+            if isinstance(reducer, DataParallelReducer):
+                every = reducer.gathered(seen)
+            stage.update_statistics(every)
 
     def _take_parts(self, parameters: dict[str, nn.Parameter], complete: bool) -> None:
         """Keep apart what replicas have yet to sum; nothing where they have."""

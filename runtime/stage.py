@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import fx, nn
 from ..errors import ShapeError
 from ..structure import flatten, map_leaves, unflatten
 from .apart import Apart, backward_input
+from .deferred import DeferredBatchNorm, deferred
 from .explicit import Explicit
 from .program.calls import Folded
 from .program.specs import NodeRecord, NodeRef, StageSpec
@@ -140,7 +141,7 @@ class StageRuntime:
     ``loss_fn`` is called as ``loss_fn(output, target)`` on the last stage; without one the model's own loss is taken
     from its result (a 0-dim tensor, or ``result.loss`` / ``result["loss"]``). With ``steady`` training steps that come
     up again and again are recorded (see :class:`Explicit`); with ``compiler``, a backend of ``torch.compile``, they are
-    compiled instead.
+    compiled instead. With ``defers`` BatchNorms keep their running statistics until :meth:`update_statistics`.
     """
 
     def __init__(
@@ -150,12 +151,15 @@ class StageRuntime:
         loss_fn: Callable[..., Any] | None,
         steady: bool = False,
         compiler: str | None = None,
+        defers: bool = False,
     ) -> None:
         self.spec = spec
+        self._built = replace(spec, modules=deferred(spec)) if defers else spec
+        self._norms = [m for m in self._built.modules.values() if isinstance(m, DeferredBatchNorm)]
         self.device = device
         self.loss_fn = loss_fn
         self.seed = Seed()
-        self.module = build_module(spec, self.seed, device=device)
+        self.module = build_module(self._built, self.seed, device=device)
         self._deciding = spec.deciding
         self._modes = (True,) * len(self._deciding)
         self._variants: dict[tuple[bool, ...], fx.GraphModule] = {self._modes: self.module}
@@ -218,7 +222,7 @@ class StageRuntime:
         """Choose the ops that run in the present modes; all variants share the stage's modules."""
         if self._modes not in self._variants:
             training = dict(zip(self._deciding, self._modes)).__getitem__
-            self._variants[self._modes] = build_module(self.spec, self.seed, training, self.device)
+            self._variants[self._modes] = build_module(self._built, self.seed, training, self.device)
         return self._variants[self._modes]
 
     def _to_device(self, leaf: Any) -> Any:
@@ -302,6 +306,16 @@ class StageRuntime:
     def free(self, m: int) -> None:
         """Drop everything held of microbatch ``m``."""
         self.held.pop(m, None)
+
+    def take_statistics(self) -> torch.Tensor | None:
+        """Return what deferred BatchNorms have seen since the last time, as one row of numbers; None without any."""
+        return torch.cat([norm.take() for norm in self._norms]) if self._norms else None
+
+    def update_statistics(self, of_replicas: Sequence[torch.Tensor]) -> None:
+        """Move running statistics towards what all replicas have seen: their rows, in their order."""
+        sizes = [1 + 2 * norm.norm.num_features for norm in self._norms]
+        for norm, *seen in zip(self._norms, *(torch.split(row, sizes) for row in of_replicas)):
+            norm.update(seen)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the stage's parameters by their path in the stage's module, each once."""

@@ -140,7 +140,8 @@ class _Server:
             import_torchvision()
         specs, loss_fn = loads(setup.payload, self.state)
         self.stages = {
-            spec.index: StageRuntime(spec, torch.device(setup.device), loss_fn, True, setup.compiler) for spec in specs
+            spec.index: StageRuntime(spec, torch.device(setup.device), loss_fn, True, setup.compiler, setup.defers)
+            for spec in specs
         }
         own = {name: self.arena.view(gradient_slot(setup.worker, name)) for name in setup.gradients}
         self.gradients = GradientSlots({name: self.state[name] for name in own}, own)
@@ -216,6 +217,7 @@ class _Server:
         self.executor.begin(command.request, self.programs[command.program])
         report = self.executor.run()
         has_gradient = self._complete_gradients() if command.request.kind in (TRAIN, BACKWARD) else ()
+        self._update_statistics()
         self._hand_over_buffers()
         return Done(report, has_gradient)
 
@@ -243,6 +245,18 @@ class _Server:
         first = [stage for s, stage in self.stages.items() if layout.workers[s][0] == self.setup.worker]
         read = {id(parameter) for stage in first for parameter in stage.module.parameters()}
         return tuple(name for name in self.gradients.written() if id(self.state[name]) in read)
+
+    def _update_statistics(self) -> None:
+        """Let deferred BatchNorms move, with what all replicas have seen."""
+        for s, stage in sorted(self.stages.items()):
+            seen = stage.take_statistics()
+            if seen is None:
+                continue
+            every = [seen]
+            if self.groups[s] is not None:
+                every = [torch.empty_like(seen) for _ in self.setup.layout.workers[s]]
+                dist.all_gather(every, seen, group=self.groups[s])
+            stage.update_statistics(every)
 
     def _hand_over_buffers(self) -> None:
         first = any(owners[0] == self.setup.worker for owners in self.setup.layout.workers)

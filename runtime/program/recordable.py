@@ -9,6 +9,7 @@ from torch import fx, nn
 from .calls import Folded, Guarded, InRegion, ModeSwitch, SameForm, Settled
 
 _OWN_CALLS = (Guarded, Settled, SameForm)  # they look at sizes and forms, which recordings are made for
+_KNOWN = ("torch.nn.", f"{__package__.rpartition('.')[0]}.deferred")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -25,7 +26,7 @@ def why_not_module(module: nn.Module) -> str | None:
                     return f"{node.name}: {why}"
         elif getattr(inner, "max_norm", None) is not None:
             return f"{where} changes its weights in the forward"
-        elif type(inner) not in (Folded, ModeSwitch) and not type(inner).__module__.startswith("torch.nn."):
+        elif not isinstance(inner, (Folded, ModeSwitch)) and not type(inner).__module__.startswith(_KNOWN):
             return f"{where} is kept whole"
     return None
 
