@@ -35,6 +35,7 @@ from .runtime.options import Options
 from .runtime.pipeline import Pipeline
 from .runtime.replicate import CommHook
 from .runtime.spmd import under_torchrun
+from .runtime.weights import check_weights, weights_of
 
 LAUNCHES = ("auto", "local", "torchrun", "inline")
 
@@ -64,6 +65,7 @@ def compile(
     trial_s: float = 20.0,
     compile_stages: bool | str = False,
     batchnorm: str = "microbatch",
+    weights: str | Path | None = None,
     comm_hook: CommHook | None = None,
 ) -> Pipeline:
     """Compile ``model`` into a pipelined, replicated training program.
@@ -107,6 +109,9 @@ def compile(
         batchnorm: ``"microbatch"`` updates running statistics with every microbatch, as the unsplit model run in the
             same microbatches does; ``"deferred"`` once a step, with those of the whole batch. Each microbatch is
             normalised by its own either way.
+        weights: values for a model that was made on the meta device: a safetensors file, a folder of such files, or
+            ``"init"`` for what the modules' ``reset_parameters()`` make. Stages get memory where they run; under
+            torchrun no process ever holds the whole.
         comm_hook: a communication hook of DistributedDataParallel for gradients of replicas under torchrun: called with
             the process group of a stage's replicas, it returns (state, hook):
             ``lambda group: (group, default_hooks.fp16_compress_hook)``.
@@ -116,6 +121,7 @@ def compile(
         ConstraintError: arguments contradict each other.
         PlanError: the plan does not fit the model, or no plan exists.
         CaptureError: the example inputs cannot be used.
+        CheckpointError: ``weights`` are not there, or do not fit.
     """
     if loss_reduction not in ("mean", "sum"):
         raise ConstraintError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
@@ -133,7 +139,9 @@ def compile(
         )
     if batchnorm not in MODES:
         raise ConstraintError(f"batchnorm must be {' or '.join(map(repr, MODES))}, got {batchnorm!r}")
-    options = Options(_backend(compile_stages), batchnorm == "deferred", comm_hook)
+    check_weights(model, weights is not None)
+    filled = None if weights is None else weights_of(weights, model)
+    options = Options(_backend(compile_stages), batchnorm == "deferred", comm_hook, filled)
     known = load(plan) if isinstance(plan, (str, Path)) else plan
     cluster = describe(devices, replicas, memory_bytes)
     cluster = over_sockets(cluster) if launch == "torchrun" else cluster

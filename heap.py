@@ -28,6 +28,12 @@ def keep_freed_memory() -> None:
         _set(_NEVER)
 
 
+def give_freed_memory_back() -> None:
+    """Let the system have what is free now; what is freed later is kept again."""
+    if _is_ours():
+        _libc().malloc_trim(0)
+
+
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
     """Keep freed memory for a while, then give it back.

@@ -186,6 +186,7 @@ def run(name: str, sittings: int, steps: int, configurations: dict[str, dict[str
     """Plan all configurations of a model; then, several times, measure costs, predict, and run each in turn."""
     model, x, y = models()[name]
     loss_fn = LOSSES.get(name, F.cross_entropy)
+    stagecut.end_workers()  # new ones, whose peaks of memory are this model's
     base = base_bytes()
     example = {"example_inputs": (x,), "loss_fn": loss_fn, "example_target": y}
     with tempfile.TemporaryDirectory() as folder, environment(STAGECUT_CACHE=folder):
@@ -196,6 +197,7 @@ def run(name: str, sittings: int, steps: int, configurations: dict[str, dict[str
     plans.setdefault(choice, chosen)
     predictor = Predictor(copy.deepcopy(model), x, y, loss_fn, plans)
     pipelines = {}
+    stagecut.end_workers()  # trials have run on them
     for what, plan in plans.items():
         pipelines[what] = stagecut.compile(copy.deepcopy(model), list(plan.devices), loss_fn=loss_fn, plan=plan)
         for _ in range(2):

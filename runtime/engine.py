@@ -20,6 +20,7 @@ from .schedules import Orders, of_columns, of_part, shortened
 from .stage import StageRuntime, isolated_randomness
 from .transport import InlineTransport, MessageKey
 from .unsynced import Unsynced
+from .weights import fill_in
 
 
 class Engine(Protocol):
@@ -109,6 +110,7 @@ class InlineEngine:
         self._model = model
         self._programs = Programs(spec)
         self._random = spec.random
+        fill_in(model, options.weights)
         mailbox: dict[MessageKey, torch.Tensor] = {}
         self._mailbox = mailbox
         self._executors: list[Executor] = []

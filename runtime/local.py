@@ -31,6 +31,7 @@ from .shared_gradients import gradient_slot
 from .shared_memory import ChannelFiles, channels_of
 from .surroundings import Surroundings
 from .unsynced import Unsynced
+from .weights import materialised, names_of
 
 START_S = 60.0
 _POLL_S = 0.2
@@ -102,6 +103,7 @@ class LocalEngine:
         self._slot_views = {key: self._arena.view(slot) for key, slot in self._gradient_slots.items()}
         self._slot_pointers = {view.data_ptr() for view in self._slot_views.values()}
         self._bindings = [_Binding(name, tensor, self._arena.view(name)) for name, tensor in state.items()]
+        self._fill()
         self._bind()
         self._pool.wait_until_ready(self._start_s)
         channels = [ChannelFiles.open(*pair) for pair in channels_of(self._spec.layout)]
@@ -126,6 +128,15 @@ class LocalEngine:
                 tensors += [t for t in stage.attributes.values() if isinstance(t, torch.Tensor)]
                 names.update({self._names[id(t)]: None for t in tensors if id(t) in self._names})
         return list(names)
+
+    def _fill(self) -> None:
+        """Give tensors of the meta device their place in the arena, and their values."""
+        names = names_of(self._model)
+        for binding in self._bindings:
+            if binding.tensor.is_meta:
+                assert self._options.weights is not None
+                self._options.weights.fill(names[id(binding.tensor)], binding.shared)
+                materialised(binding.tensor, binding.shared)
 
     def _bind(self) -> None:
         """Make the arena the home of every parameter and buffer; repairs what the user replaced since last time."""

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import ConstraintError, ShapeError, StagecutError, StageError
+from ..errors import ConstraintError, StagecutError, StageError
 from ..structure import flatten, unflatten
 from .attach import Pending, attach
 from .batch import (
@@ -27,39 +27,14 @@ from .batch import (
     split_inputs,
     split_target,
 )
+from .build import Build
 from .engine import Engine
 from .gradients import clip, own_norm
 from .program import PipelineSpec, Timeline
-from .program.timeline import Span
 from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepRequest
-from .results import EvalResult, Profile, Startup, StepResult
+from .results import EvalResult, Profile, Startup, StepResult, timeline_of, total_loss
 from .unsplit import unsplit
 from .verify import VerifyReport, compare, gradients_of, preserved, reference_step, whole
-
-
-class Build(Protocol):
-    """Capture, plan and cut the model for the arguments of a first call.
-
-    ``target`` is an example of what the loss compares with, where there is one; ``can_step`` says whether it and the
-    arguments make a training step.
-    """
-
-    target: Any
-    can_step: bool
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[tuple[PipelineSpec, Any]]:
-        """Return what to launch, and the plan that it came from; several where they are to be tried."""
-
-    def try_out(self, steps: Sequence[Callable[[], None]]) -> tuple[int, Any]:
-        """Return which of several to launch, and its plan, by running a step of each in turn."""
-
-    def without_trial(self, problem: Exception) -> tuple[int, Any]:
-        """Return which of several to launch, and its plan, where running them met a problem."""
-
-    def replan(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], measure: Callable[[], Timeline], gain: float
-    ) -> tuple[PipelineSpec, Any] | None:
-        """Plan again with what ``measure`` returns; None if no plan is faster by ``gain``."""
 
 
 class Pipeline(nn.Module):
@@ -72,6 +47,10 @@ class Pipeline(nn.Module):
     A pipeline is a context manager; leaving it, or :meth:`close`, lets its workers go: they wait for the next
     ``compile`` (``stagecut.end_workers()`` ends those that wait).
     """
+
+    # Hugging Face's Trainer asks. With it, it would pass on the count of labels of several batches for the loss to be a
+    # share of, and each microbatch would take it for the count of its own.
+    accepts_loss_kwargs = False
 
     def __init__(
         self,
@@ -161,7 +140,7 @@ class Pipeline(nn.Module):
     ) -> tuple[StepResult, StepReport]:
         request, _ = self._request(TRAIN, args, kwargs, target=target, want_loss=True, profile=profile)
         report = self._run(request)
-        return StepResult(_total_loss(report, request)), report
+        return StepResult(total_loss(report, request)), report
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -213,7 +192,7 @@ class Pipeline(nn.Module):
         request, sizes = self._request(EVALUATE, args, kwargs, target=target, want_outputs=True, want_loss=want_loss)
         report = self._run(request)
         output, _ = merge_outputs([report.outputs[m] for m in range(len(sizes))], sizes)
-        return EvalResult(output, _total_loss(report, request) if want_loss else None)
+        return EvalResult(output, total_loss(report, request) if want_loss else None)
 
     def verify(
         self, *args: Any, target: Any = None, rtol: float | None = None, raises: bool = True, **kwargs: Any
@@ -233,7 +212,7 @@ class Pipeline(nn.Module):
         with self._complete("verify"), preserved(self.model):
             request, _ = self._request(TRAIN, args, kwargs, target=target, want_loss=True)
             report = self._run(request)
-            given = gradients_of(self.model, _total_loss(report, request))
+            given = gradients_of(self.model, total_loss(report, request))
         assert self._spec is not None
         assert self._engine is not None
         state = self._engine.full_state()
@@ -257,7 +236,7 @@ class Pipeline(nn.Module):
                 self.model.zero_grad(set_to_none=True)
                 start = time.perf_counter()
                 _, report = self._step(args, kwargs, target, profile=True)
-                measured.append((time.perf_counter() - start, _timeline(report, self._n_workers)))
+                measured.append((time.perf_counter() - start, timeline_of(report, self._n_workers)))
         measured.sort(key=lambda pair: pair[0])
         return Profile(measured[len(measured) // 2][1], tuple(seconds for seconds, _ in measured))
 
@@ -601,18 +580,3 @@ class Pipeline(nn.Module):
 def _autocast_dtype(device: str) -> torch.dtype | None:
     kind = torch.device(device).type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def _total_loss(report: StepReport, request: StepRequest) -> torch.Tensor:
-    missing = [m for m in range(request.n_microbatches) if m not in report.losses]
-    if missing:
-        raise ShapeError(f"no loss was computed for microbatches {missing}")
-    counted = [m for m in range(request.n_microbatches) if request.weights[m] != 0]
-    parts = [report.losses[m].detach() * request.weights[m] for m in counted]
-    return torch.stack([part.cpu() for part in parts]).sum()
-
-
-def _timeline(report: StepReport, n_workers: int) -> Timeline:
-    origin = min(span.start_s for span in report.spans)
-    spans = [Span(s.worker, s.op, s.stage, s.microbatch, s.start_s - origin, s.end_s - origin) for s in report.spans]
-    return Timeline("measured", n_workers, tuple(sorted(spans, key=lambda s: (s.worker, s.start_s))))

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from .program import Timeline
+from ..errors import ShapeError
+from .program import Span, Timeline
+from .requests import StepReport, StepRequest
 
 
 @dataclass(frozen=True)
@@ -61,3 +63,24 @@ class Profile:
     def step_s(self) -> float:
         """Return the median wall seconds of a step."""
         return statistics.median(self.steps_s)
+
+
+def total_loss(report: StepReport, request: StepRequest) -> torch.Tensor:
+    """Return the loss of the whole batch: that of each microbatch by its weight.
+
+    Raises:
+        ShapeError: a microbatch has none.
+    """
+    missing = [m for m in range(request.n_microbatches) if m not in report.losses]
+    if missing:
+        raise ShapeError(f"no loss was computed for microbatches {missing}")
+    counted = [m for m in range(request.n_microbatches) if request.weights[m] != 0]
+    parts = [report.losses[m].detach() * request.weights[m] for m in counted]
+    return torch.stack([part.cpu() for part in parts]).sum()
+
+
+def timeline_of(report: StepReport, n_workers: int) -> Timeline:
+    """Return what workers did in a step, from its beginning on."""
+    origin = min(span.start_s for span in report.spans)
+    spans = [Span(s.worker, s.op, s.stage, s.microbatch, s.start_s - origin, s.end_s - origin) for s in report.spans]
+    return Timeline("measured", n_workers, tuple(sorted(spans, key=lambda s: (s.worker, s.start_s))))

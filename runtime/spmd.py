@@ -26,6 +26,7 @@ from .requests import BACKWARD, TRAIN, StepReport, StepRequest
 from .stage import StageRuntime
 from .transport import DistTransport
 from .unsynced import Unsynced
+from .weights import Weights, materialised, names_of
 
 _SAMPLE_BYTES = 1 << 16
 _LOSS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -111,7 +112,7 @@ class SpmdEngine:
         self._programs = Programs(spec)
         self._names = {id(tensor): name for name, tensor in reversed(list(model_state(model).items()))}
         self._compare_fingerprints()
-        self._take_over_state()
+        self._take_over_state(options.weights)
         own = [s for s, owners in enumerate(layout.workers) if self._worker in owners]
         stages = {
             s: StageRuntime(spec.stages[s], self._device, loss_fn, True, options.compiler, options.defers) for s in own
@@ -145,24 +146,34 @@ class SpmdEngine:
                 users[name].append(stage.index)
         return users
 
-    def _take_over_state(self) -> None:
-        """Take rank 0's values, move what is used here to this rank's device, and release the rest."""
+    def _take_over_state(self, weights: Weights | None) -> None:
+        """Take rank 0's values, move what is used here to this rank's device, and release the rest.
+
+        Of a model on the meta device each rank reads what it owns, and nobody has the rest.
+        """
         users = self._users()
         self._owner: dict[str, int] = {}
         self._shapes: dict[str, torch.Size] = {}
         self._owned: list[tuple[str, torch.Tensor]] = []
         by_name = {self._names[id(t)]: t for t in model_state(self._model).values()}
+        every_name = names_of(self._model)
         for name, tensor in by_name.items():
-            data = tensor.detach().cpu().contiguous()
-            dist.broadcast(data, 0, group=self._group)
             workers = [w for s in users[name] for w in self._spec.layout.workers[s]]
+            mine = self._worker in workers or not workers
             self._owner[name] = workers[0] if workers else -1
             self._shapes[name] = tensor.shape
-            if self._worker in workers or not workers:
-                tensor.data = data.to(self._device)
+            if mine:
                 self._owned.append((name, tensor))
-            else:
-                tensor.data = data.new_empty(0)
+            if tensor.is_meta:
+                assert weights is not None, "compile has seen to it"
+                data = torch.empty(tensor.shape if mine else (0,), dtype=tensor.dtype)
+                if mine:
+                    weights.fill(every_name[id(tensor)], data)
+                materialised(tensor, data.to(self._device))
+                continue
+            data = tensor.detach().cpu().contiguous()
+            dist.broadcast(data, 0, group=self._group)
+            tensor.data = data.to(self._device) if mine else data.new_empty(0)
         self._by_name = by_name
 
     def _reducers(self, stages: dict[int, StageRuntime], comm_hook: CommHook | None) -> dict[int, Reducer]:

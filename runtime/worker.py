@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..heap import keep_freed_memory
+from ..heap import give_freed_memory_back, keep_freed_memory
 from ..vision_compat import import_torchvision
 from .arena import Arena, parameter_over
 from .executor import Executor
@@ -47,6 +47,7 @@ def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> 
     connection = Connection(command_fd)
     connection.send_bytes(dumps(Ready()))
     server: _Server | None = None
+    answer: Any = None
     while True:
         try:
             if server is None and not connection.poll(_IDLE_S):
@@ -57,13 +58,14 @@ def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> 
         if isinstance(command, Release):
             if server is not None:
                 server.close()
-            server = command = None
+            server = command = answer = None
             gc.collect()
+            give_freed_memory_back()
             continue
         try:
             if isinstance(command, Setup):
                 server = _Server(command, partial(_receive_fd, command_fd))
-                answer: Any = Ready()
+                answer = Ready()
             else:
                 assert server is not None, "a worker is set up before it runs"
                 answer = server.handle(command)

@@ -30,10 +30,12 @@ def test_ties_replicas_state_and_both_loops(repository: Path, devices: str, n_ra
 
 
 @pytest.mark.parametrize(("devices", "n_ranks"), [("[['cpu', 'cpu']]", 2), ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4)])
-def test_hooks_accumulation_and_a_sharded_optimizer(repository: Path, devices: str, n_ranks: int) -> None:
+def test_hooks_accumulation_sharded_optimizers_and_weights_from_files(
+    repository: Path, tmp_path: Path, devices: str, n_ranks: int
+) -> None:
     script = str(repository / "tests" / "support" / "torchrun_hooks.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
-    command = [*torchrun, script, devices]
+    command = [*torchrun, script, devices, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is exact") == n_ranks

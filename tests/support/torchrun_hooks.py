@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -106,12 +107,43 @@ def sharded(devices: Any) -> None:
     torch.testing.assert_close(pm.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-12)
 
 
+def on_meta(devices: Any) -> None:
+    _, plain, x, y = made()
+    path = os.path.join(sys.argv[2], "model.safetensors")
+    if dist.get_rank() == 0:
+        save_file(plain.state_dict(), path)
+    dist.barrier()
+    with torch.device("meta"):
+        model, _, _, _ = made()
+    identities = [id(p) for p in model.parameters()]
+    pm = stagecut.compile(model, devices, weights=path, example_inputs=(x,), **OPTIONS)
+    assert identities == [id(p) for p in pm.parameters()]
+    held = sum(p.numel() for p in pm.parameters())
+    assert held == sum(p.numel() for p in pm.local_parameters())
+    if len(devices) > 1:
+        assert held < sum(p.numel() for p in plain.parameters()), "the other stage's are elsewhere"
+    torch.testing.assert_close(pm.state_dict(), plain.state_dict())
+    pm.step(x, target=y)
+    wanted = gradients(plain, x, y)
+    for name, gradient in own(pm).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-9, atol=1e-13, msg=name)
+    with torch.device("meta"):
+        fresh, _, _, _ = made()
+    torch.manual_seed(dist.get_rank())  # rank 0's seed counts
+    state = stagecut.compile(fresh, devices, weights="init", example_inputs=(x,), **OPTIONS).state_dict()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {name: value.sum().item() for name, value in state.items()})
+    assert all(other == everyone[0] for other in everyone)
+    assert all(value.std() > 0 for value in state.values())
+
+
 def main() -> None:
     devices = eval(sys.argv[1], {"__builtins__": {}})
     dist.init_process_group("gloo")
     hooks(devices)
     accumulation(devices)
     sharded(devices)
+    on_meta(devices)
     print(f"rank {dist.get_rank()} is exact", flush=True)
     dist.destroy_process_group()
     sys.stdout.flush()

@@ -1,0 +1,180 @@
+"""Weights of a model that was made on the meta device: filled in where each stage runs.
+
+A model under ``with torch.device("meta"):`` has shapes and no memory. Its tensors get memory when an engine knows who
+owns them, and their values from safetensors files, read one tensor at a time, or from the modules' own
+``reset_parameters``.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, ConstraintError
+
+INIT = "init"
+
+
+class Weights(Protocol):
+    """Where values come from."""
+
+    def fill(self, names: Iterable[str], target: torch.Tensor) -> None:
+        """Write the values of the tensor that has these names into ``target``, of its shape.
+
+        Raises:
+            CheckpointError: they are not known, or of another shape.
+        """
+
+
+def weights_of(source: str | Path, model: nn.Module) -> Weights:
+    """Return the weights that a user asked for: ``"init"``, a safetensors file, or a folder of such files.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    if source == INIT:
+        return Initialised(model, int(torch.randint(2**31, ()).item()))
+    path = Path(source)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise CheckpointError(f"no safetensors file at {path}", hint="weights='model.safetensors', or a folder of them")
+    return Files(files)
+
+
+def check_weights(model: nn.Module, given: bool) -> None:
+    """Refuse a model without memory, if nothing says where its values are to come from, or one with memory, if it does.
+
+    Raises:
+        ConstraintError: see above.
+    """
+    on_meta = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if on_meta and not given:
+        raise ConstraintError(
+            f"{on_meta[0]} and {len(on_meta) - 1} more tensors of the model are on the meta device, without values",
+            hint="stagecut.compile(..., weights='model.safetensors'), or weights='init' for reset_parameters()",
+        )
+    if given and not on_meta:
+        raise ConstraintError(
+            "weights= is for models on the meta device, and this one has values already",
+            hint="make it under torch.device('meta'), or leave out weights= and call model.load_state_dict(...)",
+        )
+
+
+def materialised(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Give a tensor of the meta device the memory of ``values``; it stays the same object."""
+    made = nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+    torch.utils.swap_tensors(tensor, made)  # type: ignore[no-untyped-call]
+
+
+class Files:
+    """Safetensors files; nothing is read before it is asked for."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._file_of: dict[str, Path] = {}
+        for file in files:
+            for name in _names_in(file):
+                self._file_of[name] = file
+
+    def fill(self, names: Iterable[str], target: torch.Tensor) -> None:
+        """Read the values; a tied tensor may be there under any of its names."""
+        wanted = list(names)
+        known = next((name for name in wanted if name in self._file_of), None)
+        if known is None:
+            raise CheckpointError(f"{' = '.join(wanted)} is in none of the files, and on the meta device")
+        with _opened(self._file_of[known]) as file:
+            found = file.get_tensor(known)
+        if found.shape != target.shape:
+            raise CheckpointError(
+                f"{known} has shape {tuple(found.shape)} in {self._file_of[known]}, "
+                f"and {tuple(target.shape)} in the model"
+            )
+        with torch.no_grad():
+            target.copy_(found)
+
+
+def _names_in(file: Path) -> list[str]:
+    with _opened(file) as opened:
+        return list(opened.keys())
+
+
+def _opened(file: Path) -> Any:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise CheckpointError(
+            "weights in files need the safetensors package", hint="pip install safetensors"
+        ) from error
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is no whole safetensors file: {error}") from error
+
+
+class Initialised:
+    """What modules' ``reset_parameters`` make of their tensors, the same whoever asks for whichever of them."""
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self._seed = seed
+        self._owner: dict[str, tuple[str, str, nn.Module]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            for name in [*module._parameters, *module._buffers]:
+                self._owner[f"{path}.{name}" if path else name] = (path, name, module)
+        self._made: tuple[str, nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}
+
+    def fill(self, names: Iterable[str], target: torch.Tensor) -> None:
+        """Let the owner of the tensor initialise it; of several owners the first."""
+        path, name, module = self._owner[next(iter(names))]
+        if self._made is None or self._made[0] != path:
+            self._made = (path, self._initialised(path, module))
+        with torch.no_grad():
+            target.copy_(getattr(self._made[1], name))
+
+    def _initialised(self, path: str, module: nn.Module) -> nn.Module:
+        reset: Callable[[], None] | None = getattr(type(module), "reset_parameters", None)
+        if reset is None:
+            raise CheckpointError(
+                f"module {path or 'of the model itself'} ({type(module).__name__}) has no reset_parameters()",
+                hint="stagecut.compile(..., weights='model.safetensors'), or give it that method",
+            )
+        alone = copy.copy(module)
+        alone._modules = {}
+        alone._parameters = {
+            n: p if p is None else nn.Parameter(_empty(p), p.requires_grad) for n, p in module._parameters.items()
+        }
+        alone._buffers = {n: b if b is None else _empty(b) for n, b in module._buffers.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(f"{self._seed}/{path}".encode()))
+            alone.reset_parameters()  # type: ignore[operator]
+        return alone
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def fill_in(model: nn.Module, weights: Weights | None) -> None:
+    """Give all tensors of the meta device memory of their own, and their values."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_meta:
+            assert weights is not None, "check_weights has seen to it"
+            values = _empty(tensor)
+            weights.fill(names_of(model)[id(tensor)], values)
+            materialised(tensor, values)
+
+
+def names_of(model: nn.Module) -> Mapping[int, list[str]]:
+    """List the names of every parameter and buffer, by its id."""
+    found: dict[int, list[str]] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        found.setdefault(id(tensor), []).append(name)
+    return found
