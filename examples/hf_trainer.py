@@ -62,7 +62,7 @@ def main() -> None:
     config = GPT2Config(
         vocab_size=64, n_positions=32, n_embd=64, n_layer=4, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     )
-    config.loss_type = "ForCausalLMLoss"
+    config.loss_type, config.use_cache = "ForCausalLMLoss", False
     model = GPT2LMHeadModel(config)
     plain = copy.deepcopy(model)
     data = Counting(256, 32, 64)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import WorkerLost
-from .local_messages import Release
+from .local_messages import Claim, Release
 from .mailbox import Mailbox
 from .pickling import dumps, loads
 
@@ -150,7 +150,11 @@ def _unparked() -> WorkerProcess | None:
         end_workers()
     while _parked:
         worker = _parked.pop()
-        unheard = worker.is_ready and worker.connection.poll()  # what it says now is that it has ended
+        try:
+            unheard = worker.is_ready and worker.connection.poll()  # what it says now is that it has ended
+            worker.connection.send_bytes(dumps(Claim()))
+        except (OSError, ValueError):
+            unheard = True
         if worker.process.poll() is None and not unheard:
             return worker
         _kill_all([worker], os.getpid())

@@ -68,7 +68,12 @@ class Forget:
 
 @dataclass(frozen=True)
 class Release:
-    """Forget the pipeline, and wait for the next setup."""
+    """Forget the pipeline, and wait for the next one to claim the worker."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Wait for a setup, however long its planning takes."""
 
 
 @dataclass(frozen=True)

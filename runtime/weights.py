@@ -8,6 +8,8 @@ owns them, and their values from safetensors files, read one tensor at a time, o
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -68,7 +70,9 @@ def check_weights(model: nn.Module, given: bool) -> None:
 
 def materialised(tensor: torch.Tensor, values: torch.Tensor) -> None:
     """Give a tensor of the meta device the memory of ``values``; it stays the same object."""
-    made = nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+    if weakref.getweakrefs(tensor):
+        gc.collect()  # fake tensors of the capture refer to it, and torch swaps nothing that is referred to
+    made = nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values.detach()
     torch.utils.swap_tensors(tensor, made)  # type: ignore[no-untyped-call]
 
 

@@ -25,7 +25,7 @@ from ..vision_compat import import_torchvision
 from .arena import Arena, parameter_over
 from .executor import Executor
 from .instructions import Instruction
-from .local_messages import Done, Failed, Forget, Ready, Release, Run, Setup
+from .local_messages import Claim, Done, Failed, Forget, Ready, Release, Run, Setup
 from .mailbox import Mailbox
 from .pickling import dumps, loads
 from .program.specs import StageSpec
@@ -36,11 +36,11 @@ from .shared_memory import Inbox, Outbox, PeerGone, SharedMemoryTransport, chann
 from .stage import StageRuntime
 
 _PARENT_POLL_S = 0.5
-_IDLE_S = 300.0  # after which a worker without a pipeline leaves
+_IDLE_S = 300.0  # after which a worker that no pipeline wants leaves
 
 
 def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> None:
-    """Serve commands until the parent closes the connection, or is gone, or has had none for long."""
+    """Serve commands until the parent closes the connection, or is gone, or has wanted nothing for long."""
     threading.Thread(target=_follow_parent, args=(lifeline_fd, parent_pid), daemon=True).start()
     keep_freed_memory()
     torch.set_num_threads(n_threads)
@@ -48,13 +48,17 @@ def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> 
     connection.send_bytes(dumps(Ready()))
     server: _Server | None = None
     answer: Any = None
+    is_parked = False
     while True:
         try:
-            if server is None and not connection.poll(_IDLE_S):
+            if is_parked and not connection.poll(_IDLE_S):
                 break
             command = loads(connection.recv_bytes(), mailbox=None if server is None else server.mailbox)
         except EOFError:
             break
+        is_parked = isinstance(command, Release)
+        if isinstance(command, Claim):
+            continue
         if isinstance(command, Release):
             if server is not None:
                 server.close()

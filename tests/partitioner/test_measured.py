@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,15 @@ def test_made_up_inputs_share_memory_where_the_values_do() -> None:
     assert [part.storage_offset() for part in (first, second, third)] == [0, 4, 8]
     assert other.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
     assert other.stride() == (8, 1)
+
+
+def test_what_autograd_takes_to_start_is_no_op_s_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that moves by one second at every look, an op with nothing but that start takes none."""
+    ticks = itertools.count()
+    monkeypatch.setattr(measured._Stopwatch, "now", lambda self: float(next(ticks)))
+    caught = capture(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), (torch.randn(3, 4),))
+    facts = analyse(caught, [torch.randn(3, 4)], 3)
+    (tanh,) = [node for node in caught.graph.nodes if node.name == "_1"]
+    stopwatch = measured._Stopwatch(torch.device("cpu"), 1 << 12)
+    assert stopwatch.engine_s == 1.0
+    assert stopwatch.time(Isolated(tanh, caught.graph_module, facts), []) == (1.0, 0.0, 0.0)
