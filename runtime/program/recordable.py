@@ -26,7 +26,7 @@ def why_not_module(module: nn.Module) -> str | None:
                     return f"{node.name}: {why}"
         elif getattr(inner, "max_norm", None) is not None:
             return f"{where} changes its weights in the forward"
-        elif not isinstance(inner, (Folded, ModeSwitch)) and not type(inner).__module__.startswith(_KNOWN):
+        elif type(inner) not in (Folded, ModeSwitch) and not type(inner).__module__.startswith(_KNOWN):
             return f"{where} is kept whole"
     return None
 

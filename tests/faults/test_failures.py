@@ -96,6 +96,7 @@ def batch(*, poisoned: bool) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture
 def workers() -> Iterator[list[psutil.Process]]:
     """Collect this test's worker processes, and check at the end that all are gone."""
+    stagecut.end_workers()  # of tests before, which wait for the next pipeline
     found: list[psutil.Process] = []
     yield found
     assert [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []

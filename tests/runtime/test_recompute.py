@@ -63,7 +63,7 @@ def test_only_the_inputs_are_kept_until_the_backward() -> None:
 
     x = torch.randn(64, 32, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        results = recomputed(module, Seed(), 0, [x])
+        results = recomputed(module, module.forward, Seed(), 0, [x])
     assert kept == [x.numel()]
     results["y"].sum().backward()
     again = x.grad.clone()
@@ -88,4 +88,4 @@ class _Writes(nn.Module):
 
 def test_a_stage_that_changes_its_input_is_refused() -> None:
     with pytest.raises(StageError, match=r"(?s)changes one of its inputs in place.*recompute=False"):
-        recomputed(_Writes(), Seed(), 0, [torch.zeros(3)])
+        recomputed(writes := _Writes(), writes.forward, Seed(), 0, [torch.zeros(3)])
