@@ -16,9 +16,12 @@ import warnings
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import stagecut
+from stagecut.vision_compat import import_torchvision
+
+import_torchvision()  # PyPI's torchvision, which these import, needs help on a CPU build of torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments  # noqa: E402
 
 
 class Counting(Dataset):
@@ -65,6 +68,7 @@ def main() -> None:
     config.loss_type, config.use_cache = "ForCausalLMLoss", False
     model = GPT2LMHeadModel(config)
     plain = copy.deepcopy(model)
+    plain.accepts_loss_kwargs = False  # as a pipeline; else the Trainer has the loss divided by its own count of tokens
     data = Counting(256, 32, 64)
     with tempfile.TemporaryDirectory() as folder, stagecut.compile(model, [0, 1], stages=2, microbatches=4) as pm:
         ours = train(pm, data, folder)

@@ -10,13 +10,16 @@ import copy
 import logging
 import warnings
 
-import lightning
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import stagecut
+from stagecut.vision_compat import import_torchvision
+
+import_torchvision()  # PyPI's torchvision, which these import, needs help on a CPU build of torch
+import lightning  # noqa: E402
 
 
 class Classifier(lightning.LightningModule):
