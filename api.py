@@ -30,8 +30,8 @@ from .partitioner.describe import Devices, Replicas, describe, over_sockets
 from .partitioner.plan import Plan, load
 from .partitioner.planner import make_plan
 from .progress import Progress, shown_progress
-from .runtime.deferred import MODES
-from .runtime.options import Options
+from .runtime.batchnorm import MODES
+from .runtime.options import Options, StageOptions
 from .runtime.pipeline import Pipeline
 from .runtime.replicate import CommHook
 from .runtime.spmd import under_torchrun
@@ -107,8 +107,9 @@ def compile(
         compile_stages: run each stage through ``torch.compile``: True, or the name of a backend. Backwards are whole
             then, and results differ from the unsplit model's by rounding.
         batchnorm: ``"microbatch"`` updates running statistics with every microbatch, as the unsplit model run in the
-            same microbatches does; ``"deferred"`` once a step, with those of the whole batch. Each microbatch is
-            normalised by its own either way.
+            same microbatches does; ``"deferred"`` once a step, with those of the whole batch: each microbatch is
+            normalised by its own either way. ``"sync"`` normalises the microbatches that replicas have at the same time
+            together, as the unsplit model run in ``microbatches`` pieces does, however many replicas there are.
         weights: values for a model that was made on the meta device: a safetensors file, a folder of such files, or
             ``"init"`` for what the modules' ``reset_parameters()`` make. Stages get memory where they run; under
             torchrun no process ever holds the whole.
@@ -138,10 +139,10 @@ def compile(
             hint="torchrun --nproc-per-node N train.py",
         )
     if batchnorm not in MODES:
-        raise ConstraintError(f"batchnorm must be {' or '.join(map(repr, MODES))}, got {batchnorm!r}")
+        raise ConstraintError(f"batchnorm must be one of {', '.join(MODES)}, got {batchnorm!r}")
     check_weights(model, weights is not None)
     filled = None if weights is None else weights_of(weights, model)
-    options = Options(_backend(compile_stages), batchnorm == "deferred", comm_hook, filled)
+    options = Options(StageOptions(_backend(compile_stages), batchnorm), comm_hook, filled)
     known = load(plan) if isinstance(plan, (str, Path)) else plan
     cluster = describe(devices, replicas, memory_bytes)
     cluster = over_sockets(cluster) if launch == "torchrun" else cluster

@@ -25,7 +25,7 @@ from .partitioner.replan import better_plan, stage_seconds
 from .partitioner.split import split
 from .progress import shown_progress
 from .records import to_json
-from .runtime.deferred import check_deferrable
+from .runtime.batchnorm import check_reachable
 from .runtime.engine import Engine, InlineEngine
 from .runtime.launch import WorkerPool
 from .runtime.local import LocalEngine
@@ -257,8 +257,7 @@ class Launcher:
         self.pool = WorkerPool(n_workers, share) if launch == "local" else None
 
     def __call__(self, spec: PipelineSpec) -> Engine:
-        if self.options.defers:
-            check_deferrable(spec.stages)
+        check_reachable(spec.stages, spec.layout, self.options.stage.batchnorm)
         if self.launch == "inline":
             return InlineEngine(spec, self.model, self.loss_fn, self.options)
         if self.launch == "torchrun":

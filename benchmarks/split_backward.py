@@ -75,7 +75,7 @@ class Stage:
         return roots, getattr(self, "gradients", [])
 
     def forward(self, splits: bool) -> None:
-        self.runtime.begin(splits, trains=True)
+        self.runtime.begin(splits, trains=True, n_microbatches=1)
         self.runtime.forward(0, self.graph_inputs, self.packets)
 
     def whole(self) -> None:

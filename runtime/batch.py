@@ -107,6 +107,23 @@ def split_inputs(spec: InputSpec, inputs: dict[str, torch.Tensor], sizes: Sequen
     return tuple(pieces)
 
 
+def joined_inputs(spec: InputSpec, pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Put microbatches' inputs together again: the inverse of :func:`split_inputs`."""
+    if len(pieces) == 1:
+        return pieces[0]
+    batched = {leaf.graph_input for leaf in spec.leaves if leaf.batched}
+    return {
+        name: torch.cat([piece[name] for piece in pieces]) if name in batched else value
+        for name, value in pieces[0].items()
+    }
+
+
+def rows_of(spec: InputSpec, piece: dict[str, Any]) -> int:
+    """Count the rows of a microbatch."""
+    batched = [leaf.graph_input for leaf in spec.leaves if leaf.batched]
+    return int(piece[batched[0]].shape[0]) if batched and batched[0] is not None else 1
+
+
 def split_target(target: Any, rows: int, sizes: Sequence[int]) -> tuple[Any, ...]:
     """Cut every tensor of ``target`` that has ``rows`` rows; the rest goes whole to every microbatch."""
     leaves, structure = flatten(target)

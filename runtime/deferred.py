@@ -16,12 +16,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import ConstraintError
-from .program.specs import StageSpec
-
-MODES = ("microbatch", "deferred")
-_CALLS = (F.batch_norm, torch.batch_norm, torch.native_batch_norm)
-
 
 class DeferredBatchNorm(nn.Module):
     """Normalises like ``norm``, whose weight, bias and mode it uses, and leaves its buffers alone until :meth:`update`.
@@ -88,37 +82,3 @@ class DeferredBatchNorm(nn.Module):
         share = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
         norm.running_var.lerp_((spread / (count - 1).clamp(min=1)).to(norm.running_var.dtype), share)
-
-
-def deferred(spec: StageSpec) -> dict[str, nn.Module]:
-    """Return a stage's modules by path, BatchNorms replaced by ones that defer."""
-    return {path: DeferredBatchNorm(m) if _is_norm(m) else m for path, m in spec.modules.items()}  # type: ignore[arg-type]
-
-
-def check_deferrable(stages: Sequence[StageSpec]) -> None:
-    """Refuse stages with BatchNorms that would change their statistics themselves.
-
-    Raises:
-        ConstraintError: one is inside of code that is kept whole, or is a call of a function.
-    """
-    for stage in stages:
-        for path, module in stage.modules.items():
-            inner = [name for name, m in module.named_modules() if _is_norm(m) and m is not module]
-            if inner:
-                _refuse(f"{path}.{inner[0]} is inside of {type(module).__name__}, which is kept whole")
-        for record in stage.nodes:
-            if record.target in _CALLS:
-                _refuse(
-                    f"op {record.name} of {record.module_path or 'the model'} calls a function instead of nn.BatchNorm"
-                )
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
-
-
-def _refuse(why: str) -> None:
-    raise ConstraintError(
-        f"batchnorm='deferred' reaches modules of the graph only: {why}",
-        hint="batchnorm='microbatch', the default, updates them with every microbatch, as the unsplit model does",
-    )

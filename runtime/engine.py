@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..errors import StagecutError
+from ..errors import ConstraintError, StagecutError
+from .batchnorm import synced_stages
 from .executor import Executor
 from .gradients import own_norm
 from .options import Options
@@ -27,11 +28,12 @@ class Engine(Protocol):
     """Runs requests on the workers of one pipeline and leaves gradients in the model's ``.grad``.
 
     ``n_threads`` is how many CPU threads each worker computes with; ``unsynced`` are gradients that replicas have yet
-    to sum.
+    to sum; ``n_together`` says how many microbatches BatchNorms normalise as one.
     """
 
     n_threads: int
     unsynced: Unsynced
+    n_together: int
 
     def run(self, request: StepRequest) -> StepReport:
         """Carry out one request on all workers; raises what a worker raised."""
@@ -55,8 +57,10 @@ class Engine(Protocol):
 class Programs:
     """The programs of one pipeline, lowered and checked when a microbatch count is first seen."""
 
-    def __init__(self, spec: PipelineSpec) -> None:
+    def __init__(self, spec: PipelineSpec, in_lockstep: frozenset[int] = frozenset()) -> None:
+        """Take the stages whose replicas wait for each other inside of forwards and backwards."""
         self._spec = spec
+        self._in_lockstep = in_lockstep
         self._known: dict[tuple[str, int], Program] = {}
 
     def key_of(self, request: StepRequest) -> tuple[str, int]:
@@ -67,8 +71,10 @@ class Programs:
         """Return the checked program of that name and microbatch count."""
         if key not in self._known:
             name, n_microbatches = key
-            program = lower(name, self._spec.layout, self._orders(name, n_microbatches), n_microbatches)
-            check(program)
+            program = lower(
+                name, self._spec.layout, self._orders(name, n_microbatches), n_microbatches, self._in_lockstep
+            )
+            check(program, in_lockstep=self._in_lockstep)
             self._known[key] = program
         return self._known[key]
 
@@ -76,7 +82,7 @@ class Programs:
         spec = self._spec
         if name == spec.schedule and spec.orders:
             return shortened(of_columns(spec.orders, spec.layout), n_microbatches)
-        return of_part(name, spec.layout, n_microbatches)
+        return of_part(name, spec.layout, n_microbatches, in_rounds=bool(self._in_lockstep))
 
 
 @contextmanager
@@ -107,6 +113,12 @@ class InlineEngine:
     ) -> None:
         self.n_threads = torch.get_num_threads()
         self.unsynced = Unsynced()  # never any: replicas add into the same gradients
+        self.n_together = 1
+        if synced_stages(spec.stages, spec.layout, options.stage.batchnorm):
+            raise ConstraintError(
+                "batchnorm='sync' lets replicas wait for each other, and launch='inline' runs them one after another",
+                hint="launch='local', or one replica",
+            )
         self._model = model
         self._programs = Programs(spec)
         self._random = spec.random
@@ -118,9 +130,7 @@ class InlineEngine:
         for worker in range(layout.n_workers):
             own = [s for s, owners in enumerate(layout.workers) if worker in owners]
             device = torch.device(spec.devices[worker])
-            stages = {
-                s: StageRuntime(spec.stages[s], device, loss_fn, False, options.compiler, options.defers) for s in own
-            }
+            stages = {s: StageRuntime(spec.stages[s], device, loss_fn, options.stage) for s in own}
             reducers = {s: NoReduction() for s in own}
             self._executors.append(Executor(worker, layout, stages, InlineTransport(mailbox), dict(reducers)))
 

@@ -28,6 +28,8 @@ class Executor:
     """Run programs on the stages that one worker owns.
 
     ``tick`` is called with the index of each instruction before it runs, so that somebody else can watch progress.
+    ``coupled`` says that microbatches of a round depend on each other's statistics, somewhere in the pipeline: none of
+    their backwards is left out.
     """
 
     def __init__(
@@ -38,7 +40,10 @@ class Executor:
         transport: Transport,
         reducers: dict[int, Reducer],
         tick: Callable[[int], None] = lambda position: None,
+        *,
+        coupled: bool = False,
     ) -> None:
+        self.coupled = coupled
         self.worker = worker
         self.layout = layout
         self.stages = stages
@@ -60,7 +65,7 @@ class Executor:
         for s, stage in self.stages.items():
             stage.held = held[s]
             stage.seed.base = request.seed
-            stage.begin(self._count(s, Op.BACKWARD_WEIGHT) > 0, request.kind == TRAIN)
+            stage.begin(self._count(s, Op.BACKWARD_WEIGHT) > 0, request.kind == TRAIN, request.n_microbatches)
         if request.kind == FORWARD:
             self._calls[request.call] = held
         self.transport.begin([i for i in instructions if i.op in RECEIVES], request.signature)
@@ -218,7 +223,10 @@ class Executor:
             assert loss is not None
             if self.request.weights[m] == 0:
                 # A mean over nothing (every target ignored) is not a number, and 0 times its gradient neither.
-                return [], []
+                if not self.coupled:
+                    return [], []
+                found = [leaf for leaf in flatten(stage.held[m].output)[0] if _needs_gradient(leaf)]
+                return found, [torch.zeros_like(leaf) for leaf in found]
             return [loss], [torch.full_like(loss, self.request.weights[m])]
         assert self.request.output_gradients is not None
         pairs = [

@@ -113,6 +113,10 @@ class Layout:
         owners = self.workers[stage]
         return owners[microbatch % len(owners)]
 
+    def round_of(self, stage: int, microbatch: int) -> int:
+        """Return which microbatch of its replica of ``stage`` it is, counted from 0."""
+        return microbatch // len(self.workers[stage])
+
     def microbatches_of(self, stage: int, replica: int, n_microbatches: int) -> range:
         """Return the microbatches that one replica of a stage computes, of ``n_microbatches`` in the batch."""
         return range(replica, n_microbatches, len(self.workers[stage]))

@@ -10,8 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -23,7 +24,13 @@ from .mailbox import Mailbox
 from .pickling import dumps, loads
 
 STOP_S = 3.0
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # this package
+IDLE_S = 300.0  # after which a worker that no pipeline wants leaves
+# Where files of packages lie that nobody edits and reloads; this package's may lie elsewhere, and torch's too.
+_INSTALLED = (
+    *(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
+    os.path.dirname(torch.__file__),
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
+)
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main(*map(int, sys.argv[2:]))"
 )
@@ -39,6 +46,17 @@ class WorkerProcess:
     channel: socket.socket
     lifeline: int
     is_ready: bool = False
+    owner: int = field(default_factory=os.getpid)
+    modules: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def may_import(self) -> None:
+        """Note which of the user's files the worker may read from now on, and in which state."""
+        self.modules = {**_files_outside(), **self.modules}
+
+    @property
+    def is_stale(self) -> bool:
+        """Say whether a file that the worker may have imported is another one now: notebooks' users edit and reload."""
+        return any(_state_of(path) != state for path, state in self.modules.items())
 
     def send_fd(self, fd: int) -> None:
         """Pass a file descriptor to the worker."""
@@ -71,8 +89,7 @@ class WorkerPool:
     def __init__(self, n_workers: int, n_threads: int) -> None:
         self.n_threads = n_threads
         self.workers: list[WorkerProcess] = []
-        self._owner = os.getpid()
-        self._finalizer = weakref.finalize(self, _kill_all, self.workers, self._owner)
+        self._finalizer = weakref.finalize(self, _kill_all, self.workers)
         for index in range(n_workers):
             parked = _unparked()
             self.workers.append(replace(parked, index=index) if parked else _start(index, n_threads))
@@ -80,7 +97,7 @@ class WorkerPool:
     def keep(self, n_workers: int, n_threads: int) -> None:
         """Part with the workers that are not needed; the others are told at their setup how many threads to use."""
         spare, self.workers[n_workers:] = self.workers[n_workers:], []
-        _park(spare, self._owner)
+        _park(spare)
         self.n_threads = n_threads
 
     def wait_until_ready(self, timeout_s: float) -> None:
@@ -116,7 +133,7 @@ class WorkerPool:
     def close(self) -> None:
         """Let idle workers forget what they hold, and wait for the next pool that wants some."""
         idle, self.workers[:] = list(self.workers), []
-        _park(idle, self._owner)
+        _park(idle)
 
     def kill(self) -> None:
         """End every worker at once."""
@@ -124,62 +141,64 @@ class WorkerPool:
 
 
 _parked: list[WorkerProcess] = []
-_parked_by: dict[str, Any] = {"owner": 0, "code": None}
 
 
-def _park(workers: list[WorkerProcess], owner: int) -> None:
+def _park(workers: list[WorkerProcess]) -> None:
     """Keep idle workers for the next pipeline: a process that has imported torch is worth a second."""
-    if os.getpid() != owner:
-        return
     _drop_foreign()
     for worker in workers:
+        if worker.owner != os.getpid():
+            continue  # it serves the process that this one was forked from
         try:
             if worker.is_ready:
-                worker.connection.send_bytes(dumps(Release()))
+                worker.connection.send_bytes(dumps(Release(IDLE_S)))
         except (OSError, ValueError):
-            _kill_all([worker], owner)
+            _kill_all([worker])
         else:
             _parked.append(worker)
-    _parked_by.update(owner=owner, code=_code_outside())
 
 
 def _unparked() -> WorkerProcess | None:
     """Take an idle worker that is still there, and has not imported what has changed since."""
     _drop_foreign()
-    if _parked and _parked_by["code"] != _code_outside():
-        end_workers()
     while _parked:
         worker = _parked.pop()
+        unfit = worker.is_stale or worker.process.poll() is not None
         try:
-            unheard = worker.is_ready and worker.connection.poll()  # what it says now is that it has ended
+            unfit = unfit or (worker.is_ready and worker.connection.poll())  # what it says now is that it has ended
             worker.connection.send_bytes(dumps(Claim()))
         except (OSError, ValueError):
-            unheard = True
-        if worker.process.poll() is None and not unheard:
+            unfit = True
+        if not unfit:
             return worker
-        _kill_all([worker], os.getpid())
+        _kill_all([worker])
     return None
 
 
 def _drop_foreign() -> None:
     """Forget workers of the process that this one was forked from."""
-    if _parked_by["owner"] != os.getpid():
-        _parked.clear()
+    _parked[:] = [worker for worker in _parked if worker.owner == os.getpid()]
 
 
-def _code_outside() -> dict[str, float]:
-    """Return when the files of modules that were not installed were changed, by path.
-
-    Workers import such modules too, and a notebook's user edits them and reloads them.
-    """
-    installed = (sys.prefix, sys.base_prefix, os.path.dirname(torch.__file__), _HERE)
+def _files_outside() -> dict[str, tuple[int, int]]:
+    """Return the state of the files of modules that were not installed, by path: workers import such modules too."""
     found = {}
     for module in list(sys.modules.values()):
         path = getattr(module, "__file__", None)
-        if isinstance(path, str) and not path.startswith(installed):
-            with contextlib.suppress(OSError):
-                found[path] = os.stat(path).st_mtime
+        if isinstance(path, str) and not path.startswith(_INSTALLED):
+            state = _state_of(path)
+            if state is not None:
+                found[path] = state
     return found
+
+
+def _state_of(path: str) -> tuple[int, int] | None:
+    """Return when a file was changed and how long it is; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def end_workers() -> None:
@@ -189,7 +208,7 @@ def end_workers() -> None:
     five minutes without work.
     """
     _drop_foreign()
-    _kill_all(_parked, os.getpid())
+    _kill_all(_parked)
 
 
 atexit.register(end_workers)
@@ -224,14 +243,13 @@ def _loopback() -> str:
     return next((name for name in ("lo", "lo0") if name in names), names[0])
 
 
-def _kill_all(workers: list[WorkerProcess], owner: int) -> None:
-    """End the processes and close what belongs to them; a forked child of the owner must not do it."""
-    if os.getpid() != owner:
-        return
-    for worker in workers:
+def _kill_all(workers: list[WorkerProcess]) -> None:
+    """End the processes and close what belongs to them; a forked child of their owner must not do it."""
+    own = [worker for worker in workers if worker.owner == os.getpid()]
+    for worker in own:
         if worker.process.poll() is None:
             worker.process.kill()
-    for worker in workers:
+    for worker in own:
         worker.process.wait()
         worker.connection.close()
         worker.channel.close()

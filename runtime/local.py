@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import StageError, StallError
 from .arena import Arena
+from .batchnorm import replicas_of, synced_stages
 from .engine import Programs, model_state
 from .gradients import own_norm
 from .launch import WorkerPool, WorkerProcess
@@ -70,7 +71,9 @@ class LocalEngine:
         self._timeout_s = timeout_s
         self._options = options
         self._start_s = max(START_S, timeout_s)
-        self._programs = Programs(spec)
+        self._synced = synced_stages(spec.stages, spec.layout, options.stage.batchnorm)
+        self.n_together = replicas_of(self._synced, spec.layout)
+        self._programs = Programs(spec, self._synced)
         self._modules = list(model.named_modules(remove_duplicate=False))
         self._trainable: frozenset[str] | None = None
         self._modes: dict[str, bool] | None = None
@@ -172,10 +175,11 @@ class LocalEngine:
             payload=self._pickle(stages, own_loss),
             torchvision="torchvision" in sys.modules,
             n_threads=self.n_threads,
-            compiler=self._options.compiler,
-            defers=self._options.defers,
+            options=self._options.stage,
+            synced=self._synced,
             surroundings=Surroundings.here(),
         )
+        worker.may_import()
         worker.connection.send_bytes(dumps(setup))
         worker.send_fd(self._arena.fd)
         worker.send_fd(self._mailboxes[worker.index].fd)
@@ -253,13 +257,15 @@ class LocalEngine:
     ) -> dict[int, Any]:
         """Wait for every worker's answer, as long as some worker makes progress."""
         answers: dict[int, Any] = {}
+        bereft: Failed | None = None
         progress, since = self._progress.copy(), time.monotonic()
         while waiting:
             for worker in self._pool.wait_any(waiting, min(_POLL_S, timeout_s)):
                 answer = self._pool.receive(worker, self._mailboxes[worker.index])
                 waiting.remove(worker)
                 if isinstance(answer, Failed) and answer.peer_gone:
-                    continue  # the worker that ended is noticed too, and says how
+                    bereft = answer  # the worker that ended is noticed too, and says how
+                    continue
                 if isinstance(answer, Failed):
                     raise self._original(answer)
                 answers[worker.index] = answer
@@ -268,6 +274,8 @@ class LocalEngine:
                 progress, since = self._progress.copy(), time.monotonic()
             if waiting and time.monotonic() - since > timeout_s:
                 raise self._stalled(waiting, timeout_s, program)
+        if bereft is not None:
+            raise self._original(bereft)
         return answers
 
     def _original(self, failed: Failed) -> BaseException:

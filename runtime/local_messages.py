@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..errors import FailureSite
 from .arena import Slot
 from .instructions import Instruction, Layout
+from .options import StageOptions
 from .requests import StepReport, StepRequest
 from .surroundings import Surroundings
 
@@ -20,9 +21,9 @@ class Setup:
     ``payload`` is pickled (stages, loss_fn) whose tensors refer to ``parameters`` and ``buffers`` by name.
     ``gradients`` names the parameters whose gradients this worker writes to the arena, where replicas sum them.
     ``torchvision`` says that the parent uses it, so that the payload may refer to it.
-    ``n_threads`` is how many CPU threads the worker computes with; ``compiler`` is a backend of ``torch.compile`` for
-    its stages; ``defers`` says that BatchNorms update running statistics once a step; ``surroundings`` is what else of
-    the parent's process changes what a model computes.
+    ``n_threads`` is how many CPU threads the worker computes with; ``options`` say how its stages run; replicas of the
+    stages in ``synced`` exchange statistics; ``surroundings`` is what else of the parent's process changes what a
+    model computes.
     """
 
     worker: int
@@ -37,8 +38,8 @@ class Setup:
     payload: bytes
     torchvision: bool
     n_threads: int
-    compiler: str | None
-    defers: bool
+    options: StageOptions
+    synced: frozenset[int]
     surroundings: Surroundings
 
 
@@ -68,7 +69,9 @@ class Forget:
 
 @dataclass(frozen=True)
 class Release:
-    """Forget the pipeline, and wait for the next one to claim the worker."""
+    """Forget the pipeline, and wait ``idle_s`` seconds for the next one to claim the worker; then leave."""
+
+    idle_s: float
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from .batchnorm import MICROBATCH
 from .replicate import CommHook
 from .weights import Weights
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How one stage runs.
+
+    Attributes:
+        compiler: a backend of ``torch.compile`` for it.
+        batchnorm: where its BatchNorms take their statistics from, one of :data:`batchnorm.MODES`.
+    """
+
+    compiler: str | None = None
+    batchnorm: str = MICROBATCH
 
 
 @dataclass(frozen=True)
@@ -13,13 +27,11 @@ class Options:
     """What a user asked for.
 
     Attributes:
-        compiler: a backend of ``torch.compile`` for every stage.
-        defers: whether BatchNorms update their running statistics once a step, from the whole batch.
+        stage: how every stage runs.
         comm_hook: makes the communication hook for gradients of replicas under torchrun.
         weights: values for a model on the meta device.
     """
 
-    compiler: str | None = None
-    defers: bool = False
+    stage: StageOptions = field(default_factory=StageOptions)
     comm_hook: CommHook | None = None
     weights: Weights | None = None

@@ -34,7 +34,7 @@ from .program import PipelineSpec, Timeline
 from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepRequest
 from .results import EvalResult, Profile, Startup, StepResult, timeline_of, total_loss
 from .unsplit import unsplit
-from .verify import VerifyReport, compare, gradients_of, preserved, reference_step, whole
+from .verify import Gradients, VerifyReport, compare, gradients_of, preserved, reference_step, whole
 
 
 class Pipeline(nn.Module):
@@ -218,12 +218,24 @@ class Pipeline(nn.Module):
         state = self._engine.full_state()
         owned = {name for name, parameter in self.model.named_parameters() if parameter.shape == state[name].shape}
         with whole(self.model, state), preserved(self.model):
-            reference = reference_step(self.model, self._spec, request, self._loss_fn, self._engine.n_threads)
+            reference = self._reference(request)
         kind = "captured graph" if self._spec.random else "model"
         result = compare(given, reference, owned, rtol, kind)
         if raises and not result.ok:
             raise StagecutError(str(result))
         return result
+
+    def _reference(self, request: StepRequest) -> Gradients:
+        assert self._spec is not None
+        assert self._engine is not None
+        n_together = self._engine.n_together
+        if n_together > 1 and self._spec.random:
+            raise StagecutError(
+                "verify() has nothing to compare with: random numbers belong to single microbatches, and "
+                f"batchnorm='sync' runs {n_together} of them as one, which no unsplit model does",
+                hint="verify with the model's dropout at 0, or with one replica",
+            )
+        return reference_step(self.model, self._spec, request, self._loss_fn, self._engine.n_threads, n_together)
 
     def profile(self, *args: Any, target: Any = None, steps: int = 5, **kwargs: Any) -> Profile:
         """Measure ``steps`` training steps on one batch after a warm-up; gradients and buffers stay as they were."""
@@ -413,6 +425,7 @@ class Pipeline(nn.Module):
             report = self._engine.run(request)
         except BaseException as error:
             self._broken = error
+            self._engine.unsynced.drop()
             self._engine.close()
             self._engine = None
             raise
@@ -444,6 +457,7 @@ class Pipeline(nn.Module):
         """Let the workers go, to the next pipeline of this process; parameters stay usable."""
         self._closed = True
         if self._engine is not None:
+            self._engine.unsynced.drop()
             self._engine.close()
             self._engine = None
         self._release()

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import CheckpointError, DeviceError, PlanError, ShapeError, StageError
 from ..structure import flatten, is_encodable, unflatten
+from .batchnorm import replicas_of, synced_stages
 from .engine import Programs, fresh_gradients, model_state
 from .executor import Executor
 from .gradients import joined_norm, own_norm
@@ -23,7 +24,8 @@ from .packets import decode, encode
 from .program import PipelineSpec, Span
 from .replicate import CommHook, DataParallelReducer, NoReduction, Reducer
 from .requests import BACKWARD, TRAIN, StepReport, StepRequest
-from .stage import StageRuntime
+from .stage import StageRuntime, settle_statistics
+from .synced import Rounds, rounds_of
 from .transport import DistTransport
 from .unsynced import Unsynced
 from .weights import Weights, materialised, names_of
@@ -109,17 +111,22 @@ class SpmdEngine:
         self.unsynced = Unsynced()
         self._parts: dict[str, torch.Tensor] = {}
         self._device = torch.device(spec.devices[self._worker])
-        self._programs = Programs(spec)
+        synced = synced_stages(spec.stages, layout, options.stage.batchnorm)
+        self.n_together = replicas_of(synced, layout)
+        self._programs = Programs(spec, synced)
         self._names = {id(tensor): name for name, tensor in reversed(list(model_state(model).items()))}
         self._compare_fingerprints()
         self._take_over_state(options.weights)
         own = [s for s, owners in enumerate(layout.workers) if self._worker in owners]
+        rounds = {s: self._rounds(s) for s in sorted(synced)}
         stages = {
-            s: StageRuntime(spec.stages[s], self._device, loss_fn, True, options.compiler, options.defers) for s in own
+            s: StageRuntime(spec.stages[s], self._device, loss_fn, options.stage, steady=True, rounds=rounds.get(s))
+            for s in own
         }
         transport = DistTransport(self._group, tuple(range(layout.n_workers)), layout.n_stages)
         self.replica_group: Any = None
-        self._executor = Executor(self._worker, layout, stages, transport, self._reducers(stages, options.comm_hook))
+        reducers = self._reducers(stages, options.comm_hook)
+        self._executor = Executor(self._worker, layout, stages, transport, reducers, coupled=bool(synced))
         self._ties = self._tie_groups()
 
     def _compare_fingerprints(self) -> None:
@@ -152,6 +159,8 @@ class SpmdEngine:
         Of a model on the meta device each rank reads what it owns, and nobody has the rest.
         """
         users = self._users()
+        if weights is not None:
+            weights.agree(self.common_seed)
         self._owner: dict[str, int] = {}
         self._shapes: dict[str, torch.Size] = {}
         self._owned: list[tuple[str, torch.Tensor]] = []
@@ -235,21 +244,20 @@ class SpmdEngine:
                 self._take_parts(parameters, request.sync)
         for name, part in self._parts.items() if trains else ():
             self.unsynced.hold(name, parameters[name], part)
-        self._update_statistics()
+        settle_statistics(self._executor.stages, self._gathered)
         self._share_buffers()
         return self._gather(report, request)
 
-    def _update_statistics(self) -> None:
-        """Let deferred BatchNorms move, with what all replicas have seen."""
-        for s, stage in sorted(self._executor.stages.items()):
-            seen = stage.take_statistics()
-            if seen is None:
-                continue
-            reducer = self._executor.reducers[s]
-            every = [seen]
-            if isinstance(reducer, DataParallelReducer):
-                every = reducer.gathered(seen)
-            stage.update_statistics(every)
+    def _gathered(self, stage: int, row: torch.Tensor) -> list[torch.Tensor]:
+        """Return the rows of all replicas of a stage of this rank."""
+        reducer = self._executor.reducers[stage]
+        return reducer.gathered(row) if isinstance(reducer, DataParallelReducer) else [row]
+
+    def _rounds(self, stage: int) -> Rounds:
+        """Make what replicas of a stage exchange statistics by; every rank does, in the same order."""
+        owners = self._spec.layout.workers[stage]
+        on_gpus = all(torch.device(self._spec.devices[w]).type == "cuda" for w in owners)
+        return rounds_of(owners, "nccl" if on_gpus else "gloo")
 
     def _take_parts(self, parameters: dict[str, nn.Parameter], complete: bool) -> None:
         """Keep apart what replicas have yet to sum; nothing where they have."""

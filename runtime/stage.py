@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +13,18 @@ from torch import fx, nn
 from ..errors import ShapeError
 from ..structure import flatten, map_leaves, unflatten
 from .apart import Apart, backward_input
-from .deferred import DeferredBatchNorm, deferred
+from .batchnorm import in_mode
+from .deferred import DeferredBatchNorm
 from .explicit import Explicit
+from .options import StageOptions
 from .program.calls import Folded
 from .program.specs import NodeRecord, NodeRef, StageSpec
 from .recompute import recomputed
 from .seeding import MethodCall, Seed, Seeded
 from .sinks import Arm
+from .synced import Rounds
+
+_PLAIN = StageOptions()
 
 
 def build_module(
@@ -140,8 +145,9 @@ class StageRuntime:
 
     ``loss_fn`` is called as ``loss_fn(output, target)`` on the last stage; without one the model's own loss is taken
     from its result (a 0-dim tensor, or ``result.loss`` / ``result["loss"]``). With ``steady`` training steps that come
-    up again and again are recorded (see :class:`Explicit`); with ``compiler``, a backend of ``torch.compile``, they are
-    compiled instead. With ``defers`` BatchNorms keep their running statistics until :meth:`update_statistics`.
+    up again and again are recorded (see :class:`Explicit`), unless they are compiled by ``torch.compile``. Deferred
+    BatchNorms keep their running statistics until :meth:`update_statistics`; synced ones exchange theirs in ``rounds``,
+    which a stage has that has replicas.
     """
 
     def __init__(
@@ -149,23 +155,27 @@ class StageRuntime:
         spec: StageSpec,
         device: torch.device,
         loss_fn: Callable[..., Any] | None,
+        options: StageOptions = _PLAIN,
+        *,
         steady: bool = False,
-        compiler: str | None = None,
-        defers: bool = False,
+        rounds: Rounds | None = None,
     ) -> None:
         self.spec = spec
-        self._built = replace(spec, modules=deferred(spec)) if defers else spec
-        self._norms = [m for m in self._built.modules.values() if isinstance(m, DeferredBatchNorm)]
         self.device = device
         self.loss_fn = loss_fn
         self.seed = Seed()
+        exchange = None if rounds is None else lambda: rounds.exchange(self.seed.microbatch)
+        self._built = in_mode(spec, options.batchnorm, exchange)
+        self._rounds = rounds
+        self._norms = [m for m in self._built.modules.values() if isinstance(m, DeferredBatchNorm)]
         self.module = build_module(self._built, self.seed, device=device)
         self._deciding = spec.deciding
         self._modes = (True,) * len(self._deciding)
         self._variants: dict[tuple[bool, ...], fx.GraphModule] = {self._modes: self.module}
         self.held: dict[int, Held] = {}
-        self.steady = steady and compiler is None
-        self._compiler = compiler
+        self._whole_because = self._apart_from_recording(options)
+        self.steady = steady and self._whole_because is None
+        self._compiler = options.compiler
         self._compiled: dict[int, Callable[..., Any]] = {}
         self.explicit = Explicit(self.seed)
         self._changed = True  # since begin() last looked at the modules
@@ -175,17 +185,33 @@ class StageRuntime:
         """Say why a backward of this step ran whole that was to run in two parts, if one did."""
         return self.explicit.why_not
 
-    def begin(self, splits: bool, trains: bool) -> None:
-        """Prepare for a step that ``trains`` or not, whose program computes input and weight gradients apart or not."""
+    def _apart_from_recording(self, options: StageOptions) -> str | None:
+        """Say why this stage is never recorded, if so."""
+        if self.spec.recompute:
+            return "it computes its activations again"
+        if options.compiler is not None:
+            return "torch.compile makes one backward of it (compile_stages)"
+        if self._rounds is not None:
+            return "its BatchNorms exchange statistics with those of other replicas (batchnorm='sync')"
+        return None
+
+    def begin(self, splits: bool, trains: bool, n_microbatches: int) -> None:
+        """Prepare for a step.
+
+        Args:
+            splits: whether its program computes input and weight gradients apart.
+            trains: whether it is a whole training step.
+            n_microbatches: how many it has, over all replicas.
+        """
+        if self._rounds is not None:
+            self._rounds.begin(n_microbatches)
         # A worker process has modules of its own, which only modes change; elsewhere they are the user's.
         if self._changed or not self.explicit.slots:
             self.explicit.look_at(self._variant())
             self._changed = False
-        self.explicit.begin(splits and self._compiler is None, trains and self.steady)
-        if splits and self.spec.recompute:
-            self.explicit.why_not = "it computes its activations again"
-        elif splits and self._compiler is not None:
-            self.explicit.why_not = "torch.compile makes one backward of it (compile_stages)"
+        self.explicit.begin(splits and self._whole_because is None, trains and self.steady)
+        if splits:
+            self.explicit.why_not = self._whole_because
 
     def forward(self, m: int, graph_inputs: dict[str, Any], packets: dict[str, tuple[Any, bool]]) -> Held:
         """Compute microbatch ``m``: ``packets`` holds (value, gradient wanted) for each incoming wire value."""
@@ -331,6 +357,19 @@ class StageRuntime:
             for inner, module in body.named_modules():
                 full = ".".join(part for part in (owner, inner) if part)
                 module.training = modes.get(full, self._modes[self._deciding.index("")])
+
+
+def settle_statistics(
+    stages: Mapping[int, StageRuntime], gather: Callable[[int, torch.Tensor], Sequence[torch.Tensor]]
+) -> None:
+    """Let the deferred BatchNorms of a worker's stages move, after a step.
+
+    ``gather(stage, row)`` returns the rows of all replicas of the stage, in their order; this one's is ``row``.
+    """
+    for s, stage in sorted(stages.items()):
+        seen = stage.take_statistics()
+        if seen is not None:
+            stage.update_statistics(gather(s, seen))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,20 @@ class Unsynced:
         if parameter.grad is None:
             parameter.grad = shown = gradient
         self._held[name] = _Held(parameter, shown, gradient._version)
+
+    def drop(self) -> None:
+        """Take back parts that nobody is left to sum: shown as ``.grad``, they would pass for gradients."""
+        lost = [held for held in self._held.values() if held.parameter.grad is not None]
+        for held in lost:
+            if held.parameter.grad is held.shown:
+                held.parameter.grad = None
+        self._held.clear()
+        if lost:
+            warnings.warn(
+                f"stagecut: gradients of {len(lost)} parameters that steps under no_sync added up were never summed, "
+                "and are dropped: end an accumulation with a step outside of no_sync",
+                stacklevel=4,
+            )
 
     def check(self) -> None:
         """Refuse to go on if values of a part were changed.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..structure import unflatten
-from .batch import cloned
+from .batch import cloned, joined_inputs, rows_of, split_target
 from .engine import modes_of
 from .program import PipelineSpec
 from .requests import StepRequest
@@ -132,27 +132,49 @@ def gradients_of(model: nn.Module, loss: torch.Tensor) -> Gradients:
 
 
 def reference_step(
-    model: nn.Module, spec: PipelineSpec, request: StepRequest, loss_fn: Callable[..., Any] | None, n_threads: int
+    model: nn.Module,
+    spec: PipelineSpec,
+    request: StepRequest,
+    loss_fn: Callable[..., Any] | None,
+    n_threads: int,
+    n_together: int = 1,
 ) -> Gradients:
-    """Run the unsplit model on the microbatches of ``request``; changes its gradients and buffers.
+    """Run the unsplit model on the microbatches of ``request``, ``n_together`` as one; changes gradients and buffers.
 
     It runs with as many threads as a worker has: another number sums in another order, which a deep float32 model with
     BatchNorm over a few rows turns into visible differences.
     """
     losses = []
     with isolated_randomness(True), _threads(n_threads):
-        for m in range(request.n_microbatches):
-            if request.weights[m] == 0:
+        for first in range(0, request.n_microbatches, n_together):
+            part = range(first, min(first + n_together, request.n_microbatches))
+            if not any(request.weights[m] for m in part):
                 continue
-            target = None if request.targets is None else cloned(request.targets[m])
             with torch.autocast(
                 torch.device(spec.devices[0]).type, dtype=request.autocast, enabled=request.autocast is not None
             ):
-                output = _forward(model, spec, request, m)
-                loss = loss_of(output) if loss_fn is None else loss_fn(output, target)
-            torch.autograd.backward([loss], [torch.full_like(loss, request.weights[m])])
-            losses.append(loss.detach() * request.weights[m])
+                loss = _weighted_loss(model, spec, request, loss_fn, part)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
     return gradients_of(model, torch.stack(losses).sum())
+
+
+def _weighted_loss(
+    model: nn.Module, spec: PipelineSpec, request: StepRequest, loss_fn: Callable[..., Any] | None, part: range
+) -> torch.Tensor:
+    """Run the model on some microbatches as one, and add up what each has of the batch's loss."""
+    pieces = [request.inputs[m] for m in part]
+    inputs = joined_inputs(spec.inputs, pieces)
+    output = _forward(model, spec, request, part[0], cloned(inputs))
+    if loss_fn is None:
+        loss: torch.Tensor = loss_of(output) * sum(request.weights[m] for m in part)
+        return loss
+    sizes = [rows_of(spec.inputs, piece) for piece in pieces]
+    outputs = (output,) if len(part) == 1 else split_target(output, sum(sizes), sizes)
+    targets = [None if request.targets is None else cloned(request.targets[m]) for m in part]
+    weighted = [(request.weights[m], out, target) for m, out, target in zip(part, outputs, targets)]
+    total: torch.Tensor = sum(loss_fn(out, target) * weight for weight, out, target in weighted if weight)
+    return total
 
 
 @contextmanager
@@ -165,8 +187,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _forward(model: nn.Module, spec: PipelineSpec, request: StepRequest, m: int) -> Any:
-    inputs = cloned(request.inputs[m])
+def _forward(model: nn.Module, spec: PipelineSpec, request: StepRequest, m: int, inputs: dict[str, Any]) -> Any:
     if spec.random:
         runtime = StageRuntime(spec.whole, torch.device(spec.devices[0]), None)
         runtime.set_modes(modes_of(model))

@@ -33,6 +33,12 @@ class Weights(Protocol):
             CheckpointError: they are not known, or of another shape.
         """
 
+    def agree(self, common: Callable[[int], int]) -> None:
+        """Let every process that fills replicas of the same tensors fill them alike.
+
+        ``common`` returns rank 0's number on every rank: a collective call, that all ranks make.
+        """
+
 
 def weights_of(source: str | Path, model: nn.Module) -> Weights:
     """Return the weights that a user asked for: ``"init"``, a safetensors file, or a folder of such files.
@@ -85,6 +91,9 @@ class Files:
             for name in _names_in(file):
                 self._file_of[name] = file
 
+    def agree(self, common: Callable[[int], int]) -> None:
+        """Files are the same for everyone."""
+
     def fill(self, names: Iterable[str], target: torch.Tensor) -> None:
         """Read the values; a tied tensor may be there under any of its names."""
         wanted = list(names)
@@ -131,8 +140,9 @@ class Initialised:
                 self._owner[f"{path}.{name}" if path else name] = (path, name, module)
         self._made: tuple[str, nn.Module] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": None}
+    def agree(self, common: Callable[[int], int]) -> None:
+        """Take rank 0's seed."""
+        self._seed, self._made = common(self._seed), None
 
     def fill(self, names: Iterable[str], target: torch.Tensor) -> None:
         """Let the owner of the tensor initialise it; of several owners the first."""
@@ -167,11 +177,12 @@ def _empty(tensor: torch.Tensor) -> torch.Tensor:
 
 def fill_in(model: nn.Module, weights: Weights | None) -> None:
     """Give all tensors of the meta device memory of their own, and their values."""
+    names = names_of(model)
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_meta:
             assert weights is not None, "check_weights has seen to it"
             values = _empty(tensor)
-            weights.fill(names_of(model)[id(tensor)], values)
+            weights.fill(names[id(tensor)], values)
             materialised(tensor, values)
 
 

@@ -28,15 +28,14 @@ from .instructions import Instruction
 from .local_messages import Claim, Done, Failed, Forget, Ready, Release, Run, Setup
 from .mailbox import Mailbox
 from .pickling import dumps, loads
-from .program.specs import StageSpec
 from .replicate import NoReduction, Reducer
 from .requests import BACKWARD, TRAIN
 from .shared_gradients import CommonReducer, GradientSlots, SharedMemoryReducer, WithCommon, gradient_slot
 from .shared_memory import Inbox, Outbox, PeerGone, SharedMemoryTransport, channels_of
-from .stage import StageRuntime
+from .stage import StageRuntime, settle_statistics
+from .synced import rounds_of
 
 _PARENT_POLL_S = 0.5
-_IDLE_S = 300.0  # after which a worker that no pipeline wants leaves
 
 
 def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> None:
@@ -48,15 +47,15 @@ def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> 
     connection.send_bytes(dumps(Ready()))
     server: _Server | None = None
     answer: Any = None
-    is_parked = False
+    idle_s: float | None = None
     while True:
         try:
-            if is_parked and not connection.poll(_IDLE_S):
+            if idle_s is not None and not connection.poll(idle_s):
                 break
             command = loads(connection.recv_bytes(), mailbox=None if server is None else server.mailbox)
         except EOFError:
             break
-        is_parked = isinstance(command, Release)
+        idle_s = command.idle_s if isinstance(command, Release) else None
         if isinstance(command, Claim):
             continue
         if isinstance(command, Release):
@@ -145,8 +144,16 @@ class _Server:
         if setup.torchvision:
             import_torchvision()
         specs, loss_fn = loads(setup.payload, self.state)
+        self._meet_replicas()
         self.stages = {
-            spec.index: StageRuntime(spec, torch.device(setup.device), loss_fn, True, setup.compiler, setup.defers)
+            spec.index: StageRuntime(
+                spec,
+                torch.device(setup.device),
+                loss_fn,
+                setup.options,
+                steady=True,
+                rounds=self.rounds.get(spec.index),
+            )
             for spec in specs
         }
         own = {name: self.arena.view(gradient_slot(setup.worker, name)) for name in setup.gradients}
@@ -154,7 +161,7 @@ class _Server:
         for stage in self.stages.values():
             stage.explicit.slots = {id(self.state[name]): slot for name, slot in own.items()}
         self.programs: dict[tuple[str, int], tuple[Instruction, ...]] = {}
-        self._join(specs)
+        self.executor = self._make_executor()
 
     def _owns_private_buffers(self) -> bool:
         """Replicas change buffers side by side, so each works on its own copy; the first one's are kept."""
@@ -162,25 +169,32 @@ class _Server:
             self.setup.worker in owners and len(owners) > 1 for owners in self.setup.layout.workers
         )
 
-    def _join(self, specs: list[StageSpec]) -> None:
+    def _meet_replicas(self) -> None:
+        """Make the process groups of replicas, which all workers make in the same order."""
         layout, worker = self.setup.layout, self.setup.worker
-        self.groups: dict[int, Any] = {}
-        self.common: dict[tuple[int, ...], CommonReducer] = {}
-        reducers: dict[int, Reducer] = {}
         if layout.n_replicas > 1:
             store = dist.FileStore(self.setup.store_path, layout.n_workers)  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=store, rank=worker, world_size=layout.n_workers)
-        for s, owners in enumerate(layout.workers):
-            group = dist.new_group(list(owners), backend="gloo") if len(owners) > 1 else None
-            if worker in owners:
-                self.groups[s] = group
-                reducers[s] = NoReduction() if group is None else self._reducer(s, owners, group)
+        replicated = {s: owners for s, owners in enumerate(layout.workers) if len(owners) > 1}
+        self.groups: dict[int, Any] = {
+            s: dist.new_group(list(owners), backend="gloo") for s, owners in replicated.items()
+        }
+        self.rounds = {s: rounds_of(layout.workers[s], "gloo") for s in sorted(self.setup.synced)}
+
+    def _make_executor(self) -> Executor:
+        layout, worker = self.setup.layout, self.setup.worker
+        self.common: dict[tuple[int, ...], CommonReducer] = {}
+        reducers: dict[int, Reducer] = {
+            s: self._reducer(s, layout.workers[s], self.groups[s]) if s in self.groups else NoReduction()
+            for s in self.stages
+        }
         progress = np.frombuffer(self.arena.view("progress").numpy(), dtype=np.int64)
 
         def tick(position: int) -> None:
             progress[worker] = position
 
-        self.executor = Executor(worker, layout, self.stages, self.transport, reducers, tick)
+        coupled = bool(self.setup.synced)
+        return Executor(worker, layout, self.stages, self.transport, reducers, tick, coupled=coupled)
 
     def _reducer(self, s: int, owners: tuple[int, ...], group: Any) -> Reducer:
         """Sum what only this stage adds to when it is through, what others of this worker add to when all are."""
@@ -223,7 +237,7 @@ class _Server:
         self.executor.begin(command.request, self.programs[command.program])
         report = self.executor.run()
         has_gradient = self._complete_gradients() if command.request.kind in (TRAIN, BACKWARD) else ()
-        self._update_statistics()
+        settle_statistics(self.stages, self._gathered)
         self._hand_over_buffers()
         return Done(report, has_gradient)
 
@@ -238,9 +252,8 @@ class _Server:
         if self.private_buffers:
             for name in self.setup.buffers:
                 self.state[name].copy_(self.arena.view(name))
-            for group in self.groups.values():
-                if group is not None:
-                    dist.barrier(group)
+            for s in sorted(self.groups.keys() & self.stages.keys()):
+                dist.barrier(self.groups[s])
         if command.modes is not None:
             for stage in self.stages.values():
                 stage.set_modes(command.modes)
@@ -252,17 +265,13 @@ class _Server:
         read = {id(parameter) for stage in first for parameter in stage.module.parameters()}
         return tuple(name for name in self.gradients.written() if id(self.state[name]) in read)
 
-    def _update_statistics(self) -> None:
-        """Let deferred BatchNorms move, with what all replicas have seen."""
-        for s, stage in sorted(self.stages.items()):
-            seen = stage.take_statistics()
-            if seen is None:
-                continue
-            every = [seen]
-            if self.groups[s] is not None:
-                every = [torch.empty_like(seen) for _ in self.setup.layout.workers[s]]
-                dist.all_gather(every, seen, group=self.groups[s])
-            stage.update_statistics(every)
+    def _gathered(self, stage: int, row: torch.Tensor) -> list[torch.Tensor]:
+        """Return the rows of all replicas of a stage of this worker."""
+        if stage not in self.groups:
+            return [row]
+        rows = [torch.empty_like(row) for _ in self.setup.layout.workers[stage]]
+        dist.all_gather(rows, row, group=self.groups[stage])
+        return rows
 
     def _hand_over_buffers(self) -> None:
         first = any(owners[0] == self.setup.worker for owners in self.setup.layout.workers)

@@ -93,7 +93,7 @@ def over_arguments(
             found[node.name] = _instead(node, place)
             origin[node.name] = origin[place.name]
         elif node.target is operator.getitem and given.target in _FRESH:
-            if given.name not in kept:
+            if given.name in origin and given.name not in kept:
                 origin[node.name] = f"{given}.{node.args[1]}"  # one of several results, each in memory of its own
         elif node.target in _VIEWS:
             if given.name in origin:

@@ -27,12 +27,17 @@ _SENT_AS = {
 
 
 _FORWARD = frozenset({Op.FORWARD})
+_COUPLED = _FORWARD | INPUT_GRADIENTS  # where replicas wait for each other's statistics
 
 
-def check(program: Program, *, max_in_flight: tuple[int, ...] | None = None) -> None:
+def check(
+    program: Program, *, max_in_flight: tuple[int, ...] | None = None, in_lockstep: frozenset[int] = frozenset()
+) -> None:
     """Prove that ``program`` runs every microbatch once everywhere, uses only what is there, and cannot deadlock.
 
-    ``max_in_flight`` bounds, per worker, the microbatches held at once.
+    ``max_in_flight`` bounds, per worker, the microbatches held at once. ``in_lockstep`` are the stages whose replicas
+    wait for each other inside of forwards and backwards: for those of the same round, which are as many consecutive
+    microbatches as there are replicas.
 
     The deadlock check runs the program under the strictest rule: a send blocks until the peer reaches the matching
     receive, each ordered pair of workers has one channel that delivers in order (NCCL's rule), and a reduction blocks
@@ -44,7 +49,7 @@ def check(program: Program, *, max_in_flight: tuple[int, ...] | None = None) -> 
     _check_complete(program)
     for worker in range(len(program.workers)):
         _check_values(program, worker, None if max_in_flight is None else max_in_flight[worker])
-    _check_rendezvous(program)
+    _check_rendezvous(program, in_lockstep)
 
 
 def _refuse(program: Program, worker: int, position: int, why: str) -> None:
@@ -179,10 +184,14 @@ def message_of(i: Instruction) -> Message:
     return (_SENT_AS[i.op], origin, target, i.microbatch)
 
 
-def _check_rendezvous(program: Program) -> None:
+def _check_rendezvous(program: Program, in_lockstep: frozenset[int]) -> None:
     """Run the transfers and reductions with blocking semantics; whoever cannot move at the end is in a deadlock."""
+
+    def waits_for_others(i: Instruction) -> bool:
+        return i.op in SENDS | RECEIVES or i.op is Op.REDUCE or (i.op in _COUPLED and i.stage in in_lockstep)
+
     waits = [
-        [(position, i) for position, i in enumerate(instructions) if i.op in SENDS | RECEIVES or i.op is Op.REDUCE]
+        [(position, i) for position, i in enumerate(instructions) if waits_for_others(i)]
         for instructions in program.workers
     ]
     at = [0] * len(waits)
@@ -192,13 +201,15 @@ def _check_rendezvous(program: Program) -> None:
         for worker, mine in enumerate(waits):
             while at[worker] < len(mine):
                 position, i = mine[at[worker]]
-                party = program.layout.workers[i.stage] if i.op is Op.REDUCE else (worker, i.peer_worker)
+                party = _party(program, worker, i)
                 if any(at[w] == len(waits[w]) for w in party):
                     break
                 heads = [waits[w][at[w]][1] for w in party]
-                if i.op is Op.REDUCE:
-                    if any(head != i for head in heads):
+                if i.op not in SENDS | RECEIVES:
+                    if any((head.op, head.stage) != (i.op, i.stage) for head in heads):
                         break
+                    if len({program.layout.round_of(i.stage, head.microbatch) for head in heads}) > 1:
+                        _refuse(program, worker, position, f"replicas are at {', '.join(map(str, heads))}")
                 elif not _meet(worker, i, heads[1]):
                     break
                 elif message_of(heads[1]) != message_of(i):
@@ -212,6 +223,16 @@ def _check_rendezvous(program: Program) -> None:
         _refuse(program, worker, position, f"deadlock: {'; '.join(f'worker {w} at {i}' for w, _, i in stuck)}")
 
 
+def _party(program: Program, worker: int, i: Instruction) -> tuple[int, ...]:
+    """List the workers that ``i`` waits for, ``worker`` among them."""
+    if i.op in SENDS | RECEIVES:
+        return (worker, i.peer_worker)
+    owners = program.layout.workers[i.stage]
+    if i.op is Op.REDUCE:
+        return owners
+    return owners[: program.n_microbatches - program.layout.round_of(i.stage, i.microbatch) * len(owners)]
+
+
 def _meet(worker: int, i: Instruction, other: Instruction) -> bool:
     """Say whether a transfer of ``worker`` and what its peer has come to are the two ends of one channel."""
-    return other.peer_worker == worker and other.op is not Op.REDUCE and (other.op in SENDS) != (i.op in SENDS)
+    return other.peer_worker == worker and other.op in SENDS | RECEIVES and (other.op in SENDS) != (i.op in SENDS)

@@ -51,18 +51,18 @@ def schedule(name: str, layout: Layout, n_microbatches: int) -> Orders:
     return SCHEDULES[name](layout, n_microbatches)
 
 
-def of_part(name: str, layout: Layout, n_microbatches: int) -> Orders:
+def of_part(name: str, layout: Layout, n_microbatches: int, *, in_rounds: bool = False) -> Orders:
     """Return the order of a batch that may be too short for the named schedule: that of a longer one, without the rest.
 
-    What is left of an order waits for nothing new and holds no more than before.
+    What is left of an order waits for nothing new and holds no more than before. With ``in_rounds`` all replicas follow
+    the same order, also where some have a microbatch less than others.
 
     Raises:
         ConstraintError: as :func:`schedule`, but not for few microbatches.
     """
     least = least_microbatches(name, layout.n_workers // layout.n_replicas) * layout.n_replicas
-    if n_microbatches >= least:
-        return schedule(name, layout, n_microbatches)
-    return shortened(schedule(name, layout, least), n_microbatches)
+    rounded = -(-n_microbatches // layout.n_replicas) * layout.n_replicas if in_rounds else n_microbatches
+    return shortened(schedule(name, layout, max(rounded, least)), n_microbatches)
 
 
 def shortened(orders: Orders, n_microbatches: int) -> Orders:

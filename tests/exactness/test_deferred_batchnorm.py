@@ -98,5 +98,7 @@ def test_norms_that_cannot_be_reached_are_refused() -> None:
     whole = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()))
     with pytest.raises(stagecut.ConstraintError, match=r"1\.0 is inside of Sequential, which is kept whole"):
         stagecut.compile(whole, ["cpu"], batchnorm="deferred", opaque=["1"], launch="inline", example_inputs=(x,))
-    with pytest.raises(stagecut.ConstraintError, match="batchnorm must be 'microbatch' or 'deferred', got 'sync'"):
-        stagecut.compile(whole, ["cpu"], batchnorm="sync")
+    with pytest.raises(
+        stagecut.ConstraintError, match="batchnorm must be one of microbatch, deferred, sync, got 'all'"
+    ):
+        stagecut.compile(whole, ["cpu"], batchnorm="all")

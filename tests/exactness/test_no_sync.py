@@ -114,3 +114,18 @@ def test_values_that_change_in_the_middle_are_refused(pm: stagecut.Pipeline) -> 
     with pm.no_sync():
         assert pm.verify(x, target=y).worst <= 1e-10, "its own step sums"
     pm.zero_grad()
+
+
+def test_parts_that_nobody_will_sum_do_not_pass_for_gradients() -> None:
+    torch.manual_seed(0)
+    model = Tied().double()
+    ((x, y),) = batches(1)
+    options = {"microbatches": 2, "schedule": "1f1b", "costs": "analytic", "threads_per_worker": 1}
+    with stagecut.compile(model, [["cpu", "cpu"]], loss_fn=F.mse_loss, **options) as pm:
+        with pm.no_sync():
+            pm.step(x, target=y)
+        with pytest.warns(UserWarning, match="gradients of 5 parameters .* were never summed, and are dropped"):
+            pm.restart()
+        assert all(parameter.grad is None for parameter in pm.parameters())
+        pm.step(x, target=y)
+        check(pm.model, expected(pm.model, [(x, y)]))

@@ -34,6 +34,24 @@ def test_compiled_stages_train_in_all_modes(wishes: dict[str, Any]) -> None:
         torch.testing.assert_close(pm.evaluate(X).output, expected)
 
 
+def test_batchnorms_of_compiled_stages_keep_their_mode() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(6)
+    model = nn.Sequential(nn.Linear(6, 6), norm, nn.Tanh(), nn.Linear(6, 6))
+    options: dict[str, Any] = {"microbatches": 2, "costs": "analytic", "compile_stages": "aot_eager"}
+    with stagecut.compile(model, ["cpu"], loss_fn=F.mse_loss, batchnorm="deferred", launch="inline", **options) as pm:
+        for _ in range(3):
+            wanted = nn.BatchNorm1d(6)
+            wanted.load_state_dict(norm.state_dict())
+            wanted(model[0](X))
+            pm.step(X, target=Y)
+            torch.testing.assert_close(norm.running_var, wanted.running_var)
+    with stagecut.compile(model, [["cpu", "cpu"]], loss_fn=F.mse_loss, batchnorm="sync", **options) as pm:
+        for _ in range(3):
+            pm.step(X, target=Y)
+            assert pm.verify(X, target=Y).ok
+
+
 def test_inductor_compiles_stages() -> None:
     if shutil.which("g++") is None:
         pytest.skip("inductor wants a C++ compiler")

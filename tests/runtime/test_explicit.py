@@ -267,7 +267,7 @@ def test_a_stage_without_weights_has_gradients_of_its_inputs_only(splits: bool) 
     given = torch.randn(10, 6, dtype=torch.float64)
     (name,) = spec.stages[1].wires_in[0].values
     for _ in range(4):
-        stage.begin(splits, trains=True)
+        stage.begin(splits, trains=True, n_microbatches=4)
         held = stage.forward(0, {}, {name: (given, True)})
         (root,) = held.results.values()
         if splits:
@@ -312,7 +312,7 @@ def test_gradients_in_another_layout_are_brought_into_the_recorded_one() -> None
     found = []
     for splits in (True, False):
         stage.module.zero_grad()
-        stage.begin(splits, trains=True)
+        stage.begin(splits, trains=True, n_microbatches=4)
         held = stage.forward(0, {}, packets)
         roots = [value for value in held.results.values() if value.requires_grad]
         weird = [torch.arange(float(root.numel())).double().view(root.t().shape).t() for root in roots]
@@ -457,7 +457,7 @@ def test_input_gradients_release_what_weight_gradients_do_not_need() -> None:
     torch.manual_seed(0)
     layers = [layer for _ in range(6) for layer in (nn.Linear(6, 6), nn.GELU())]
     stage, packets = middle_stage(nn.Sequential(*layers).double(), x)
-    stage.begin(splits=True, trains=True)
+    stage.begin(splits=True, trains=True, n_microbatches=4)
     held = stage.forward(0, {}, packets)
     assert held.apart is not None
     saved = {value.data_ptr(): weakref.ref(value) for value in held.apart.saved if value.dim() == 2}
@@ -476,7 +476,7 @@ def test_input_gradients_release_what_weight_gradients_do_not_need() -> None:
     assert held.apart.saved == []
     given = [weight.grad.clone() for weight in stage.module.parameters()]
     stage.module.zero_grad()
-    stage.begin(splits=False, trains=True)
+    stage.begin(splits=False, trains=True, n_microbatches=4)
     held = stage.forward(0, {}, packets)
     roots = [value for value in held.results.values() if value.requires_grad]
     stage.backward(0, roots, [torch.ones_like(root) for root in roots])
@@ -490,7 +490,7 @@ def test_a_backward_as_a_whole_of_a_recorded_stage_is_the_sum_of_its_parts() -> 
     found = []
     for splits in (True, False):
         stage.module.zero_grad()
-        stage.begin(splits, trains=True)
+        stage.begin(splits, trains=True, n_microbatches=4)
         for m in range(2):
             held = stage.forward(m, {}, packets)
             assert (held.apart is not None) == splits
@@ -540,7 +540,7 @@ def test_a_rehearsal_holds_what_one_microbatch_does(monkeypatch: pytest.MonkeyPa
     x = torch.randn(256, 6, dtype=torch.float64)
     layers = [layer for _ in range(24) for layer in (nn.Linear(6, 6), nn.GELU())]
     stage, packets = middle_stage(nn.Sequential(*layers).double(), x)
-    stage.begin(splits=True, trains=True)
+    stage.begin(splits=True, trains=True, n_microbatches=4)
     with Live() as live:
         held = stage.forward(0, {}, packets)
         roots = [value for value in held.results.values() if value.requires_grad]

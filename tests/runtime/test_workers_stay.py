@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import stagecut
+from stagecut.runtime import launch
 from stagecut.runtime.local import LocalEngine
 
 pytestmark = [pytest.mark.usefixtures("no_workers_left"), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -65,6 +66,14 @@ def test_a_worker_that_died_while_it_waited_is_replaced() -> None:
     assert second != first
 
 
+def test_a_worker_that_nobody_wants_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "IDLE_S", 0.2)
+    (first,), _ = used([["cpu"]])
+    psutil.wait_procs([psutil.Process(first)], timeout=30)
+    (second,), _ = used([["cpu"]])
+    assert second != first
+
+
 def test_what_surrounds_the_model_is_the_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(4, 2), Making()).double()
     x = torch.ones(4, 4, dtype=torch.float64)
@@ -94,9 +103,14 @@ def run(module):
         return pm.evaluate(torch.ones(2, 2)).output[0, 0].item(), pids(pm)
 import edited
 one, first = run(edited)
+import other  # which the waiting worker knows nothing of
+assert run(edited)[1] == first
 path = Path(edited.__file__)
-path.write_text(path.read_text().replace("* 2", "* 3"))
-os.utime(path, (1, 1))
+with stagecut.compile(edited.Scale(), ["cpu"], opaque=[""], costs="analytic") as pm:
+    pm.evaluate(torch.ones(2, 2))
+    assert pids(pm) == first
+    path.write_text(path.read_text().replace("* 2", "* 3"))  # while a worker is at work that has read it
+    os.utime(path, (1, 1))
 two, second = run(importlib.reload(edited))
 assert (one, two) == (2.0, 3.0), (one, two)
 assert first != second
@@ -114,6 +128,7 @@ def test_edited_modules_get_new_workers_and_forked_children_their_own(tmp_path: 
     (tmp_path / "edited.py").write_text(
         "from torch import nn\nclass Scale(nn.Module):\n    def forward(self, x):\n        return x * 2\n"
     )
+    (tmp_path / "other.py").write_text("")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),

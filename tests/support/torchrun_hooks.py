@@ -131,10 +131,25 @@ def on_meta(devices: Any) -> None:
         fresh, _, _, _ = made()
     torch.manual_seed(dist.get_rank())  # rank 0's seed counts
     state = stagecut.compile(fresh, devices, weights="init", example_inputs=(x,), **OPTIONS).state_dict()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, {name: value.sum().item() for name, value in state.items()})
-    assert all(other == everyone[0] for other in everyone)
     assert all(value.std() > 0 for value in state.values())
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {name: p.sum().item() for name, p in fresh.named_parameters() if p.numel()})
+    for name in state:
+        held_by = [values[name] for values in everyone if name in values]
+        assert len(held_by) == 2, "every stage has two replicas"
+        assert held_by[0] == held_by[1] == state[name].sum().item(), "replicas begin alike"
+
+
+def synced(devices: Any) -> None:
+    """Statistics over replicas."""
+    torch.manual_seed(3)
+    layers = (nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    model = nn.Sequential(*layers).double()
+    x, y = torch.randn(12, 6, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
+    pm = stagecut.compile(model, devices, batchnorm="sync", example_inputs=(x,), **OPTIONS)
+    for rows in (12, 11, 5, 12):
+        assert pm.verify(x[:rows], target=y[:rows]).worst <= 1e-10
+        pm.step(x[:rows], target=y[:rows])
 
 
 def main() -> None:
@@ -144,6 +159,7 @@ def main() -> None:
     accumulation(devices)
     sharded(devices)
     on_meta(devices)
+    synced(devices)
     print(f"rank {dist.get_rank()} is exact", flush=True)
     dist.destroy_process_group()
     sys.stdout.flush()

@@ -21,7 +21,7 @@ from stagecut.runtime.instructions import (
     Op,
 )
 from stagecut.runtime.program import Program, check, lower
-from stagecut.runtime.schedules import ANY_REPLICAS, schedule
+from stagecut.runtime.schedules import ANY_REPLICAS, of_part, schedule
 from stagecut.runtime.schedules.families import FAMILIES
 from stagecut.runtime.schedules.placement import chain, loop, vee
 
@@ -76,10 +76,12 @@ class BlockingExecutor:
     """Run a program on values, by rules as strict as a transport's can be.
 
     A send blocks until the receiving worker stands at a receive from the sender, and what it then gets is what was
-    sent, wanted or not. A reduction blocks until every replica of the stage stands at it.
+    sent, wanted or not. A reduction blocks until every replica of the stage stands at it. So do forwards and backwards
+    of stages ``in_lockstep``, for the replicas that have a microbatch in the round.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, in_lockstep: frozenset[int] = frozenset()) -> None:
+        self.in_lockstep = in_lockstep
         self.program, self.layout = program, program.layout
         ops = {i.op for instructions in program.workers for i in instructions}
         self.kinds = ops & COMPUTE
@@ -120,6 +122,8 @@ class BlockingExecutor:
             if self.result.get((worker, Op.BACKWARD, i.stage, i.microbatch)) != (Op.BACKWARD, i.stage, i.microbatch):
                 raise Broken(f"{i}: no input gradient")
             self.ran.append((i.op, i.stage, i.microbatch))
+        elif i.op in COMPUTE and i.stage in self.in_lockstep:
+            return self.round(i)
         elif i.op in COMPUTE:
             self.compute(worker, i)
         elif i.op in SENDS:
@@ -143,6 +147,23 @@ class BlockingExecutor:
                 self.reduced.append((i.stage, owner))
             return True
         self.at[worker] += 1
+        return True
+
+    def round(self, i: Instruction) -> bool:
+        """Compute a whole round, if all of its replicas have come to it."""
+        owners = self.layout.workers[i.stage]
+        first = i.microbatch - i.microbatch % len(owners)
+        present = dict(zip(owners, range(first, self.program.n_microbatches)))
+        heads = {owner: self.head(owner) for owner in present}
+        if any(head is None or (head.op, head.stage) != (i.op, i.stage) for head in heads.values()):
+            return False
+        for owner, m in present.items():
+            head = heads[owner]
+            assert head is not None
+            if head.microbatch != m:
+                raise Broken(f"replicas exchange statistics of different rounds: {heads}")
+            self.compute(owner, head)
+            self.at[owner] += 1
         return True
 
     def compute(self, worker: int, i: Instruction) -> None:
@@ -210,18 +231,51 @@ def test_what_lowering_makes_is_accepted_and_runs_even_if_every_transfer_blocks(
     BlockingExecutor(program).run()
 
 
+@property_test
+@given(st.data())
+def test_equal_replicas_may_wait_for_each_other_in_any_stage(data: st.DataObject) -> None:
+    draw = data.draw
+    family, p, r = draw(st.sampled_from(list(FAMILIES.values()))), draw(st.integers(1, 3)), draw(st.integers(2, 3))
+    one = {"chain": chain(p), "loop": loop(p, 2), "vee": vee(p)}[family.placement]
+    workers = tuple(tuple(owners[0] * r + replica for replica in range(r)) for owners in one.workers)
+    layout = replace(one, workers=workers)
+    n = draw(st.integers(r * family.least(p), r * family.least(p) + 7))  # the last round may lack some replicas
+    in_lockstep = frozenset(draw(st.sets(st.sampled_from(range(layout.n_stages)), min_size=1)))
+    orders = of_part(family.name, layout, n, in_rounds=True)
+    program = lower(family.name, layout, orders, n, in_lockstep)
+    check(program, in_lockstep=in_lockstep)
+    BlockingExecutor(program, in_lockstep).run()
+
+
+def test_replicas_that_wait_for_each_other_in_different_rounds_are_refused() -> None:
+    layout = Layout(((0, 1),), (), ())
+    program = lower("fill-drain", layout, schedule("fill-drain", layout, 4), 4)
+    check(program, in_lockstep=frozenset({0}))
+    first, second = program.workers
+    forwards = [p for p, i in enumerate(second) if i.op is Op.FORWARD]
+    crossed = list(second)
+    crossed[forwards[0]], crossed[forwards[1]] = second[forwards[1]], second[forwards[0]]
+    turned = replace(program, workers=(first, tuple(crossed)))
+    check(turned)
+    message = r"replicas are at F\(stage 0, microbatch 0\), F\(stage 0, microbatch 3\)"
+    with pytest.raises(PlanError, match=message):
+        check(turned, in_lockstep=frozenset({0}))
+
+
 @mutation_test
-@given(damaged())
-def test_a_damaged_program_is_refused_or_runs_to_its_end(program: Program) -> None:
+@given(damaged(), st.data())
+def test_a_damaged_program_is_refused_or_runs_to_its_end(program: Program, data: st.DataObject) -> None:
+    stages = range(program.layout.n_stages)
+    in_lockstep = frozenset(data.draw(st.sets(st.sampled_from(stages))))
     try:
-        check(program)
+        check(program, in_lockstep=in_lockstep)
     except PlanError as error:
         refusal = error.message
     else:
         refusal = None
     event("accepted" if refusal is None else "refused")
     if refusal is None:
-        BlockingExecutor(program).run()
+        BlockingExecutor(program, in_lockstep).run()
         return
     named = {str(i) for instructions in program.workers for i in instructions}
     missing = {
