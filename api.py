@@ -67,6 +67,7 @@ def compile(
     batchnorm: str = "microbatch",
     weights: str | Path | None = None,
     comm_hook: CommHook | None = None,
+    shard: bool = False,
 ) -> Pipeline:
     """Compile ``model`` into a pipelined, replicated training program.
 
@@ -116,6 +117,9 @@ def compile(
         comm_hook: a communication hook of DistributedDataParallel for gradients of replicas under torchrun: called with
             the process group of a stage's replicas, it returns (state, hook):
             ``lambda group: (group, default_hooks.fp16_compress_hook)``.
+        shard: let each of a stage's replicas under torchrun keep a share of its parameters, gradients and optimizer
+            state (FSDP2's ``fully_shard``); the stage gathers its parameters for the step. Parameters are DTensors from
+            then on: give ``example_inputs``, and make the optimizer afterwards.
 
     Raises:
         DeviceError: a device does not exist or cannot be used.
@@ -140,9 +144,11 @@ def compile(
         )
     if batchnorm not in MODES:
         raise ConstraintError(f"batchnorm must be one of {', '.join(MODES)}, got {batchnorm!r}")
+    if shard:
+        _check_shard(launch, compile_stages, comm_hook)
     check_weights(model, weights is not None)
     filled = None if weights is None else weights_of(weights, model)
-    options = Options(StageOptions(_backend(compile_stages), batchnorm), comm_hook, filled)
+    options = Options(StageOptions(_backend(compile_stages), batchnorm), comm_hook, shard, filled)
     known = load(plan) if isinstance(plan, (str, Path)) else plan
     cluster = describe(devices, replicas, memory_bytes)
     cluster = over_sockets(cluster) if launch == "torchrun" else cluster
@@ -234,6 +240,22 @@ def _backend(compile_stages: bool | str) -> str | None:
     if compile_stages not in known:
         raise ConstraintError(f"compile_stages={compile_stages!r} is no backend of torch.compile: {', '.join(known)}")
     return compile_stages
+
+
+def _check_shard(launch: str, compile_stages: bool | str, comm_hook: CommHook | None) -> None:
+    """Refuse what sharded parameters do not go with.
+
+    Raises:
+        ConstraintError: see above.
+    """
+    if launch != "torchrun":
+        raise ConstraintError(
+            f"shard=True was given, and with launch={launch!r} all workers share one copy of the parameters already",
+            hint="torchrun --nproc-per-node N train.py",
+        )
+    if compile_stages or comm_hook is not None:
+        other = "compile_stages" if compile_stages else "comm_hook"
+        raise ConstraintError(f"shard=True and {other} were both given, and one excludes the other")
 
 
 def _check_cluster(cluster: Cluster, known: Plan | None, launch: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ConstraintError, StagecutError
+from .sharded import dense
 
 
 def own_norm(parameters: Iterable[nn.Parameter], norm_type: float) -> torch.Tensor:
@@ -23,7 +24,7 @@ def own_norm(parameters: Iterable[nn.Parameter], norm_type: float) -> torch.Tens
         raise ConstraintError(f"norm_type must be positive, got {norm_type}", hint="norm_type=2.0, or float('inf')")
     unique = {id(parameter): parameter for parameter in parameters}
     found = [parameter.grad for parameter in unique.values() if parameter.grad is not None]
-    norm: torch.Tensor = torch.nn.utils.get_total_norm(found, norm_type)
+    norm: torch.Tensor = dense(torch.nn.utils.get_total_norm(found, norm_type))
     return norm
 
 
@@ -55,5 +56,8 @@ def clip(
             hint="look for the first loss that is not finite, or pass error_if_nonfinite=False",
         )
     unique = {id(parameter): parameter for parameter in parameters}
-    torch.nn.utils.clip_grads_with_norm_(list(unique.values()), max_norm, norm)
+    sharded = [p for p in unique.values() if hasattr(p.grad, "full_tensor")]
+    whole = [p for p in unique.values() if not hasattr(p.grad, "full_tensor")]
+    for some in (sharded, whole):
+        torch.nn.utils.clip_grads_with_norm_(some, max_norm, norm)
     return norm

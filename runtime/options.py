@@ -29,9 +29,11 @@ class Options:
     Attributes:
         stage: how every stage runs.
         comm_hook: makes the communication hook for gradients of replicas under torchrun.
+        shard: whether replicas under torchrun have a share of each parameter.
         weights: values for a model on the meta device.
     """
 
     stage: StageOptions = field(default_factory=StageOptions)
     comm_hook: CommHook | None = None
+    shard: bool = False
     weights: Weights | None = None

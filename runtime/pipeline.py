@@ -34,7 +34,7 @@ from .program import PipelineSpec, Timeline
 from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepRequest
 from .results import EvalResult, Profile, Startup, StepResult, timeline_of, total_loss
 from .unsplit import unsplit
-from .verify import Gradients, VerifyReport, compare, gradients_of, preserved, reference_step, whole
+from .verify import VerifyReport, compare, gradients_of, preserved, reference_model, reference_step
 
 
 class Pipeline(nn.Module):
@@ -217,25 +217,14 @@ class Pipeline(nn.Module):
         assert self._engine is not None
         state = self._engine.full_state()
         owned = {name for name, parameter in self.model.named_parameters() if parameter.shape == state[name].shape}
-        with whole(self.model, state), preserved(self.model):
-            reference = self._reference(request)
+        with reference_model(self.model, state) as model, preserved(model):
+            engine = self._engine
+            reference = reference_step(model, self._spec, request, self._loss_fn, engine.n_threads, engine.n_together)
         kind = "captured graph" if self._spec.random else "model"
         result = compare(given, reference, owned, rtol, kind)
         if raises and not result.ok:
             raise StagecutError(str(result))
         return result
-
-    def _reference(self, request: StepRequest) -> Gradients:
-        assert self._spec is not None
-        assert self._engine is not None
-        n_together = self._engine.n_together
-        if n_together > 1 and self._spec.random:
-            raise StagecutError(
-                "verify() has nothing to compare with: random numbers belong to single microbatches, and "
-                f"batchnorm='sync' runs {n_together} of them as one, which no unsplit model does",
-                hint="verify with the model's dropout at 0, or with one replica",
-            )
-        return reference_step(self.model, self._spec, request, self._loss_fn, self._engine.n_threads, n_together)
 
     def profile(self, *args: Any, target: Any = None, steps: int = 5, **kwargs: Any) -> Profile:
         """Measure ``steps`` training steps on one batch after a warm-up; gradients and buffers stay as they were."""

@@ -53,7 +53,27 @@ class NoReduction:
         """Nothing to finish."""
 
 
-class DataParallelReducer:
+class Replicas:
+    """The replicas of a stage, and what they tell each other beside gradients."""
+
+    def __init__(self, module: nn.Module, group: Any, n_replicas: int) -> None:
+        self.module = module
+        self._group = group
+        self._n_replicas = n_replicas
+
+    def gathered(self, row: torch.Tensor) -> list[torch.Tensor]:
+        """Return the rows of all replicas, in their order."""
+        rows = [torch.empty_like(row) for _ in range(self._n_replicas)]
+        torch.distributed.all_gather(rows, row, group=self._group)
+        return rows
+
+    def share_buffers(self, first_rank: int) -> None:
+        """Overwrite this replica's buffers by those of the stage's first replica."""
+        for buffer in self.module.buffers():
+            torch.distributed.broadcast(buffer, first_rank, group=self._group)
+
+
+class DataParallelReducer(Replicas):
     """Sum a stage's gradients over its replicas.
 
     Every microbatch's loss already carries its share of the batch, so the replicas' gradients add up to those of the
@@ -74,10 +94,8 @@ class DataParallelReducer:
         left_out: Sequence[str] = (),
         comm_hook: CommHook | None = None,
     ) -> None:
-        self.module = module
+        super().__init__(module, group, n_replicas)
         self._left_out = frozenset(left_out)
-        self._n_replicas = n_replicas
-        self._group = group
         self._hook = None if comm_hook is None else comm_hook(group)
         self._trainable: tuple[bool, ...] = ()
         self._ddp: DistributedDataParallel | None = None
@@ -102,7 +120,9 @@ class DataParallelReducer:
                 **_NO_BUFFER_SYNC,
             )
             if self._hook is not None:
-                self._ddp.register_comm_hook(*self._hook)
+                state, hook = self._hook
+                in_turn = torch.distributed.get_backend(self._group) == "gloo"
+                self._ddp.register_comm_hook(state, _in_turn(hook) if in_turn else hook)
 
     def arm(self, roots: list[torch.Tensor]) -> None:
         """Let the reducer take the gradients of the backward that starts from ``roots``."""
@@ -129,17 +149,6 @@ class DataParallelReducer:
         self._prepare(ddp, [root])
         torch.autograd.backward([root], [torch.zeros_like(witness)])
 
-    def gathered(self, row: torch.Tensor) -> list[torch.Tensor]:
-        """Return the rows of all replicas, in their order."""
-        rows = [torch.empty_like(row) for _ in range(self._n_replicas)]
-        torch.distributed.all_gather(rows, row, group=self._group)
-        return rows
-
-    def share_buffers(self, first_rank: int) -> None:
-        """Overwrite this replica's buffers by those of the stage's first replica."""
-        for buffer in self.module.buffers():
-            torch.distributed.broadcast(buffer, first_rank, group=self._group)
-
     def _prepare(self, ddp: DistributedDataParallel, roots: list[torch.Tensor]) -> None:
         ddp.reducer.prepare_for_forward()
         ddp.reducer.prepare_for_backward(roots)
@@ -150,6 +159,24 @@ class DataParallelReducer:
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.module.named_parameters() if name not in self._left_out]
+
+
+def _in_turn(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a hook finish before the next collective begins.
+
+    What a hook chains to its first collective runs in a thread of gloo's, where more collectives (PowerSGD has three)
+    overtake those of DDP, in another order on another rank: they would add up each other's data, or abort. Of NCCL's
+    futures what is chained begins in the order of the calls.
+    """
+
+    def run(state: Any, bucket: Any) -> Any:
+        future = hook(state, bucket)
+        future.wait()
+        return future
+
+    run.__annotations__ = {}  # DDP compares them with types, and ours are text
+    run.__qualname__ = getattr(hook, "__qualname__", "hook")
+    return run
 
 
 def _reaches(roots: list[torch.Tensor], parameters: list[nn.Parameter]) -> bool:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import CheckpointError, DeviceError, PlanError, ShapeError, StageError
+from ..errors import CheckpointError, DeviceError, PlanError, ShapeError, StagecutError, StageError
 from ..structure import flatten, is_encodable, unflatten
 from .batchnorm import replicas_of, synced_stages
 from .engine import Programs, fresh_gradients, model_state
@@ -22,8 +23,9 @@ from .instructions import Op
 from .options import Options
 from .packets import decode, encode
 from .program import PipelineSpec, Span
-from .replicate import CommHook, DataParallelReducer, NoReduction, Reducer
+from .replicate import DataParallelReducer, NoReduction, Reducer, Replicas
 from .requests import BACKWARD, TRAIN, StepReport, StepRequest
+from .sharded import ShardedReducer, adopt, dense, load
 from .stage import StageRuntime, settle_statistics
 from .synced import Rounds, rounds_of
 from .transport import DistTransport
@@ -116,6 +118,7 @@ class SpmdEngine:
         self._programs = Programs(spec, synced)
         self._names = {id(tensor): name for name, tensor in reversed(list(model_state(model).items()))}
         self._compare_fingerprints()
+        self._users = self._users_by_name()
         self._take_over_state(options.weights)
         own = [s for s, owners in enumerate(layout.workers) if self._worker in owners]
         rounds = {s: self._rounds(s) for s in sorted(synced)}
@@ -125,7 +128,10 @@ class SpmdEngine:
         }
         transport = DistTransport(self._group, tuple(range(layout.n_workers)), layout.n_stages)
         self.replica_group: Any = None
-        reducers = self._reducers(stages, options.comm_hook)
+        reducers = self._reducers(stages, options)
+        self._sharding = [r for _, r in sorted(reducers.items()) if isinstance(r, ShardedReducer)]
+        if self._sharding:
+            self._adopt_shares(stages, reducers)
         self._executor = Executor(self._worker, layout, stages, transport, reducers, coupled=bool(synced))
         self._ties = self._tie_groups()
 
@@ -143,7 +149,7 @@ class SpmdEngine:
         if any(not torch.equal(other, everyone[0]) for other in everyone):
             raise error
 
-    def _users(self) -> dict[str, list[int]]:
+    def _users_by_name(self) -> dict[str, list[int]]:
         """List, per parameter or buffer, the stages that use it."""
         users: dict[str, list[int]] = {name: [] for name in self._names.values()}
         for stage in self._spec.stages:
@@ -158,7 +164,6 @@ class SpmdEngine:
 
         Of a model on the meta device each rank reads what it owns, and nobody has the rest.
         """
-        users = self._users()
         if weights is not None:
             weights.agree(self.common_seed)
         self._owner: dict[str, int] = {}
@@ -167,7 +172,7 @@ class SpmdEngine:
         by_name = {self._names[id(t)]: t for t in model_state(self._model).values()}
         every_name = names_of(self._model)
         for name, tensor in by_name.items():
-            workers = [w for s in users[name] for w in self._spec.layout.workers[s]]
+            workers = [w for s in self._users[name] for w in self._spec.layout.workers[s]]
             mine = self._worker in workers or not workers
             self._owner[name] = workers[0] if workers else -1
             self._shapes[name] = tensor.shape
@@ -185,7 +190,7 @@ class SpmdEngine:
             tensor.data = data.to(self._device) if mine else data.new_empty(0)
         self._by_name = by_name
 
-    def _reducers(self, stages: dict[int, StageRuntime], comm_hook: CommHook | None) -> dict[int, Reducer]:
+    def _reducers(self, stages: dict[int, StageRuntime], options: Options) -> dict[int, Reducer]:
         reducers: dict[int, Reducer] = {}
         devices = self._spec.devices
         for s, owners in enumerate(self._spec.layout.workers):
@@ -197,15 +202,43 @@ class SpmdEngine:
                 common = [name for name, parameter in module.named_parameters() if id(parameter) in elsewhere]
                 if group is None:
                     reducers[s] = NoReduction()
+                    continue
+                self.replica_group = self.replica_group or group
+                if options.shard:
+                    reducers[s] = self._sharded(module, group, owners, common)
                 else:
-                    reducers[s] = DataParallelReducer(module, group, len(owners), common, comm_hook)
-                    self.replica_group = self.replica_group or group
+                    reducers[s] = DataParallelReducer(module, group, len(owners), common, options.comm_hook)
         return reducers
+
+    def _sharded(self, module: nn.Module, group: Any, owners: tuple[int, ...], common: Sequence[str]) -> ShardedReducer:
+        """Shard what only one stage uses.
+
+        Raises:
+            DeviceError: replicas are on devices of different kinds.
+        """
+        kinds = {torch.device(self._spec.devices[w]).type for w in owners}
+        if len(kinds) > 1:
+            raise DeviceError(f"shard=True needs replicas on devices of one kind, and a stage has {sorted(kinds)}")
+        tied = {id(self._by_name[name]) for name, stages in self._users.items() if len(stages) > 1}
+        whole = [name for name, parameter in module.named_parameters() if id(parameter) in tied]
+        return ShardedReducer(module, group, len(owners), kinds.pop(), whole, common)
+
+    def _adopt_shares(self, stages: dict[int, StageRuntime], reducers: dict[int, Reducer]) -> None:
+        """Know the sharded parameters by the names of those in whose place they are."""
+        replaced = {old: pair for reducer in self._sharding for old, pair in reducer.replaced.items()}
+        adopt(self._model, replaced)
+        for s, stage in stages.items():
+            reducer = reducers[s]
+            if isinstance(reducer, ShardedReducer):
+                reducer.rebind(stage.spec.attributes)
+        self._names = {id(tensor): name for name, tensor in reversed(list(model_state(self._model).items()))}
+        self._by_name = {self._names[id(t)]: t for t in model_state(self._model).values()}
+        self._owned = [(name, self._by_name[name]) for name, _ in self._owned]
 
     def _tie_groups(self) -> list[tuple[list[nn.Parameter], Any, float]]:
         """Make a group for every set of stages that share parameters; every rank makes them in the same order."""
         sets: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for name, stages in self._users().items():
+        for name, stages in self._users.items():
             tensor = self._by_name[name]
             if len(stages) > 1 and isinstance(tensor, nn.Parameter):
                 sets.setdefault(tuple(stages), []).append(tensor)
@@ -233,7 +266,12 @@ class SpmdEngine:
         trains = request.kind in (TRAIN, BACKWARD)
         parameters = {name: tensor for name, tensor in self._owned if isinstance(tensor, nn.Parameter)}
         goes_on = self.unsynced.resume() if trains else frozenset()
-        with fresh_gradients(list(parameters.values()) if trains else []):
+        if trains and not request.sync and self._sharding:
+            raise StagecutError(
+                "no_sync() would keep whole gradients on every replica, which shard=True is there to avoid",
+                hint="leave out no_sync: gradients of several steps add up all the same",
+            )
+        with self._gathered_parameters(), fresh_gradients(list(parameters.values()) if trains else []):
             for name in goes_on:
                 parameters[name].grad = self._parts[name]
             self._executor.begin(request, program.workers[self._worker])
@@ -251,13 +289,24 @@ class SpmdEngine:
     def _gathered(self, stage: int, row: torch.Tensor) -> list[torch.Tensor]:
         """Return the rows of all replicas of a stage of this rank."""
         reducer = self._executor.reducers[stage]
-        return reducer.gathered(row) if isinstance(reducer, DataParallelReducer) else [row]
+        return reducer.gathered(row) if isinstance(reducer, Replicas) else [row]
 
     def _rounds(self, stage: int) -> Rounds:
         """Make what replicas of a stage exchange statistics by; every rank does, in the same order."""
         owners = self._spec.layout.workers[stage]
         on_gpus = all(torch.device(self._spec.devices[w]).type == "cuda" for w in owners)
         return rounds_of(owners, "nccl" if on_gpus else "gloo")
+
+    @contextmanager
+    def _gathered_parameters(self) -> Iterator[None]:
+        """Have all of every parameter of this rank's stages for the while."""
+        for reducer in self._sharding:
+            reducer.gather()
+        try:
+            yield
+        finally:
+            for reducer in self._sharding:
+                reducer.release()
 
     def _take_parts(self, parameters: dict[str, nn.Parameter], complete: bool) -> None:
         """Keep apart what replicas have yet to sum; nothing where they have."""
@@ -303,7 +352,7 @@ class SpmdEngine:
     def _share_buffers(self) -> None:
         """Let all replicas of a stage go on with the first one's buffers."""
         for s, reducer in self._executor.reducers.items():
-            if isinstance(reducer, DataParallelReducer) and self._model.training:
+            if isinstance(reducer, Replicas) and self._model.training:
                 reducer.share_buffers(self._spec.layout.workers[s][0])
 
     def _gather(self, report: StepReport, request: StepRequest) -> StepReport:
@@ -369,7 +418,7 @@ class SpmdEngine:
             if owner < 0:
                 state[name] = tensor.detach().cpu()
                 continue
-            held = tensor.detach().cpu().contiguous()
+            held = dense(tensor.detach()).cpu().contiguous()
             data = held.clone() if owner == self._worker else torch.empty(self._shapes[name], dtype=tensor.dtype)
             dist.broadcast(data, owner, group=self._group)
             state[name] = data
@@ -377,12 +426,21 @@ class SpmdEngine:
 
     def gradient_norm(self, norm_type: float) -> torch.Tensor:
         """Return the norm of the gradients of all ranks, each parameter counted on one of them (a collective call)."""
-        mine = [t for name, t in self._owned if isinstance(t, nn.Parameter) and self._owner[name] == self._worker]
+        mine = [
+            t
+            for name, t in self._owned
+            if isinstance(t, nn.Parameter) and self._owner[name] == self._worker and not hasattr(t, "full_tensor")
+        ]
+        norms = [own_norm(mine, norm_type)]
+        for reducer in self._sharding:  # which all replicas measure together, and the first one counts
+            whole = own_norm(reducer.sharded.values(), norm_type)
+            norms.append(whole if reducer.is_first else torch.zeros_like(whole))
+        own = torch.linalg.vector_norm(torch.stack([norm.double().cpu() for norm in norms]), norm_type)
 
         def all_reduce(total: torch.Tensor, how: str) -> None:
             dist.all_reduce(total, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, group=self._group)
 
-        return joined_norm(own_norm(mine, norm_type), norm_type, all_reduce)
+        return joined_norm(own, norm_type, all_reduce)
 
     def local_parameters(self) -> list[nn.Parameter]:
         """List the parameters of this rank's stages, each once."""
@@ -408,7 +466,7 @@ class SpmdEngine:
             for name, tensor in self._owned:
                 sources = [alias for alias, first in aliases.items() if first == name and alias in state_dict]
                 if sources:
-                    tensor.copy_(state_dict[sources[0]])
+                    load(tensor, state_dict[sources[0]])
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     def close(self) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import StagecutError
 from ..structure import unflatten
 from .batch import cloned, joined_inputs, rows_of, split_target
 from .engine import modes_of
 from .program import PipelineSpec
 from .requests import StepRequest
+from .sharded import dense
 from .stage import StageRuntime, isolated_randomness, loss_of
+from .unsplit import unsplit
 
 # Below this share of the model's largest gradient a gradient counts as rounding.
 _FLOOR = 1e-3
@@ -98,13 +101,27 @@ def _put_back(gradient: torch.Tensor | None, before: torch.Tensor | None) -> Non
     """Give a gradient its values again: it may lie in memory that workers hand gradients over in."""
     if gradient is None or before is None or gradient.layout is not torch.strided:
         return
-    if not torch.equal(gradient, before):
+    if _is_share(gradient) or not torch.equal(gradient, before):
         with torch.no_grad():
             gradient.copy_(before)
 
 
 @contextmanager
-def whole(model: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
+def reference_model(model: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[nn.Module]:
+    """Have the unsplit model here with all of its values: itself, or a copy where replicas share out its parameters."""
+    if any(_is_share(parameter) for parameter in model.parameters()):
+        yield unsplit(model, state)
+        return
+    with _whole(model, state):
+        yield model
+
+
+def _is_share(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+@contextmanager
+def _whole(model: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
     """Let parameters and buffers that live on other ranks be here for the while."""
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     absent = [(tensor, tensor.data, state[name]) for name, tensor in own.items() if tensor.shape != state[name].shape]
@@ -128,7 +145,7 @@ class Gradients:
 
 def gradients_of(model: nn.Module, loss: torch.Tensor) -> Gradients:
     """Copy the gradients that ``model`` has now."""
-    return Gradients(loss, {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()})
+    return Gradients(loss, {n: None if p.grad is None else dense(p.grad).clone() for n, p in model.named_parameters()})
 
 
 def reference_step(
@@ -143,7 +160,12 @@ def reference_step(
 
     It runs with as many threads as a worker has: another number sums in another order, which a deep float32 model with
     BatchNorm over a few rows turns into visible differences.
+
+    Raises:
+        StagecutError: the model draws random numbers, and no run of it that draws the same ones could be compared with.
     """
+    if spec.random:
+        _check_comparable(spec, n_together)
     losses = []
     with isolated_randomness(True), _threads(n_threads):
         for first in range(0, request.n_microbatches, n_together):
@@ -175,6 +197,21 @@ def _weighted_loss(
     weighted = [(request.weights[m], out, target) for m, out, target in zip(part, outputs, targets)]
     total: torch.Tensor = sum(loss_fn(out, target) * weight for weight, out, target in weighted if weight)
     return total
+
+
+def _check_comparable(spec: PipelineSpec, n_together: int) -> None:
+    if n_together > 1:
+        raise StagecutError(
+            "verify() has nothing to compare with: random numbers belong to single microbatches, and "
+            f"batchnorm='sync' runs {n_together} of them as one, which no unsplit model does",
+            hint="verify with the model's dropout at 0, or with one replica",
+        )
+    if any(_is_share(tensor) for module in spec.whole.modules.values() for tensor in module.parameters()):
+        raise StagecutError(
+            "verify() has nothing to compare with: the captured graph, which draws the pipeline's random numbers, has "
+            "but a share of the parameters here (shard=True)",
+            hint="verify with the model's dropout at 0, or without shard",
+        )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import sys
 import warnings
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -152,6 +153,76 @@ def synced(devices: Any) -> None:
         pm.step(x[:rows], target=y[:rows])
 
 
+class Mixed(nn.Module):
+    """A weight that first and last op share, one that an op uses directly, a frozen and an unused one, a BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied = nn.Linear(6, 6)
+        self.scale = nn.Parameter(torch.randn(5, 6))
+        self.middle = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 6))
+        self.unused = nn.Linear(3, 3)
+        self.middle[3].bias.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.tied(self.middle(self.tied(x)) * self.scale.sum(0))
+        return result
+
+
+def shares(devices: Any) -> None:
+    """FSDP2 on stages: gradients, clipping, optimizer steps and states are those of the unsplit model."""
+    torch.manual_seed(4)
+    model = Mixed().double()
+    plain = copy.deepcopy(model)
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randn(8, 6, dtype=torch.float64)
+    pm = stagecut.compile(model, devices, shard=True, batchnorm="sync", example_inputs=(x,), **OPTIONS)
+    names = dict(plain.named_parameters()).keys()
+    assert dict(pm.named_parameters()).keys() == names
+    shared_out = {name: p for name, p in pm.named_parameters() if hasattr(p, "full_tensor")}
+    assert {"middle.0.weight", "scale"} & set(shared_out)
+    n_held = sum(p.to_local().numel() for p in shared_out.values())
+    assert n_held <= 0.7 * sum(p.numel() for p in shared_out.values()), "each replica has a part"
+    ours = torch.optim.AdamW([p for p in pm.parameters() if p.numel()], lr=0.01, foreach=False)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=0.01)
+
+    def in_rounds(rows: int) -> None:
+        n_rounds = 2 if rows > 2 else 1
+        for part, wanted in zip(x[:rows].chunk(n_rounds), y[:rows].chunk(n_rounds)):
+            (F.mse_loss(plain(part), wanted) * (len(part) / rows)).backward()
+
+    for round_, rows in enumerate((8, 8, 7, 2, 8)):
+        if round_ % 2:
+            F.mse_loss(pm(x[:rows]), y[:rows]).backward()
+        else:
+            pm.step(x[:rows], target=y[:rows])
+        in_rounds(rows)
+        for name, p in pm.named_parameters():
+            grad = plain.get_parameter(name).grad
+            if p.grad is not None:
+                found = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-13, msg=name)
+            elif p.numel():
+                assert grad is None, name
+        assert pm.verify(x, target=y).worst <= 1e-10
+        norm = pm.clip_grad_norm_(0.5)
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(plain.parameters(), 0.5), rtol=1e-9, atol=0.0)
+        ours.step()
+        theirs.step()
+        if round_ != 2:  # gradients of two steps add up once
+            pm.zero_grad()
+            plain.zero_grad()
+    torch.testing.assert_close(pm.state_dict(), plain.state_dict(), rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(pm.to_module()(x), plain(x), rtol=1e-8, atol=1e-11)
+    pm.load_state_dict(Mixed().double().state_dict())
+    pm.load_state_dict(plain.state_dict())
+    pm.eval()
+    plain.eval()
+    torch.testing.assert_close(pm.evaluate(x).output, plain(x).detach(), rtol=1e-9, atol=1e-12)
+    pm.train()
+    with pm.no_sync(), pytest.raises(stagecut.StagecutError, match="leave out no_sync"):
+        pm.step(x, target=y)
+
+
 def main() -> None:
     devices = eval(sys.argv[1], {"__builtins__": {}})
     dist.init_process_group("gloo")
@@ -160,6 +231,7 @@ def main() -> None:
     sharded(devices)
     on_meta(devices)
     synced(devices)
+    shares(devices)
     print(f"rank {dist.get_rank()} is exact", flush=True)
     dist.destroy_process_group()
     sys.stdout.flush()
