@@ -34,7 +34,7 @@ from .runtime.batchnorm import MODES
 from .runtime.options import Options, StageOptions
 from .runtime.pipeline import Pipeline
 from .runtime.replicate import CommHook
-from .runtime.spmd import under_torchrun
+from .runtime.spmd import on_one_machine, under_torchrun
 from .runtime.weights import check_weights, weights_of
 
 LAUNCHES = ("auto", "local", "torchrun", "inline")
@@ -151,7 +151,7 @@ def compile(
     options = Options(StageOptions(_backend(compile_stages), batchnorm), comm_hook, shard, filled)
     known = load(plan) if isinstance(plan, (str, Path)) else plan
     cluster = describe(devices, replicas, memory_bytes)
-    cluster = over_sockets(cluster) if launch == "torchrun" else cluster
+    cluster = over_sockets(cluster) if launch == "torchrun" and not on_one_machine() else cluster
     check_stages(cluster, stages)
     _check_cluster(cluster, known, launch)
     _announce(devices, cluster)

@@ -261,7 +261,7 @@ class Launcher:
         if self.launch == "inline":
             return InlineEngine(spec, self.model, self.loss_fn, self.options)
         if self.launch == "torchrun":
-            return SpmdEngine(spec, self.model, self.loss_fn, self.options)
+            return SpmdEngine(spec, self.model, self.loss_fn, self.timeout_s, self.options)
         pool = self.pool if self.pool is not None else WorkerPool(spec.layout.n_workers, spec.n_threads)
         self.pool = None
         pool.keep(spec.layout.n_workers, spec.n_threads)

@@ -42,6 +42,18 @@ def _with(spec: StageSpec, make: Callable[[_BatchNorm], nn.Module]) -> StageSpec
     return replace(spec, modules=modules)
 
 
+def leave_out_of_compilation(module: nn.Module) -> None:
+    """Let ``torch.compile`` call these BatchNorms as they are.
+
+    One exchanges statistics with other processes. Of the other, torch 2.13 loses a change of a buffer: after
+    ``total = count + n`` and ``count.add_(n)``, which it takes for one, ``count`` is what it was. A decorator on the
+    classes would import the compiler for everyone.
+    """
+    for inner in module.modules():
+        if isinstance(inner, (DeferredBatchNorm, SyncedBatchNorm)):
+            inner.forward = torch.compiler.disable(inner.forward)  # type: ignore[method-assign, no-untyped-call]
+
+
 def synced_stages(stages: Sequence[StageSpec], layout: Layout, mode: str) -> frozenset[int]:
     """Return the stages whose replicas exchange statistics inside of their computations."""
     if mode != SYNC:

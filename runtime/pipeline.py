@@ -408,7 +408,7 @@ class Pipeline(nn.Module):
         while self._forgotten:
             self._engine.forget(self._forgotten.pop())
         if request.kind in (TRAIN, BACKWARD):
-            self._engine.unsynced.check()
+            self._engine.unsynced.check(request.sync)
         begin = time.perf_counter()
         try:
             report = self._engine.run(request)

@@ -27,7 +27,7 @@ class ShardedReducer(Replicas):
     Parameters that other stages use too stay whole on every replica; ``elsewhere`` names those that somebody else sums.
 
     Attributes:
-        replaced: by id of a parameter of before, the parameter, and the sharded one in its place.
+        replaced: by id of a parameter of before, the parameter, and the sharded one in its place; until it is cleared.
     """
 
     follows_autograd = False

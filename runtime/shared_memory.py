@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import struct
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import StallError
 from .arena import anonymous_file
 from .instructions import Instruction, Layout
 from .packets import Packed
@@ -178,10 +180,13 @@ class Outbox:
 
 
 class Inbox:
-    """The receiver's end of a channel; it takes over the descriptors."""
+    """The receiver's end of a channel; it takes over the descriptors.
 
-    def __init__(self, memory_fd: int, pipe_fd: int) -> None:
-        self._memory, self._pipe = _Memory(memory_fd), pipe_fd
+    With ``timeout_s`` it waits no longer for a packet; without, somebody else watches it.
+    """
+
+    def __init__(self, memory_fd: int, pipe_fd: int, *, timeout_s: float | None = None) -> None:
+        self._memory, self._pipe, self._timeout_s = _Memory(memory_fd), pipe_fd, timeout_s
         self._rooms: dict[int, _Room] = {}
         self._arrived: dict[MessageKey, tuple[int, int, int, int]] = {}
 
@@ -197,6 +202,13 @@ class Inbox:
         return self._rooms[offset].packet(n_bytes)
 
     def _read(self, key: MessageKey) -> None:
+        if self._timeout_s is not None and not select.select([self._pipe], [], [], self._timeout_s)[0]:
+            what = "gradient" if key[0] else "activation"
+            raise StallError(
+                f"the {what} of microbatch {key[3]} from stage {key[1]} to stage {key[2]} did not come for "
+                f"{self._timeout_s:.0f} s",
+                hint="raise stagecut.compile(..., timeout_s=...) if one instruction may take that long",
+            )
         # Writes of one message are atomic, so that reads of several end with a whole one.
         data = os.read(self._pipe, _AT_ONCE * _MESSAGE.size)
         if not data:
@@ -219,6 +231,7 @@ class SharedMemoryTransport:
         """Take ``worker_of(stage, microbatch)`` and the channels."""
         self._worker_of = worker_of
         self._inboxes, self._outboxes = inboxes, outboxes
+        self.peers = frozenset(inboxes) | frozenset(outboxes)
         self._step = 0
 
     def begin(self, receives: Sequence[Instruction], signature: tuple[int, ...]) -> None:

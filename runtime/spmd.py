@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import CheckpointError, DeviceError, PlanError, ShapeError, StagecutError, StageError
+from ..errors import CheckpointError, DeviceError, PlanError, ShapeError, StageError
 from ..structure import flatten, is_encodable, unflatten
 from .batchnorm import replicas_of, synced_stages
 from .engine import Programs, fresh_gradients, model_state
 from .executor import Executor
 from .gradients import joined_norm, own_norm
 from .instructions import Op
+from .neighbours import RoutedTransport, transport_of
 from .options import Options
 from .packets import decode, encode
 from .program import PipelineSpec, Span
@@ -28,7 +29,6 @@ from .requests import BACKWARD, TRAIN, StepReport, StepRequest
 from .sharded import ShardedReducer, adopt, dense, load
 from .stage import StageRuntime, settle_statistics
 from .synced import Rounds, rounds_of
-from .transport import DistTransport
 from .unsynced import Unsynced
 from .weights import Weights, materialised, names_of
 
@@ -40,6 +40,12 @@ _OPS = tuple(op.value for op in Op)
 def under_torchrun() -> bool:
     """Say whether this process is one rank of several that run the same script."""
     return "TORCHELASTIC_RUN_ID" in os.environ or (dist.is_available() and dist.is_initialized())
+
+
+def on_one_machine() -> bool:
+    """Say whether torchrun started all ranks on this machine; no, where it does not say."""
+    local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+    return local is not None and local == world
 
 
 def ensure_process_group() -> None:
@@ -97,6 +103,7 @@ class SpmdEngine:
         spec: PipelineSpec,
         model: nn.Module,
         loss_fn: Callable[..., Any] | None,
+        timeout_s: float,
         options: Options,
     ) -> None:
         layout = spec.layout
@@ -110,7 +117,7 @@ class SpmdEngine:
         self._group = _gloo()
         self._worker = dist.get_rank()
         self.n_threads = torch.get_num_threads()
-        self.unsynced = Unsynced()
+        self.unsynced = Unsynced("would keep whole gradients on every replica (shard=True)" if options.shard else None)
         self._parts: dict[str, torch.Tensor] = {}
         self._device = torch.device(spec.devices[self._worker])
         synced = synced_stages(spec.stages, layout, options.stage.batchnorm)
@@ -126,13 +133,14 @@ class SpmdEngine:
             s: StageRuntime(spec.stages[s], self._device, loss_fn, options.stage, steady=True, rounds=rounds.get(s))
             for s in own
         }
-        transport = DistTransport(self._group, tuple(range(layout.n_workers)), layout.n_stages)
+        on_cpu = [torch.device(name).type == "cpu" for name in spec.devices]
+        self._transport = transport_of(layout, self._worker, on_cpu, self._group, timeout_s)
         self.replica_group: Any = None
         reducers = self._reducers(stages, options)
         self._sharding = [r for _, r in sorted(reducers.items()) if isinstance(r, ShardedReducer)]
         if self._sharding:
             self._adopt_shares(stages, reducers)
-        self._executor = Executor(self._worker, layout, stages, transport, reducers, coupled=bool(synced))
+        self._executor = Executor(self._worker, layout, stages, self._transport, reducers, coupled=bool(synced))
         self._ties = self._tie_groups()
 
     def _compare_fingerprints(self) -> None:
@@ -231,6 +239,8 @@ class SpmdEngine:
             reducer = reducers[s]
             if isinstance(reducer, ShardedReducer):
                 reducer.rebind(stage.spec.attributes)
+                reducer.rebind(self._spec.whole.attributes)
+                reducer.replaced.clear()  # the whole parameters of before
         self._names = {id(tensor): name for name, tensor in reversed(list(model_state(self._model).items()))}
         self._by_name = {self._names[id(t)]: t for t in model_state(self._model).values()}
         self._owned = [(name, self._by_name[name]) for name, _ in self._owned]
@@ -266,11 +276,6 @@ class SpmdEngine:
         trains = request.kind in (TRAIN, BACKWARD)
         parameters = {name: tensor for name, tensor in self._owned if isinstance(tensor, nn.Parameter)}
         goes_on = self.unsynced.resume() if trains else frozenset()
-        if trains and not request.sync and self._sharding:
-            raise StagecutError(
-                "no_sync() would keep whole gradients on every replica, which shard=True is there to avoid",
-                hint="leave out no_sync: gradients of several steps add up all the same",
-            )
         with self._gathered_parameters(), fresh_gradients(list(parameters.values()) if trains else []):
             for name in goes_on:
                 parameters[name].grad = self._parts[name]
@@ -470,4 +475,6 @@ class SpmdEngine:
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     def close(self) -> None:
-        """Nothing to end: the ranks belong to torchrun."""
+        """Give up the channels; the ranks belong to torchrun."""
+        if isinstance(self._transport, RoutedTransport):
+            self._transport.close()

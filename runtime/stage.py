@@ -13,7 +13,7 @@ from torch import fx, nn
 from ..errors import ShapeError
 from ..structure import flatten, map_leaves, unflatten
 from .apart import Apart, backward_input
-from .batchnorm import in_mode
+from .batchnorm import in_mode, leave_out_of_compilation
 from .deferred import DeferredBatchNorm
 from .explicit import Explicit
 from .options import StageOptions
@@ -241,6 +241,7 @@ class StageRuntime:
         if self._compiler is None:
             return module.forward
         if id(module) not in self._compiled:
+            leave_out_of_compilation(module)
             self._compiled[id(module)] = torch.compile(module, backend=self._compiler)
         return self._compiled[id(module)]
 

@@ -80,7 +80,6 @@ class SyncedBatchNorm(nn.Module):
         self.norm = norm
         self._exchange = exchange
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise ``(N, C, ...)``.
 

@@ -25,7 +25,9 @@ class Unsynced:
     ``set_to_none`` do to it what they do there; a change of its values would reach one replica alone, and is refused.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, why_not: str | None = None) -> None:
+        """Take why gradients cannot be kept apart, if they cannot."""
+        self._why_not = why_not
         self._held: dict[str, _Held] = {}
 
     def __bool__(self) -> bool:
@@ -52,12 +54,17 @@ class Unsynced:
                 stacklevel=4,
             )
 
-    def check(self) -> None:
-        """Refuse to go on if values of a part were changed.
+    def check(self, sync: bool) -> None:
+        """Refuse a step, one that sums gradients (``sync``) or not, if values of a part were changed.
 
         Raises:
-            StageError: they were.
+            StageError: they were, or parts cannot be kept.
         """
+        if not sync and self._why_not is not None:
+            raise StageError(
+                f"no_sync() {self._why_not}",
+                hint="leave it out: gradients of several steps add up all the same",
+            )
         for name, held in self._held.items():
             if held.parameter.grad is None or held.shown is None:
                 continue

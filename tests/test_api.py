@@ -92,6 +92,12 @@ def test_more_stages_than_ops_is_refused() -> None:
         ({"devices": ["nonsense"]}, stagecut.DeviceError, "is no device"),
         ({"devices": ["cpu"], "launch": "magic"}, stagecut.ConstraintError, "launch must be one of"),
         ({"devices": ["cpu"], "loss_reduction": "max"}, stagecut.ConstraintError, "loss_reduction must be"),
+        ({"devices": ["cpu"], "shard": True}, stagecut.ConstraintError, "share one copy of the parameters already"),
+        (
+            {"devices": ["cpu"], "launch": "torchrun", "shard": True, "compile_stages": True},
+            stagecut.ConstraintError,
+            "shard=True and compile_stages were both given",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(

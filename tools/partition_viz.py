@@ -8,26 +8,19 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CaptureError, InfeasibleError, StagecutError
 from ..partitioner.plan import Plan, load
 from ..records import to_json
-from ..runtime.schedules import TRAINING_SCHEDULES
-from .arguments import count, positive
+from .plan_options import PLANNING, WORKERS, add_plan_commands
 from .schedule import add_schedule, schedule_text
 from .solve import add_solve, solve_text
 
-if TYPE_CHECKING:
-    from ..runtime.program import Timeline
-
 # What imports torch is imported where it is used: help and wrong arguments answer in a tenth of a second, not in three.
 
-OK, USAGE, NOT_CAPTURABLE, DOES_NOT_FIT = 0, 2, 3, 4
+OK, FAILED, USAGE, NOT_CAPTURABLE, DOES_NOT_FIT = 0, 1, 2, 3, 4
 _GIB = 1 << 30
-_WORKERS = "2"
-# Options that make a plan, with what they are when nobody gave them; a plan file has its answers already.
-_PLANNING = ("devices", "cluster", "stages", "replicas", "microbatches", "schedule", "batch", "costs", "memory_gib")
 
 _EXAMPLES = """examples:
   partition-viz show demo:resnet --devices 4
@@ -36,10 +29,13 @@ _EXAMPLES = """examples:
   partition-viz report plan.json -o plan.html
   partition-viz report plan.json -o trace.json    (open it at ui.perfetto.dev)
   partition-viz report demo:unet --cluster sim:8xH100-80GB --replicas 2 -o plan.svg
+  partition-viz check plan.json --fail-on 'bubble>0.25,imbalance>1.15'
+  partition-viz compare before.json after.json
+  partition-viz export plan.json -o plan.dot
   partition-viz solve graph.json --max-chunks 2 --json > cut.json
   partition-viz schedule --costs costs.json --name search --microbatches 24
 
-exit codes: 0 done, 2 wrong arguments, 3 the model cannot be captured, 4 no plan fits
+exit codes: 0 done, 1 a condition of check holds, 2 wrong arguments, 3 the model cannot be captured, 4 no plan fits
 """
 
 
@@ -65,9 +61,15 @@ def _run(options: argparse.Namespace) -> int:
             return _print(solve_text(options))
         if options.command == "schedule":
             return _print(schedule_text(options))
+        if options.command == "compare":
+            return _compare(options.plans, options.json)
         plan = _plan(options)
         if options.command == "report":
             return _report(plan, options.output)
+        if options.command == "export":
+            return _export(plan, options.output)
+        if options.command == "check":
+            return _check(plan, options)
         return _show(plan, options.json)
     except BrokenPipeError:  # the reader had enough, as `head` does; nothing is left to be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -104,18 +106,49 @@ def _report(plan: Plan, output: Path) -> int:
     from .html import report_html
     from .svg import plan_svg
 
-    write = {".svg": plan_svg, ".json": _trace}.get(output.suffix, report_html)
-    output.write_text(write(plan, plan.predicted), encoding="utf-8")
+    timeline = plan.predicted
+    if output.suffix == ".json":
+        from .export import trace_text
+
+        text = trace_text(plan)
+    else:
+        text = plan_svg(plan, timeline) if output.suffix == ".svg" else report_html(plan, timeline)
+    return _write(text, output)
+
+
+def _check(plan: Plan, options: argparse.Namespace) -> int:
+    from .check import check_text
+
+    text, passes = check_text(plan, options.fail_on, as_json=options.json)
+    _print(text)
+    return OK if passes else FAILED
+
+
+def _export(plan: Plan, output: Path) -> int:
+    from .export import export_text
+
+    return _write(export_text(plan, output), output)
+
+
+def _write(text: str, output: Path) -> int:
+    output.write_text(text, encoding="utf-8")
     print(f"wrote {output}", file=sys.stderr)
     return OK
 
 
-def _trace(plan: Plan, timeline: Timeline) -> str:
-    """Write a step, with what each worker holds, as a trace for Perfetto."""
-    from ..partitioner.residency import memory_over_time
-    from ..runtime.program import chrome_trace
+def _compare(paths: list[Path], as_json: bool) -> int:
+    from .compare import check_count, record
 
-    return json.dumps(chrome_trace(timeline, memory_over_time(plan, timeline))) + "\n"
+    check_count(paths)
+    plans, names = [load(path) for path in paths], [str(path) for path in paths]
+    if as_json:
+        return _print(record(names, plans))
+    from .text import console_for, print_comparison
+
+    console = console_for()
+    with console.capture() as text:
+        print_comparison(names, plans, console)
+    return _print(text.get())
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -125,7 +158,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         StagecutError: there is no such model or plan, or no plan fits.
     """
     spec: str = options.spec
-    given = [f"--{name.replace('_', '-')}" for name in _PLANNING if getattr(options, name) is not None]
+    given = [f"--{name.replace('_', '-')}" for name in PLANNING if getattr(options, name) is not None]
     if Path(spec).is_file() or (spec.endswith(".json") and ":" not in spec):
         if given:
             raise StagecutError(
@@ -139,7 +172,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     model = load_model(spec, batch_rows=options.batch)
     return make_plan(
         model.module,
-        options.cluster or _workers(options.devices or _WORKERS),
+        options.cluster or _workers(options.devices or WORKERS),
         example_inputs=model.example_inputs,
         example_kwargs=model.example_kwargs,
         stages=options.stages,
@@ -168,47 +201,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,report,solve,schedule}")
-    show = commands.add_parser("show", help="print the plan as tables", description="Print the plan as tables.")
-    show.add_argument("--json", action="store_true", help="print the plan as JSON instead")
-    report = commands.add_parser(
-        "report", help="write the plan as a page or a picture", description="Write the plan as a page or a picture."
-    )
-    report.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="plan.html, plan.svg for the picture alone, or trace.json for Perfetto",
-    )
-    for command in (show, report):
-        _add_planning(command)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_plan_commands(commands)
     add_solve(commands)
     add_schedule(commands)
     return parser
-
-
-def _add_planning(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "spec", metavar="SPEC_OR_PLAN", help="demo:resnet, torchvision:NAME, file.py:FUNCTION, plan.json"
-    )
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument("--devices", metavar="N|LIST", help=f"N CPU workers, or names: cpu,cpu (default: {_WORKERS})")
-    place.add_argument("--cluster", metavar="KIND", help="devices that need not exist: sim:4xA100-80GB, cluster.toml")
-    parser.add_argument("--stages", type=count, metavar="N", help="stages of the pipeline (default: chosen)")
-    parser.add_argument("--replicas", type=count, metavar="N", help="copies of every stage (default: chosen)")
-    parser.add_argument("--microbatches", type=count, metavar="M", help="pieces of the batch (default: chosen)")
-    parser.add_argument(
-        "--schedule",
-        metavar="NAME|FILE",
-        help=f"order of compute: {', '.join(TRAINING_SCHEDULES)}, search, or a .json or .csv file (default: chosen)",
-    )
-    parser.add_argument("--batch", type=count, metavar="N", help="rows of the example batch (default: the model's)")
-    parser.add_argument(
-        "--costs", choices=["analytic", "measured"], help="roofline, or each op timed on this CPU (default: analytic)"
-    )
-    parser.add_argument("--memory-gib", type=positive, metavar="X", help="memory limit of each worker")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TextIO
 
 from rich import box
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from ..partitioner.plan import Plan
 from ..runtime.program import Timeline
+from .compare import moves, numbers_table
 from .style import STAGE_COLOURS
 from .tables import Table, alternatives_table, stage_table, wire_table
 from .verdict import judge
@@ -44,6 +46,15 @@ def print_plan(plan: Plan, timeline: Timeline, console: Console) -> None:
         _say(console, "\nwhy", "bold")
     for reason in plan.reasons:
         _say(console, f"  {reason}")
+
+
+def print_comparison(names: Sequence[str], plans: Sequence[Plan], console: Console) -> None:
+    """Print the numbers of plans beside each other, and which ops are on other stages than in the first one."""
+    _section(console, f"{clean(plans[0].model)}: against {clean(names[0])}", numbers_table(names, plans))
+    for name, plan in zip(names[1:], plans[1:]):
+        _say(console, f"\n{clean(name)}", "bold")
+        for line in moves(plans[0], plan):
+            _say(console, f"  {line}")
 
 
 def _section(console: Console, title: str, table: Table, n_colours: int = 0) -> None:

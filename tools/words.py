@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..partitioner.plan import Plan, StageRecord
 
 # What cluster.py and the planner write for a worker without a limit is larger than any memory.
-_NO_LIMIT = 2.0**61
+NO_LIMIT = 2.0**61
 
 
 def duration(seconds: float) -> str:
@@ -80,7 +80,7 @@ def shorten(text: str, limit: int) -> str:
 
 def memory(stage: StageRecord) -> str:
     """Write what is held on a stage's device against its limit."""
-    if stage.memory_limit_bytes >= _NO_LIMIT:
+    if stage.memory_limit_bytes >= NO_LIMIT:
         return f"{size(stage.device_bytes)}, no limit"
     filled = stage.device_bytes / stage.memory_limit_bytes if stage.memory_limit_bytes > 0 else 1.0
     return f"{size(stage.device_bytes)} of {size(stage.memory_limit_bytes)} ({share(filled)})"

@@ -12,18 +12,21 @@ TIMEOUT_S = 400
 
 
 @pytest.mark.parametrize(
-    ("devices", "n_ranks", "schedule"),
+    ("devices", "n_ranks", "schedule", "machines"),
     [
-        ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4, "1f1b"),
-        ("[['cpu'], ['cpu']]", 2, "interleaved-zero-bubble"),
-        ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4, "zb-v"),  # one worker has both ends of the tie
+        ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4, "1f1b", "one"),
+        ("[['cpu'], ['cpu']]", 2, "interleaved-zero-bubble", "each its own"),
+        ("[['cpu', 'cpu', 'cpu'], ['cpu']]", 4, "1f1b", "two"),  # the last stage has neighbours and others
+        ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4, "zb-v", "one"),  # one worker has both ends of the tie
     ],
 )
-def test_ties_replicas_state_and_both_loops(repository: Path, devices: str, n_ranks: int, schedule: str) -> None:
+def test_ties_replicas_state_and_both_loops(
+    repository: Path, devices: str, n_ranks: int, schedule: str, machines: str
+) -> None:
     script = str(repository / "tests" / "support" / "torchrun_script.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
     done = subprocess.run(
-        [*torchrun, script, devices, schedule], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        [*torchrun, script, devices, schedule, machines], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is exact") == n_ranks
@@ -44,7 +47,7 @@ def test_hooks_accumulation_sharded_optimizers_and_weights_from_files(
 def test_a_wrong_number_of_ranks_says_how_many(repository: Path) -> None:
     script = str(repository / "tests" / "support" / "torchrun_script.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, script, "[['cpu'], ['cpu'], ['cpu']]", "1f1b"]
+    command = [*torchrun, script, "[['cpu'], ['cpu'], ['cpu']]", "1f1b", "one"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode != 0
     assert "the plan has 3 workers and torchrun started 2 ranks" in done.stderr

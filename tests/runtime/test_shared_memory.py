@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import stagecut
+from stagecut.errors import StallError
 from stagecut.runtime.instructions import Layout
 from stagecut.runtime.packets import decode, pack
 from stagecut.runtime.shared_memory import ChannelFiles, Inbox, Outbox, PeerGone, channels_of
@@ -183,3 +184,14 @@ def test_a_closed_pipeline_leaves_neither_descriptors_nor_its_model() -> None:
     gc.collect()
     assert model() is None
     assert psutil.Process().num_fds() == before
+
+
+def test_a_receiver_with_a_deadline_says_what_did_not_come() -> None:
+    files = ChannelFiles.open(0, 1)
+    outbox, inbox = Outbox(os.dup(files.memory), files.sending), Inbox(files.memory, files.receiving, timeout_s=0.05)
+    try:
+        with pytest.raises(StallError, match="the gradient of microbatch 3 from stage 2 to stage 1 did not"):
+            inbox.take(1, (True, 2, 1, 3))
+    finally:
+        outbox.close()
+        inbox.close()

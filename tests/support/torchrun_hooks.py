@@ -1,9 +1,11 @@
 """Run by tests/exactness/test_torchrun.py on every rank: hooks on communication, accumulation, a sharded optimizer."""
 
 import copy
+import gc
 import os
 import sys
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -175,7 +177,11 @@ def shares(devices: Any) -> None:
     model = Mixed().double()
     plain = copy.deepcopy(model)
     x, y = torch.randn(8, 6, dtype=torch.float64), torch.randn(8, 6, dtype=torch.float64)
+    before = [weakref.ref(model.middle[0].weight), weakref.ref(model.scale)]
     pm = stagecut.compile(model, devices, shard=True, batchnorm="sync", example_inputs=(x,), **OPTIONS)
+    gc.collect()
+    kept = [p for p in (ref() for ref in before) if p is not None]
+    assert sum(p.untyped_storage().nbytes() for p in kept) == 0, "whole parameters take no memory any more"
     names = dict(plain.named_parameters()).keys()
     assert dict(pm.named_parameters()).keys() == names
     shared_out = {name: p for name, p in pm.named_parameters() if hasattr(p, "full_tensor")}
@@ -219,8 +225,9 @@ def shares(devices: Any) -> None:
     plain.eval()
     torch.testing.assert_close(pm.evaluate(x).output, plain(x).detach(), rtol=1e-9, atol=1e-12)
     pm.train()
-    with pm.no_sync(), pytest.raises(stagecut.StagecutError, match="leave out no_sync"):
+    with pm.no_sync(), pytest.raises(stagecut.StageError, match="would keep whole gradients"):
         pm.step(x, target=y)
+    pm.step(x, target=y)
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import stagecut
+from stagecut.runtime import neighbours
+from stagecut.runtime.spmd import SpmdEngine
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
@@ -66,6 +68,9 @@ def check(
 def main() -> None:
     devices = eval(sys.argv[1], {"__builtins__": {}})
     dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    machine = {"one": neighbours._machine(), "two": f"machine {rank // 2}", "each its own": ""}[sys.argv[3]]
+    neighbours._machine = lambda: machine
     torch.manual_seed(dist.get_rank())
     model = Tied().double()
     for tensor in model.state_dict().values():
@@ -79,6 +84,10 @@ def main() -> None:
     for _ in range(4):  # the later ones by recorded graphs
         pm.zero_grad()
         check(pm, plain, pieces, pm.step(x, target=y).loss.item())
+
+    assert isinstance(pm._engine, SpmdEngine)
+    transport = pm._engine._transport
+    assert isinstance(transport, neighbours.RoutedTransport) == (bool(machine) and (sys.argv[3] != "two" or rank > 1))
 
     pm.zero_grad()
     loss = token_loss(pm(x), y)

@@ -1,0 +1,106 @@
+"""What the subcommands of ``partition-viz`` that take plans can be told; imports next to nothing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..runtime.schedules import TRAINING_SCHEDULES
+from .arguments import count, positive
+
+WORKERS = "2"
+# Options that make a plan, with what they are when nobody gave them; a plan file has its answers already.
+PLANNING = ("devices", "cluster", "stages", "replicas", "microbatches", "schedule", "batch", "costs", "memory_gib")
+
+_CHECK = """examples:
+  partition-viz check plan.json
+  partition-viz check plan.json --fail-on 'bubble>0.25,imbalance>1.15'
+  partition-viz check train.py:build --cluster sim:4xA100-80GB --fail-on 'step>200ms,filled>90%,speedup<3' --json
+
+exit codes: 0 no condition holds, 1 one does, 2 wrong arguments or a bad plan, 3 the model cannot be captured,
+4 no plan fits
+"""
+
+_COMPARE = """examples:
+  partition-viz compare before.json after.json
+  partition-viz compare plans/*.json --json
+
+exit codes: 0 done, 2 wrong arguments or a bad plan
+"""
+
+_EXPORT = """examples:
+  partition-viz export plan.json -o plan.dot          (Graphviz: every op, in stages)
+  partition-viz export plan.json -o plan.mmd          (Mermaid: the stages and what crosses)
+  partition-viz export plan.json -o plan.graphml      (networkx, Gephi, yEd: ops with their costs)
+  partition-viz export plan.json -o ops.csv           (a row for each op)
+  partition-viz export demo:unet --devices 2 -o plan.json
+
+exit codes: 0 done, 2 wrong arguments or a bad plan, 3 the model cannot be captured, 4 no plan fits
+"""
+
+
+def add_plan_commands(commands: Any) -> None:
+    """Add the subcommands' parsers."""
+    show = _command(commands, "show", "print the plan as tables")
+    show.add_argument("--json", action="store_true", help="print the plan as JSON instead")
+    report = _command(commands, "report", "write the plan as a page or a picture")
+    report.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="plan.html, plan.svg for the picture alone, or trace.json for Perfetto",
+    )
+    check = _command(commands, "check", "fail if a plan is not good enough", _CHECK)
+    check.add_argument(
+        "--fail-on",
+        metavar="CONDITIONS",
+        default="",
+        help="what is not good enough, separated by commas: NAME>LIMIT (without it only a plan that does not fit is)",
+    )
+    check.add_argument("--json", action="store_true", help="print numbers and conditions as JSON instead")
+    export = _command(commands, "export", "write the plan for other programs", _EXPORT)
+    export.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help=".svg .dot .mmd .graphml .csv .json trace.json"
+    )
+    for command in (show, report, check, export):
+        _add_planning(command)
+    compare = _command(commands, "compare", "put plans beside each other", _COMPARE)
+    compare.add_argument("plans", nargs="+", type=Path, metavar="PLAN.json", help="plans; the first is the reference")
+    compare.add_argument("--json", action="store_true", help="print numbers as JSON instead")
+
+
+def _command(commands: Any, name: str, does: str, examples: str = "") -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=does,
+        description=f"{does[:1].upper()}{does[1:]}.",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _add_planning(parser: argparse.ArgumentParser) -> None:
+    """Add what makes a plan."""
+    parser.add_argument(
+        "spec", metavar="SPEC_OR_PLAN", help="demo:resnet, torchvision:NAME, file.py:FUNCTION, plan.json"
+    )
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--devices", metavar="N|LIST", help=f"N CPU workers, or names: cpu,cpu (default: {WORKERS})")
+    place.add_argument("--cluster", metavar="KIND", help="devices that need not exist: sim:4xA100-80GB, cluster.toml")
+    parser.add_argument("--stages", type=count, metavar="N", help="stages of the pipeline (default: chosen)")
+    parser.add_argument("--replicas", type=count, metavar="N", help="copies of every stage (default: chosen)")
+    parser.add_argument("--microbatches", type=count, metavar="M", help="pieces of the batch (default: chosen)")
+    parser.add_argument(
+        "--schedule",
+        metavar="NAME|FILE",
+        help=f"order of compute: {', '.join(TRAINING_SCHEDULES)}, search, or a .json or .csv file (default: chosen)",
+    )
+    parser.add_argument("--batch", type=count, metavar="N", help="rows of the example batch (default: the model's)")
+    parser.add_argument(
+        "--costs", choices=["analytic", "measured"], help="roofline, or each op timed on this CPU (default: analytic)"
+    )
+    parser.add_argument("--memory-gib", type=positive, metavar="X", help="memory limit of each worker")
