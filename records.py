@@ -31,6 +31,43 @@ def to_json(value: Any) -> Any:
     return value
 
 
+def json_schema(kind: type, identifier: str) -> dict[str, Any]:
+    """Describe the JSON that :func:`from_json` reads, as JSON Schema (https://json-schema.org/draft/2020-12)."""
+    known: dict[str, Any] = {}
+    _describe(kind, known)
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, "$id": identifier, "$ref": f"#/$defs/{kind.__name__}", "$defs": known}
+
+
+def _describe(kind: Any, known: dict[str, Any]) -> dict[str, Any]:
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [_describe(option, known) for option in inside]}
+    if origin is tuple and len(inside) == 2 and inside[1] is Ellipsis:
+        return {"type": "array", "items": _describe(inside[0], known)}
+    if origin is tuple:
+        items = [_describe(item, known) for item in inside]
+        return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+    if origin in (dict, Mapping):
+        return {"type": "object", "additionalProperties": _describe(inside[1], known)}
+    if not dataclasses.is_dataclass(kind):
+        names = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
+        return {"type": names[kind]}
+    name = getattr(kind, "__name__", str(kind))
+    if name not in known:
+        known[name] = {}  # a record that holds records of its own kind finds itself
+        hints = typing.get_type_hints(kind)
+        fields = [field.name for field in dataclasses.fields(kind)]
+        known[name] |= {
+            "description": (kind.__doc__ or "").strip().splitlines()[0],
+            "type": "object",
+            "properties": {field: _describe(hints[field], known) for field in fields},
+            "required": fields,
+            "additionalProperties": False,
+        }
+    return {"$ref": f"#/$defs/{name}"}
+
+
 def from_json(kind: type[T], value: Any, path: str = "$") -> T:
     """Build ``kind`` from plain JSON values.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
-from ..records import from_json, to_json
+from ..records import from_json, json_schema, to_json
 from ..runtime.instructions import Layout
 from .plan_check import validate
 from .wording import count
@@ -310,6 +310,13 @@ def _size(n_bytes: float) -> str:
             break
         n_bytes /= 1024
     return f"{n_bytes:.3g} {unit}"
+
+
+def schema() -> dict[str, Any]:
+    """Describe the JSON of a plan as JSON Schema: docs/plan.schema.json."""
+    found = json_schema(Plan, f"urn:stagecut:plan:{FORMAT}")
+    found["$defs"]["Plan"]["properties"]["format"] = {"const": FORMAT}
+    return found
 
 
 def load(path: str | Path) -> Plan:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import StagecutError
 from ..partitioner.plan import Plan
-from .metrics import Metric, metrics_of
+from .metrics import COUNT, SHARE, Metric, metrics_of
 from .tables import Table
 from .words import clean, count
 
@@ -43,6 +43,10 @@ def _cell(metric: Metric, first: Metric, index: int) -> str:
         return str(metric)
     if metric.value == first.value:
         return f"{metric} (=)"
+    if metric.kind == COUNT:
+        return str(metric)
+    if metric.kind == SHARE:
+        return f"{metric} ({(metric.value - first.value) * 100:+.0f} points)"
     return f"{metric} ({metric.value / first.value - 1:+.0%})" if first.value else str(metric)
 
 

@@ -12,13 +12,14 @@ from ..runtime.program import Timeline
 from .verdict import idle_s, sent_to, slowest_stage, stage_load_s
 from .words import NO_LIMIT, duration, share, size
 
-SECONDS, BYTES, SHARE, NUMBER = "seconds", "bytes", "share", "number"
+SECONDS, BYTES, SHARE, NUMBER, COUNT = "seconds", "bytes", "share", "number", "count"
 _UNITS: dict[str, dict[str, float]] = {
     SECONDS: {"s": 1.0, "ms": 1e-3, "us": 1e-6},
     BYTES: {"B": 1.0, **{f"{p}iB": 1024.0**n for n, p in enumerate("KMGT", 1)},
             "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12},
     SHARE: {"": 1.0, "%": 0.01},
     NUMBER: {"": 1.0},
+    COUNT: {"": 1.0},
 }  # fmt: skip
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": lambda value, limit: value >= limit,
@@ -31,7 +32,7 @@ _GATE = re.compile(r"\s*([a-z_]+)\s*(>=|<=|>|<)\s*([0-9][0-9.eE+-]*)\s*([A-Za-z%
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a plan: its kind is ``seconds``, ``bytes``, ``share`` (of 1) or ``number``."""
+    """One number of a plan: its kind is ``seconds``, ``bytes``, ``share`` (of 1), ``number`` or ``count``."""
 
     name: str
     value: float
@@ -77,9 +78,9 @@ def metrics_of(plan: Plan, timeline: Timeline) -> dict[str, Metric]:
         Metric("crossing", sum(w.n_bytes * len(sent_to(plan, w)) for w in plan.wires), BYTES, "forward, a microbatch"),
         Metric("memory", max(s.device_bytes for s in plan.stages), BYTES, "of the fullest device"),
         Metric("filled", fullest, SHARE, "of its limit, of the fullest device; 0 without a limit"),
-        Metric("stages", len(plan.stages), NUMBER, ""),
-        Metric("workers", len(plan.devices), NUMBER, ""),
-        Metric("microbatches", plan.n_microbatches, NUMBER, "of each replica"),
+        Metric("stages", len(plan.stages), COUNT, ""),
+        Metric("workers", len(plan.devices), COUNT, ""),
+        Metric("microbatches", plan.n_microbatches, COUNT, "of each replica"),
     ]
     return {metric.name: metric for metric in found}
 

@@ -7,11 +7,13 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import CaptureError, InfeasibleError, StagecutError
-from ..partitioner.plan import Plan, load
+from ..partitioner.plan import Plan, load, schema
 from ..records import to_json
 from .plan_options import PLANNING, WORKERS, add_plan_commands
 from .schedule import add_schedule, schedule_text
@@ -30,6 +32,7 @@ _EXAMPLES = """examples:
   partition-viz report plan.json -o trace.json    (open it at ui.perfetto.dev)
   partition-viz report demo:unet --cluster sim:8xH100-80GB --replicas 2 -o plan.svg
   partition-viz check plan.json --fail-on 'bubble>0.25,imbalance>1.15'
+  partition-viz sweep demo:resnet --devices 4 --stages 2,4 --microbatches 4,8,16
   partition-viz compare before.json after.json
   partition-viz export plan.json -o plan.dot
   partition-viz solve graph.json --max-chunks 2 --json > cut.json
@@ -61,8 +64,12 @@ def _run(options: argparse.Namespace) -> int:
             return _print(solve_text(options))
         if options.command == "schedule":
             return _print(schedule_text(options))
+        if options.command == "schema":
+            return _print(json.dumps(schema(), indent=1) + "\n")
         if options.command == "compare":
             return _compare(options.plans, options.json)
+        if options.command == "sweep":
+            return _sweep(options)
         plan = _plan(options)
         if options.command == "report":
             return _report(plan, options.output)
@@ -166,22 +173,46 @@ def _plan(options: argparse.Namespace) -> Plan:
                 hint="give a model spec instead, such as demo:resnet",
             )
         return load(spec)
-    from ..api import plan as make_plan
-    from ..models.registry import load_model
-
-    model = load_model(spec, batch_rows=options.batch)
-    return make_plan(
-        model.module,
-        options.cluster or _workers(options.devices or WORKERS),
-        example_inputs=model.example_inputs,
-        example_kwargs=model.example_kwargs,
+    return _planner(options)(
         stages=options.stages,
         replicas=options.replicas,
         microbatches=options.microbatches,
         schedule=options.schedule,
+    )
+
+
+def _planner(options: argparse.Namespace) -> Callable[..., Plan]:
+    """Load the model; return what plans it with more arguments of :func:`stagecut.plan`."""
+    from ..api import plan as make_plan
+    from ..models.registry import load_model
+
+    model = load_model(options.spec, batch_rows=options.batch)
+    return partial(
+        make_plan,
+        model.module,
+        options.cluster or _workers(options.devices or WORKERS),
+        example_inputs=model.example_inputs,
+        example_kwargs=model.example_kwargs,
         costs=options.costs or "analytic",
         memory_bytes=None if options.memory_gib is None else options.memory_gib * _GIB,
     )
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from .sweep import VARIED, configurations, sweep, sweep_json
+    from .text import console_for, print_table
+
+    outcomes = sweep(_planner(options), configurations({name: getattr(options, name) for name in VARIED}))
+    if options.json:
+        _print(sweep_json(outcomes))
+    else:
+        from .sweep import sweep_table
+
+        console = console_for()
+        with console.capture() as text:
+            print_table(f"{options.spec}: {len(outcomes)} configurations", sweep_table(outcomes), console)
+        _print(text.get())
+    return OK if any(outcome.problem is None for outcome in outcomes) else DOES_NOT_FIT
 
 
 def _workers(text: str) -> list[int | str]:

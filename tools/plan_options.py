@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.schedules import TRAINING_SCHEDULES
-from .arguments import count, positive
+from .arguments import count, list_of, positive, yes_or_no
 
 WORKERS = "2"
 # Options that make a plan, with what they are when nobody gave them; a plan file has its answers already.
@@ -40,6 +40,16 @@ exit codes: 0 done, 2 wrong arguments or a bad plan, 3 the model cannot be captu
 """
 
 
+_SWEEP = """examples:
+  partition-viz sweep demo:resnet --devices 4 --stages 2,4 --microbatches 4,8,16
+  partition-viz sweep torchvision:resnet50 --cluster sim:4xA100-80GB --schedule 1f1b,zb-h1 --recompute no,yes --json
+
+every combination is planned; "best" has no other one with a shorter step and as little memory
+
+exit codes: 0 done, 2 wrong arguments, 3 the model cannot be captured, 4 no combination has a plan
+"""
+
+
 def add_plan_commands(commands: Any) -> None:
     """Add the subcommands' parsers."""
     show = _command(commands, "show", "print the plan as tables")
@@ -67,6 +77,14 @@ def add_plan_commands(commands: Any) -> None:
     )
     for command in (show, report, check, export):
         _add_planning(command)
+    sweep = _command(commands, "sweep", "plan a model under many configurations", _SWEEP)
+    sweep.add_argument("spec", metavar="SPEC", help="demo:resnet, torchvision:NAME, file.py:FUNCTION")
+    _add_place(sweep)
+    for name, what in (("stages", count), ("replicas", count), ("microbatches", count), ("schedule", str)):
+        sweep.add_argument(f"--{name}", type=list_of(what), metavar="A,B,...", help="to be tried (default: chosen)")
+    sweep.add_argument("--recompute", type=list_of(yes_or_no), metavar="no,yes", help="to be tried (default: chosen)")
+    sweep.add_argument("--json", action="store_true", help="print the outcomes as JSON instead")
+    _command(commands, "schema", "print the JSON Schema of plans")
     compare = _command(commands, "compare", "put plans beside each other", _COMPARE)
     compare.add_argument("plans", nargs="+", type=Path, metavar="PLAN.json", help="plans; the first is the reference")
     compare.add_argument("--json", action="store_true", help="print numbers as JSON instead")
@@ -88,9 +106,7 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "spec", metavar="SPEC_OR_PLAN", help="demo:resnet, torchvision:NAME, file.py:FUNCTION, plan.json"
     )
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument("--devices", metavar="N|LIST", help=f"N CPU workers, or names: cpu,cpu (default: {WORKERS})")
-    place.add_argument("--cluster", metavar="KIND", help="devices that need not exist: sim:4xA100-80GB, cluster.toml")
+    _add_place(parser)
     parser.add_argument("--stages", type=count, metavar="N", help="stages of the pipeline (default: chosen)")
     parser.add_argument("--replicas", type=count, metavar="N", help="copies of every stage (default: chosen)")
     parser.add_argument("--microbatches", type=count, metavar="M", help="pieces of the batch (default: chosen)")
@@ -99,6 +115,13 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help=f"order of compute: {', '.join(TRAINING_SCHEDULES)}, search, or a .json or .csv file (default: chosen)",
     )
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    """Add what says where, with which batch and which costs."""
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--devices", metavar="N|LIST", help=f"N CPU workers, or names: cpu,cpu (default: {WORKERS})")
+    place.add_argument("--cluster", metavar="KIND", help="devices that need not exist: sim:4xA100-80GB, cluster.toml")
     parser.add_argument("--batch", type=count, metavar="N", help="rows of the example batch (default: the model's)")
     parser.add_argument(
         "--costs", choices=["analytic", "measured"], help="roofline, or each op timed on this CPU (default: analytic)"

@@ -48,6 +48,11 @@ def print_plan(plan: Plan, timeline: Timeline, console: Console) -> None:
         _say(console, f"  {reason}")
 
 
+def print_table(title: str, table: Table, console: Console) -> None:
+    """Print one table."""
+    _section(console, title, table)
+
+
 def print_comparison(names: Sequence[str], plans: Sequence[Plan], console: Console) -> None:
     """Print the numbers of plans beside each other, and which ops are on other stages than in the first one."""
     _section(console, f"{clean(plans[0].model)}: against {clean(names[0])}", numbers_table(names, plans))
