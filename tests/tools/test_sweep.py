@@ -10,11 +10,11 @@ OPTIONS = ["sweep", "demo:mlp", "--cluster", "sim:4xA100-80GB", "--batch", "16"]
 
 
 def test_every_combination_is_planned_and_the_best_are_marked(capsys):
-    choices = ["--stages", "2,4", "--microbatches", "1,4", "--recompute", "no,yes"]
+    choices = ["--stages", "2,4", "--microbatches", "4", "--recompute", "no,yes"]
     assert main([*OPTIONS, *choices, "--schedule", "1f1b", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert len(found) == 2 * 2 * 2
-    assert len({json.dumps(entry["arguments"]) for entry in found}) == 8
+    assert len(found) == 2 * 2
+    assert len({json.dumps(entry["arguments"]) for entry in found}) == 4
     assert all(entry["problem"] is None for entry in found)
     steps = [entry["step_s"] for entry in found]
     assert steps == sorted(steps)
