@@ -21,6 +21,7 @@ from .partitioner.cpu import free_memory_bytes, usable_cores
 from .partitioner.loss import Loss
 from .partitioner.plan import Plan, parse
 from .partitioner.planner import choose, random_ops
+from .partitioner.recording.state import caches_found_once
 from .partitioner.replan import better_plan, stage_seconds
 from .partitioner.split import split
 from .progress import shown_progress
@@ -44,7 +45,7 @@ def planning() -> Iterator[None]:
 
     The process's random state stays as it was: an op that draws random numbers is measured by running it.
     """
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(), caches_found_once():
         yield
 
 

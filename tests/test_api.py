@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -205,3 +207,20 @@ def test_planning_draws_no_random_numbers_of_the_caller(tmp_path: Path, monkeypa
     stagecut.plan(random, ["cpu"], example_inputs=(x,))
     with stagecut.compile(random, ["cpu"], loss_fn=F.cross_entropy, example_inputs=(x,), launch="inline"):
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_plan_looks_at_all_objects_of_the_process_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For caches that runs of the model may fill: it takes a tenth of a second, and was done a dozen times."""
+    calls: list[int] = []
+    real = gc.get_objects
+
+    def counted(*arguments: Any) -> list[Any]:
+        calls.append(1)
+        return real(*arguments)
+
+    options: dict[str, Any] = {"example_inputs": (batch()[0],), "costs": "analytic", "stages": 2}
+    stagecut.plan(model(), ["cpu", "cpu"], **options)  # what is imported along the way is imported now
+    monkeypatch.setattr(gc, "get_objects", counted)
+    for n in (1, 2):  # a cache that was made in between is found
+        stagecut.plan(model(), ["cpu", "cpu"], **options)
+        assert len(calls) == n

@@ -233,11 +233,33 @@ def _set_state(item: Any, state: Any) -> None:
         item.setstate(state)
 
 
+_found: dict[int, list[Any]] | None = None  # by how many modules are imported; None outside of a search that is shared
+
+
+@contextmanager
+def caches_found_once() -> Iterator[None]:
+    """Let :func:`all_caches` look at all objects of the process, a tenth of a second, once for the body.
+
+    And again where the body imports something, which may bring caches along.
+    """
+    global _found
+    before, _found = _found, {}
+    try:
+        yield
+    finally:
+        _found = before
+
+
 def all_caches() -> list[Any]:
     """Find the ``functools.lru_cache`` functions of all code but torch's and its like."""
+    if _found is not None and len(sys.modules) in _found:
+        return _found[len(sys.modules)]
     kind = type(functools.lru_cache(lambda: None))
     found = [item for item in gc.get_objects() if type(item) is kind]
-    return [cache for cache in found if not _of_library(getattr(cache, "__module__", None) or "builtins")]
+    caches = [cache for cache in found if not _of_library(getattr(cache, "__module__", None) or "builtins")]
+    if _found is not None:
+        _found[len(sys.modules)] = caches
+    return caches
 
 
 def restore(contents: list[_Content]) -> None:
