@@ -131,7 +131,7 @@ def processor_name() -> str:
 
 def cpu_link() -> Link:
     """Describe messages between local CPU workers: in shared memory, from waking up to reading what is cold."""
-    return Link(100e-6, 8e9, "shared memory, 100 us, 8 GB/s: benchmarks/overhead.py")
+    return Link(100e-6, 8e9, "shared memory, 100 us as benchmarks/overhead.py measures, 8 GB/s to read what is cold")
 
 
 def cpu_socket_link() -> Link:
