@@ -101,7 +101,8 @@ def compile(
         launch: ``"local"`` worker processes, ``"torchrun"`` ranks, ``"inline"`` in this process; ``"auto"`` notices
             torchrun.
         threads_per_worker: CPU threads of each worker; an equal share of the cores among those used if None.
-        timeout_s: seconds without any progress after which a step fails with :class:`StallError`.
+        timeout_s: seconds without any progress after which a step fails with :class:`StallError`; under torchrun,
+            seconds that a rank waits for one packet of another rank of its machine.
         trial_s: where predictions are too close to tell which plan is fastest, run the closest ones in turn for some
             steps, about so many seconds, before the first step; 0 goes by the predictions. The model stays as it was.
             Local workers with measured costs only; ``pm.plan.reasons`` says what was tried.

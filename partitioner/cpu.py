@@ -135,7 +135,7 @@ def cpu_link() -> Link:
 
 
 def cpu_socket_link() -> Link:
-    """Describe messages between CPU ranks of one machine: gloo over loopback, packing and unpacking included."""
+    """Describe messages between CPU ranks that may be on several machines: gloo, packing and unpacking included."""
     return Link(150e-6, 1.5e9, "assumed: gloo over loopback, 150 us, 1.5 GB/s")
 
 

@@ -174,5 +174,5 @@ def _with_memory(device: Device, memory_bytes: float) -> Device:
 
 
 def over_sockets(cluster: Cluster) -> Cluster:
-    """Return a cluster whose CPU workers of one machine exchange messages by sockets: ranks, not local workers."""
+    """Return a cluster whose CPU workers exchange messages by sockets: ranks that may be on several machines."""
     return replace(cluster, inside=cpu_socket_link()) if cluster.inside == cpu_link() else cluster

@@ -10,9 +10,9 @@ from .opgraph import STATE_COPIES
 from .plan import LinkRecord, StageRecord, Timing, WireRecord
 
 # The runtime's own work on CPU workers: per packet (header, message) and how fast packets are packed, as
-# benchmarks/overhead.py measures them on two cores, through shared memory and, where workers are ranks, through
-# sockets; per compute instruction (waiting, bookkeeping, autograd's start) what that benchmark leaves once sends and
-# the tiny compute are taken off; per step, commands to workers and answers.
+# benchmarks/overhead.py measures them on two cores, through shared memory and, where ranks may be on several machines,
+# through sockets; per compute instruction (waiting, bookkeeping, autograd's start) what that benchmark leaves once
+# sends and the tiny compute are taken off; per step, commands to workers and answers.
 ACTION_S = 90e-6
 STEP_S = 1e-3
 _SEND_S, _PACK_BYTES_PER_S = 45e-6, 5.5e9

@@ -26,7 +26,7 @@ from .packets import Packed
 from .shared_memory import ChannelFiles, Inbox, Outbox, SharedMemoryTransport, channels_of
 from .transport import DistTransport, MessageKey, Transport
 
-_CARD_BYTES = 256
+_ADDRESS_BYTES = 256
 _RANK = struct.Struct("=I")
 
 
@@ -41,12 +41,12 @@ def transport_of(layout: Layout, worker: int, on_cpu: Sequence[bool], group: Any
         timeout_s: how long a rank waits for a packet of a neighbour.
     """
     far = DistTransport(group, tuple(range(layout.n_workers)), layout.n_stages)
-    with _Desk() as desk:
-        cards = _exchanged(desk.card if on_cpu[worker] else {"machine": ""}, layout.n_workers, group)
-        mine = cards[worker]["machine"]
-        near = [pair for pair in channels_of(layout) if mine and all(cards[w]["machine"] == mine for w in pair)]
-        outboxes = {b: _opened(worker, b, cards[b]["name"]) for a, b in near if a == worker}
-        inboxes = desk.accepted({a for a, b in near if b == worker}, timeout_s)
+    with _Listener() as listener:
+        addresses = _exchanged(listener.address if on_cpu[worker] else {"machine": ""}, layout.n_workers, group)
+        mine = addresses[worker]["machine"]
+        near = [pair for pair in channels_of(layout) if mine and all(addresses[w]["machine"] == mine for w in pair)]
+        outboxes = {b: _connected(worker, b, addresses[b]["name"]) for a, b in near if a == worker}
+        inboxes = listener.accepted({a for a, b in near if b == worker}, timeout_s)
     if not outboxes and not inboxes:
         return far
     return RoutedTransport(SharedMemoryTransport(layout.worker_of, inboxes, outboxes), far, layout.worker_of)
@@ -106,16 +106,16 @@ def _machine() -> str:
         return ""
 
 
-class _Desk:
-    """Where this rank is handed the descriptors of channels to it."""
+class _Listener:
+    """The Unix socket on which this rank is handed the descriptors of channels to it."""
 
-    def __enter__(self) -> _Desk:
+    def __enter__(self) -> _Listener:
         machine = _machine()
-        self.card = {"machine": machine, "name": f"stagecut-{secrets.token_hex(16)}"}
+        self.address = {"machine": machine, "name": f"stagecut-{secrets.token_hex(16)}"}
         self._socket: socket.socket | None = None
         if machine:
             self._socket = socket.socket(socket.AF_UNIX)
-            self._socket.bind(f"\0{self.card['name']}")
+            self._socket.bind(f"\0{self.address['name']}")
             self._socket.listen(socket.SOMAXCONN)
         return self
 
@@ -131,25 +131,25 @@ class _Desk:
         """
         found: dict[int, Inbox] = {}
         while origins - found.keys():
-            assert self._socket is not None, "who has neighbours has a desk"
+            assert self._socket is not None, "who has neighbours has a listener"
             self._socket.settimeout(timeout_s)
             try:
-                visitor, _ = self._socket.accept()
+                connection, _ = self._socket.accept()
             except TimeoutError as error:
                 raise StageError(
                     f"ranks {sorted(origins - found.keys())} of this machine did not open their channels in "
                     f"{timeout_s:.0f} s"
                 ) from error
-            with visitor:
-                visitor.settimeout(timeout_s)
-                origin, fds = _received(visitor)
+            with connection:
+                connection.settimeout(timeout_s)
+                origin, fds = _received(connection)
             found[origin] = Inbox(*fds, timeout_s=timeout_s)
         return found
 
 
-def _received(visitor: socket.socket) -> tuple[int, tuple[int, int]]:
+def _received(connection: socket.socket) -> tuple[int, tuple[int, int]]:
     fds = array.array("i")
-    data, ancillary, _, _ = visitor.recvmsg(_RANK.size, socket.CMSG_LEN(2 * fds.itemsize))
+    data, ancillary, _, _ = connection.recvmsg(_RANK.size, socket.CMSG_LEN(2 * fds.itemsize))
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: 2 * fds.itemsize])
@@ -158,20 +158,20 @@ def _received(visitor: socket.socket) -> tuple[int, tuple[int, int]]:
     return _RANK.unpack(data)[0], (fds[0], fds[1])
 
 
-def _opened(worker: int, target: int, name: str) -> Outbox:
+def _connected(worker: int, target: int, name: str) -> Outbox:
     """Make the channel to a rank and hand over its end of it."""
     files = ChannelFiles.open(worker, target)
-    with socket.socket(socket.AF_UNIX) as desk:
-        desk.connect(f"\0{name}")
-        socket.send_fds(desk, [_RANK.pack(worker)], [files.memory, files.receiving])
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(f"\0{name}")
+        socket.send_fds(connection, [_RANK.pack(worker)], [files.memory, files.receiving])
     os.close(files.receiving)
     return Outbox(files.memory, files.sending)
 
 
-def _exchanged(card: dict[str, str], n_ranks: int, group: Any) -> list[dict[str, str]]:
-    """Give every rank the cards of all."""
-    text = json.dumps(card).encode()
-    own = torch.zeros(_CARD_BYTES, dtype=torch.uint8)
+def _exchanged(address: dict[str, str], n_ranks: int, group: Any) -> list[dict[str, str]]:
+    """Give every rank the addresses of all."""
+    text = json.dumps(address).encode()
+    own = torch.zeros(_ADDRESS_BYTES, dtype=torch.uint8)
     own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     everyone = [torch.empty_like(own) for _ in range(n_ranks)]
     dist.all_gather(everyone, own, group=group)

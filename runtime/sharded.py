@@ -48,10 +48,10 @@ class ShardedReducer(Replicas):
         before = dict(module.named_parameters())
         self._mesh = DeviceMesh.from_group(group, device_type)
         self._unit: Any = fully_shard(module, mesh=self._mesh, ignored_params={before[name] for name in whole})
-        self._kept = dict(module.named_parameters())
+        self._parameters = dict(module.named_parameters())
         self._summed = [name for name in before if name not in elsewhere]
-        self.replaced = {id(p): (p, self._kept[name]) for name, p in before.items() if name not in whole}
-        self._gathered_ones: dict[str, nn.Parameter] = {}
+        self.replaced = {id(p): (p, self._parameters[name]) for name, p in before.items() if name not in whole}
+        self._unsharded: dict[str, nn.Parameter] = {}
 
     @property
     def is_first(self) -> bool:
@@ -61,30 +61,30 @@ class ShardedReducer(Replicas):
     @property
     def sharded(self) -> dict[str, nn.Parameter]:
         """Return the parameters of which each replica has a share, by their path in the stage's module."""
-        return {name: parameter for name, parameter in self._kept.items() if hasattr(parameter, "full_tensor")}
+        return {name: parameter for name, parameter in self._parameters.items() if hasattr(parameter, "full_tensor")}
 
     def rebind(self, attributes: dict[str, Any]) -> None:
         """Let ops that use a parameter directly use the gathered one, which is the same object in every step."""
-        new = {id(old): name for name, kept in self._kept.items() for old, now in self.replaced.values() if now is kept}
-        self.gather()
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self.unshard()
         for path, value in attributes.items():
-            if id(value) in new:
-                attributes[path] = self._gathered_ones[new[id(value)]]
-        self.release()
+            if id(value) in self.replaced:
+                attributes[path] = self._unsharded[names[id(self.replaced[id(value)][1])]]
+        self.reshard()
 
-    def gather(self) -> None:
+    def unshard(self) -> None:
         """Bring all of every parameter here, as trainable as its share is."""
         self._unit.unshard()
-        self._gathered_ones = dict(self.module.named_parameters())
-        for name, parameter in self._gathered_ones.items():
-            parameter.requires_grad_(self._kept[name].requires_grad)
-            if parameter is not self._kept[name]:
+        self._unsharded = dict(self.module.named_parameters())
+        for name, parameter in self._unsharded.items():
+            parameter.requires_grad_(self._parameters[name].requires_grad)
+            if parameter is not self._parameters[name]:
                 parameter.grad = None
 
-    def release(self) -> None:
+    def reshard(self) -> None:
         """Let go of what was gathered."""
-        for name, parameter in self._gathered_ones.items():
-            if parameter is not self._kept[name]:
+        for name, parameter in self._unsharded.items():
+            if parameter is not self._parameters[name]:
                 parameter.grad = None
         self._unit.reshard()
 
@@ -93,7 +93,7 @@ class ShardedReducer(Replicas):
 
     def complete(self) -> None:
         """Sum every gradient that a replica has over all of them."""
-        found = [self._gathered_ones[name] for name in self._summed]
+        found = [self._unsharded[name] for name in self._summed]
         has = torch.tensor([parameter.grad is not None for parameter in found], dtype=torch.uint8)
         has = has.to(self._mesh.device_type)
         dist.all_reduce(has, dist.ReduceOp.MAX, group=self._group)
@@ -101,7 +101,7 @@ class ShardedReducer(Replicas):
             if not anywhere:
                 continue
             own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            kept = self._kept[name]
+            kept = self._parameters[name]
             if kept is parameter:
                 dist.all_reduce(own, group=self._group)
                 kept.grad = own

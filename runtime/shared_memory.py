@@ -202,7 +202,7 @@ class Inbox:
         return self._rooms[offset].packet(n_bytes)
 
     def _read(self, key: MessageKey) -> None:
-        if self._timeout_s is not None and not select.select([self._pipe], [], [], self._timeout_s)[0]:
+        if self._timeout_s is not None and not _has_data(self._pipe, self._timeout_s):
             what = "gradient" if key[0] else "activation"
             raise StallError(
                 f"the {what} of microbatch {key[3]} from stage {key[1]} to stage {key[2]} did not come for "
@@ -220,6 +220,13 @@ class Inbox:
         """Give up the channel; the memory goes with the last tensor over it."""
         os.close(self._pipe)
         self._rooms.clear()
+
+
+def _has_data(fd: int, timeout_s: float) -> bool:
+    """Wait until something can be read; select() would take no descriptor above 1023."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1e3))
 
 
 class SharedMemoryTransport:

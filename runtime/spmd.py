@@ -306,12 +306,12 @@ class SpmdEngine:
     def _gathered_parameters(self) -> Iterator[None]:
         """Have all of every parameter of this rank's stages for the while."""
         for reducer in self._sharding:
-            reducer.gather()
+            reducer.unshard()
         try:
             yield
         finally:
             for reducer in self._sharding:
-                reducer.release()
+                reducer.reshard()
 
     def _take_parts(self, parameters: dict[str, nn.Parameter], complete: bool) -> None:
         """Keep apart what replicas have yet to sum; nothing where they have."""

@@ -83,7 +83,7 @@ def test_unpacked_wheel_imports_from_its_own_folder(wheel, tmp_path):
     assert Path(printed.strip().splitlines()[-1]).resolve() == (site / "stagecut" / "__init__.py").resolve()
 
 
-@pytest.mark.parametrize("module", ["stagecut", "stagecut.runtime.worker"])
+@pytest.mark.parametrize("module", ["stagecut.api", "stagecut.runtime.worker"])
 def test_importing_it_does_not_import_a_compiler(module: str) -> None:
     """It takes seconds, in every worker too, and only ``compile_stages`` needs it."""
     script = f"import sys, {module}; print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules])"

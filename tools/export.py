@@ -36,7 +36,7 @@ def export_text(plan: Plan, path: Path) -> str:
         ".json": lambda plan: json.dumps(to_json(plan), indent=1) + "\n",
         ".trace": trace_text,
     }
-    kind = ".trace" if path.name.endswith((".trace.json", "trace.json")) else path.suffix
+    kind = ".trace" if path.name == "trace.json" or path.name.endswith(".trace.json") else path.suffix
     if kind not in writers:
         raise StagecutError(
             f"{path} ends in no format that is known", hint=f"one of {', '.join(writers)} (trace.json for Perfetto)"

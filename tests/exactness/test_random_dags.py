@@ -32,7 +32,7 @@ def compiled(case: Case, launch: str) -> stagecut.Pipeline:
 
 
 exactness = settings(
-    max_examples=18, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=24, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 
@@ -69,7 +69,7 @@ def test_forward_then_backward_of_the_callers_loss_gives_the_same(data: st.DataO
         assert worst_error(case, loss.detach()) <= TOLERANCE
 
 
-@settings(exactness, max_examples=11)
+@settings(exactness, max_examples=15)
 @given(st.data())
 def test_recorded_stages_give_the_same_whatever_the_schedule(data: st.DataObject) -> None:
     case = draw_case(Drawn(data), max_ops=6)
@@ -83,7 +83,7 @@ def test_recorded_stages_give_the_same_whatever_the_schedule(data: st.DataObject
         assert worst_error(case, loss) <= TOLERANCE
 
 
-@settings(exactness, max_examples=11)
+@settings(exactness, max_examples=15)
 @given(st.data(), st.integers(1, 12))
 def test_a_batch_of_another_size_needs_no_new_plan(data: st.DataObject, rows: int) -> None:
     case = draw_case(Drawn(data), max_ops=5)

@@ -45,6 +45,7 @@ def step_of(model: nn.Module, x: torch.Tensor, target: torch.Tensor, sizes: list
         ([["cpu", "cpu"], ["cpu", "cpu"]], {"schedule": "1f1b"}),
         ([["cpu", "cpu"], ["cpu", "cpu"]], {"schedule": "zb-h1"}),
         ([["cpu", "cpu", "cpu"]], {"recompute": True}),
+        ([["cpu"], ["cpu"]], {"schedule": "1f1b"}),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ TIMEOUT_S = 400
 @pytest.mark.parametrize(
     ("devices", "n_ranks", "schedule", "machines"),
     [
+        ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4, "1f1b", "one"),
         ("[['cpu'], ['cpu']]", 2, "interleaved-zero-bubble", "each its own"),
         ("[['cpu', 'cpu', 'cpu'], ['cpu']]", 4, "1f1b", "two"),  # the last stage has neighbours and others
         ("[['cpu', 'cpu'], ['cpu', 'cpu']]", 4, "zb-v", "one"),  # one worker has both ends of the tie

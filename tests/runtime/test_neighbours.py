@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stagecut.errors import StageError
-from stagecut.runtime.neighbours import _Desk, _machine, _opened
+from stagecut.runtime.neighbours import _connected, _Listener, _machine
 from stagecut.runtime.packets import decode, pack
 from stagecut.runtime.shared_memory import Outbox
 
@@ -19,11 +19,11 @@ pytestmark = pytest.mark.skipif(not _machine(), reason="no memory is shared this
 
 def test_a_channel_is_handed_over_and_carries_packets() -> None:
     before = len(os.listdir("/proc/self/fd"))
-    with _Desk() as desk:
+    with _Listener() as listener:
         outboxes: list[Outbox] = []
-        sender = threading.Thread(target=lambda: outboxes.append(_opened(3, 1, desk.card["name"])))
+        sender = threading.Thread(target=lambda: outboxes.append(_connected(3, 1, listener.address["name"])))
         sender.start()
-        (inbox,) = desk.accepted({3}, timeout_s=30).values()
+        (inbox,) = listener.accepted({3}, timeout_s=30).values()
         sender.join()
     outbox = outboxes.pop()
     value = torch.arange(5.0)
@@ -38,13 +38,13 @@ def test_a_channel_is_handed_over_and_carries_packets() -> None:
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
-    with _Desk() as desk, pytest.raises(StageError, match=r"ranks \[2, 5\] of this machine did not open"):
-        desk.accepted({2, 5}, timeout_s=0.05)
+    with _Listener() as listener, pytest.raises(StageError, match=r"ranks \[2, 5\] of this machine did not open"):
+        listener.accepted({2, 5}, timeout_s=0.05)
 
 
-def test_a_visitor_without_a_channel_is_refused() -> None:
-    with _Desk() as desk, socket.socket(socket.AF_UNIX) as visitor:
-        visitor.connect(f"\0{desk.card['name']}")
-        visitor.send(b"hello")
+def test_a_connection_without_a_channel_is_refused() -> None:
+    with _Listener() as listener, socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(f"\0{listener.address['name']}")
+        connection.send(b"hello")
         with pytest.raises(StageError, match="handed over no channel"):
-            desk.accepted({0}, timeout_s=5)
+            listener.accepted({0}, timeout_s=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import sys
@@ -188,8 +189,12 @@ def test_a_closed_pipeline_leaves_neither_descriptors_nor_its_model() -> None:
 
 def test_a_receiver_with_a_deadline_says_what_did_not_come() -> None:
     files = ChannelFiles.open(0, 1)
-    outbox, inbox = Outbox(os.dup(files.memory), files.sending), Inbox(files.memory, files.receiving, timeout_s=0.05)
+    high = fcntl.fcntl(files.receiving, fcntl.F_DUPFD, 1100)  # as in a process with many open files
+    os.close(files.receiving)
+    outbox, inbox = Outbox(os.dup(files.memory), files.sending), Inbox(files.memory, high, timeout_s=0.05)
     try:
+        outbox.send(1, (True, 2, 1, 2), pack([torch.ones(2)], [False]))
+        assert inbox.take(1, (True, 2, 1, 2)) is not None
         with pytest.raises(StallError, match="the gradient of microbatch 3 from stage 2 to stage 1 did not"):
             inbox.take(1, (True, 2, 1, 3))
     finally:

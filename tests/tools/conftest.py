@@ -49,3 +49,10 @@ def hostile_plan():
 @pytest.fixture(scope="session")
 def simulated_plan():
     return make_plan(devices="sim:4xA100-80GB", replicas=2)
+
+
+@pytest.fixture
+def saved(plan, tmp_path):
+    """Return the path of the plan in a file."""
+    plan.save(tmp_path / "saved.json")
+    return str(tmp_path / "saved.json")

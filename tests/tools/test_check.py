@@ -7,12 +7,6 @@ from stagecut.tools.metrics import gates, metrics_of
 from stagecut.tools.partition_viz import main
 
 
-@pytest.fixture
-def saved(plan, tmp_path):
-    plan.save(tmp_path / "plan.json")
-    return str(tmp_path / "plan.json")
-
-
 def test_numbers_are_those_of_the_plan(plan):
     metrics = metrics_of(plan, plan.predicted)
     assert metrics["step"].value == plan.prediction.step_s

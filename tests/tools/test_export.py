@@ -16,12 +16,6 @@ EVIL = '"];\n evil -> b; a["<img src=x onerror=alert(1)>`</script>'
 
 
 @pytest.fixture
-def saved(plan, tmp_path):
-    plan.save(tmp_path / "saved.json")
-    return str(tmp_path / "saved.json")
-
-
-@pytest.fixture
 def evil(plan):
     """The plan of a model whose names mean something in other languages."""
     names = {op.name: f"{EVIL}{index}" for index, op in enumerate(plan.ops)}

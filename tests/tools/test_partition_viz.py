@@ -15,12 +15,6 @@ from stagecut.tools.text import console_for, print_plan
 
 
 @pytest.fixture
-def saved(plan, tmp_path):
-    plan.save(tmp_path / "plan.json")
-    return str(tmp_path / "plan.json")
-
-
-@pytest.fixture
 def model_file(tmp_path):
     def write(result):
         (tmp_path / "model.py").write_text(f"import torch\n\ndef build():\n    return {result}\n")

@@ -65,7 +65,7 @@ def test_small_cases_are_solved_and_bounds_hold(size: tuple[int, int], data: st.
     assert search(costs, m, p, time_s=0.2).makespan_s == pytest.approx(best)
 
 
-@settings(property_test, max_examples=4)
+@settings(property_test, max_examples=8)
 @given(st.sampled_from([loop(1, 2), vee(1), loop(2, 2), vee(2)]), st.data())
 def test_bounds_hold_with_several_stages_per_worker(layout: object, data: st.DataObject) -> None:
     problem_layout: chain = layout  # type: ignore[valid-type]
