@@ -20,7 +20,10 @@ from .sharded import dense
 from .stage import StageRuntime, isolated_randomness, loss_of
 from .unsplit import unsplit
 
-# Below this share of the model's largest gradient a gradient counts as rounding.
+# A gradient that cancels out, such as that of a bias in front of a BatchNorm, is rounding of the terms that it sums up:
+# differences of so many units of the last place of the model's largest gradient are no differences.
+_ROUNDING = 8
+# Below this share of the model's largest gradient a gradient counts as rounding whatever its dtype.
 _FLOOR = 1e-3
 _RTOL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -30,7 +33,9 @@ class VerifyReport:
     """What verification found.
 
     ``errors`` holds, per parameter, the largest absolute difference of the gradient over the largest absolute value
-    of the reference's gradient (at least a thousandth of the largest of any parameter).
+    of the reference's gradient. Gradients that are nothing but rounding count as larger: at least a thousandth of the
+    largest of any parameter, and so large that eight units of its last place are allowed, as far as ``rtol`` of that
+    largest allows them.
     ``reference`` says what it was compared with: ``"model"`` or ``"captured graph"``.
     """
 
@@ -242,11 +247,16 @@ def compare(given: Gradients, reference: Gradients, owned: set[str], rtol: float
     for name, expected in reference.of.items():
         if name not in owned:
             continue
-        errors[name] = relative_error(given.of[name], expected, _FLOOR * largest)
         dtype = torch.float32 if expected is None else expected.dtype
         tolerances[name] = rtol if rtol is not None else _RTOL.get(dtype, 1e-4)
+        errors[name] = relative_error(given.of[name], expected, _floor(dtype, tolerances[name]) * largest)
     loss_rtol = rtol if rtol is not None else _RTOL.get(reference.loss.dtype, 1e-4)
     return VerifyReport(float(given.loss), float(reference.loss), errors, tolerances, loss_rtol, kind)
+
+
+def _floor(dtype: torch.dtype, rtol: float) -> float:
+    """Return the share of the model's largest gradient below which a gradient is compared as if it were so large."""
+    return min(1.0, max(_FLOOR, _ROUNDING * torch.finfo(dtype).eps / rtol)) if rtol > 0 else _FLOOR
 
 
 def relative_error(given: torch.Tensor | None, expected: torch.Tensor | None, floor: float = 0.0) -> float:
