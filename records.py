@@ -7,6 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 from .errors import PlanError
@@ -114,15 +115,21 @@ def _read_tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...
 
 def _read_record(kind: Any, value: Any, path: str) -> Any:
     _expect(value, dict, "an object", path)
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = _fields(kind)
     for key in value:
         if key not in fields:
             raise PlanError(f"{path}.{key}: unknown key; {kind.__name__} has {', '.join(fields)}")
     for name in fields:
         if name not in value:
             raise PlanError(f"{path}.{name}: missing key of {kind.__name__}")
-    return kind(**{name: _read(hints[name], value[name], f"{path}.{name}") for name in fields})
+    return kind(**{name: _read(hint, value[name], f"{path}.{name}") for name, hint in fields.items()})
+
+
+@cache
+def _fields(kind: Any) -> dict[str, Any]:
+    """Return the fields of a record with their types, which are looked up once: a plan has thousands of ops."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _read_scalar(kind: Any, value: Any, path: str) -> Any:

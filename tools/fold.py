@@ -62,6 +62,8 @@ def foldings(plan: Plan, max_boxes: int = MAX_BOXES) -> Iterator[Folded]:
     last: list[int] = []
     depths = list(_depths(plan))
     for index, (depth, loose) in enumerate(depths):
+        if index < len(depths) - 1 and _n_keys(plan, depth, loose) > max_boxes:
+            continue  # it has a box for each of them at least
         boxes = _group(plan, depth, loose)
         if (len(set(boxes)) <= max_boxes and boxes != last) or index == len(depths) - 1:
             yield _folded(plan, boxes, depth)
@@ -84,6 +86,10 @@ def _key(op: OpRecord, depth: int | None, loose: bool) -> str:
     costs_time = op.forward_s + op.backward_s > 0
     alone = depth is None or (loose and len(parts) < depth and costs_time)
     return f":{op.name}" if alone else ".".join(parts[:depth])
+
+
+def _n_keys(plan: Plan, depth: int | None, loose: bool) -> int:
+    return len({(op.stage, _key(op, depth, loose)) for op in plan.ops})
 
 
 def _parts(op: OpRecord) -> list[str]:

@@ -110,7 +110,7 @@ def _print(text: str) -> int:
 
 
 def _report(plan: Plan, output: Path) -> int:
-    from .html import report_html
+    from .report import Shown, report_html
     from .svg import plan_svg
 
     timeline = plan.predicted
@@ -119,7 +119,7 @@ def _report(plan: Plan, output: Path) -> int:
 
         text = trace_text(plan)
     else:
-        text = plan_svg(plan, timeline) if output.suffix == ".svg" else report_html(plan, timeline)
+        text = plan_svg(plan, timeline) if output.suffix == ".svg" else report_html([Shown(output.stem, plan)])
     return _write(text, output)
 
 

@@ -38,6 +38,7 @@ def plan_svg(plan: Plan, timeline: Timeline, measured: Timeline | None = None) -
 def _head(plan: Plan, timeline: Timeline, width: float) -> Drawing:
     verdict = judge(plan, timeline)
     title = text("h", 0, 14, f"{clean(plan.model)}: {verdict.step}")
-    lines = [f"{verdict.limit}; {verdict.one_device}", f"{verdict.crossing}; {verdict.fit}"]
+    rivals = "; ".join(filter(None, (verdict.one_device, verdict.data_parallel)))
+    lines = [f"{verdict.limit}; {rivals}", f"{verdict.crossing}; {verdict.fit}"]
     body = title + "".join(text("", 0, 32 + 16 * index, line) for index, line in enumerate(lines))
     return Drawing(width, 32 + 16 * len(lines) - 8, body)

@@ -18,14 +18,15 @@ class Verdict:
     step: str
     limit: str
     one_device: str
+    data_parallel: str
     cut: str
     crossing: str
     waiting: str
     fit: str
 
     def line(self) -> str:
-        """Join what decides: the step, what limits it, and one device for comparison."""
-        return f"{self.step}; {self.limit}; {self.one_device}"
+        """Join what decides: the step, what limits it, and one device and data parallelism for comparison."""
+        return "; ".join(filter(None, (self.step, self.limit, self.one_device, self.data_parallel)))
 
 
 def judge(plan: Plan, timeline: Timeline) -> Verdict:
@@ -35,6 +36,7 @@ def judge(plan: Plan, timeline: Timeline) -> Verdict:
         step=f"predicted step {duration(p.step_s)} ({p.cost_source} costs), bubble {share(p.bubble)}, {_order(plan)}",
         limit=_limit(plan),
         one_device=_one_device(plan),
+        data_parallel=_data_parallel(plan),
         cut=_cut(plan),
         crossing=_crossing(plan),
         waiting=_waiting(plan, timeline),
@@ -112,6 +114,20 @@ def _one_device(plan: Plan) -> str:
     if one_s < step_s:
         return f"ONE DEVICE IS FASTER: {duration(one_s)}, {step_s / one_s:.2f} times as fast"
     return f"one device takes {duration(one_s)}, {one_s / step_s:.2f} times as long"
+
+
+def _data_parallel(plan: Plan) -> str:
+    """Compare with the fastest plan that was considered of one stage with a replica on every device."""
+    workers, step_s = len(plan.devices), plan.prediction.step_s
+    if len(plan.stages) == 1 or workers == 1:
+        return "this is data parallelism" if workers > 1 else ""
+    others = [other.step_s for other in plan.alternatives if other.replicas == (workers,)]
+    if not others or min(step_s, *others) <= 0:
+        return "data parallelism was not considered"
+    other_s = min(others)
+    if other_s < step_s:
+        return f"DATA PARALLELISM IS FASTER: {duration(other_s)}, {step_s / other_s:.2f} times as fast"
+    return f"data parallelism takes {duration(other_s)}, {other_s / step_s:.2f} times as long"
 
 
 def _cut(plan: Plan) -> str:

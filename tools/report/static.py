@@ -1,35 +1,27 @@
-"""The report: a plan as one self-contained HTML page, without scripts and without anything to load."""
+"""The report where no script runs: a plan as pictures and tables of HTML, with nothing to load."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from ..partitioner.plan import OpRecord, Plan
-from ..runtime.program import Timeline
-from .draw_graph import draw_graph
-from .draw_timeline import draw_timelines
-from .style import drawing_rules, page_rules
-from .svg_parts import Drawing, document, escape
-from .tables import Table, alternatives_table, stage_table, wire_table
-from .verdict import Verdict, judge, sent_to
-from .words import count, duration, share, size
+from ...partitioner.plan import OpRecord, Plan
+from ...runtime.program import Timeline
+from ..draw_graph import draw_graph
+from ..draw_timeline import draw_timelines
+from ..svg_parts import Drawing, document, escape
+from ..tables import Table, alternatives_table, stage_table, wire_table
+from ..verdict import Verdict, judge, sent_to
+from ..words import count, duration, share, size
 
 _SLOWEST = 20
-# The executor starts a compute's span before it takes the packets that it needs.
 
 
-def report_html(plan: Plan, timeline: Timeline, measured: Timeline | None = None) -> str:
-    """Write the report of ``plan``; with a ``measured`` timeline under the simulated one, on the same axis.
-
-    Equal arguments give equal bytes.
-    """
+def static_body(plan: Plan, timeline: Timeline, measured: Timeline | None = None) -> str:
+    """Write ``plan`` as headings, pictures and tables, with a ``measured`` timeline under the simulated one."""
     verdict = judge(plan, timeline)
     graph = draw_graph(plan)
-    style = f"{drawing_rules()}{page_rules()}"
-    body = [
+    parts = [
         f"<h1>{escape(plan.model)}: {count(len(plan.stages), 'stage')}, {escape(plan.schedule)}</h1>",
         f"<p>{escape(_sentence(verdict.line()))}</p>",
         _cards(plan, verdict, timeline),
@@ -41,19 +33,7 @@ def report_html(plan: Plan, timeline: Timeline, measured: Timeline | None = None
         _folded(f"The {min(_SLOWEST, len(plan.ops))} slowest of {len(plan.ops)} ops", _table(_slowest(plan))),
         _folded("Where the numbers come from", _sources(plan, timeline)),
     ]
-    return _page(f"{plan.model}: plan", style, "\n".join(body))
-
-
-def _page(title: str, style: str, body: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return "\n".join(parts)
 
 
 def _cards(plan: Plan, verdict: Verdict, timeline: Timeline) -> str:
@@ -61,7 +41,7 @@ def _cards(plan: Plan, verdict: Verdict, timeline: Timeline) -> str:
     crossing = sum(wire.n_bytes * len(sent_to(plan, wire)) for wire in plan.wires)
     fits = verdict.fit.partition(":")[0]
     cards = [
-        ("A step takes", duration(p.step_s), verdict.one_device),
+        ("A step takes", duration(p.step_s), "; ".join(filter(None, (verdict.one_device, verdict.data_parallel)))),
         ("It is cut into", count(len(plan.stages), "stage"), f"{verdict.cut}; {verdict.limit}"),
         ("Crosses for a microbatch", size(crossing), verdict.crossing),
         ("Who waits", share(timeline.bubble), verdict.waiting),
