@@ -15,7 +15,7 @@ from .costs.op_cost import FREE, OpCost
 from .cut import Cut
 from .memory import StageMemory, stage_memory
 from .opgraph import OpNode, carries_gradient, state_bytes
-from .plan import FORMAT, OpRecord, Plan, Prediction, StageRecord, WireRecord
+from .plan import FORMAT, OpRecord, Plan, Prediction, StageRecord, TieRecord, WireRecord
 from .predict import predict_column
 from .pricing import Priced
 from .residency import beside_bytes, in_flight_of
@@ -157,8 +157,17 @@ class _Assembly:
             n_threads=self.priced.n_threads,
             timing=timing_of(self.cluster, stages, wires, self.loss_s, self.priced.optimizer),
             orders=tuple(tuple(map(token, order)) for order in self.decision.orders),
+            ties=self._ties(),
         )
         return replace(plan, prediction=self._prediction(plan))
+
+    def _ties(self) -> tuple[TieRecord, ...]:
+        ties: Mapping[str, tuple[str, ...]] = self.priced.graph.graph["ties"]
+        return tuple(
+            TieRecord(parameter, names, self.sizes[parameter])
+            for parameter, names in ties.items()
+            if len({self.stage_of[name] for name in names}) > 1
+        )
 
     def _prediction(self, plan: Plan) -> Prediction:
         timeline = predict_column(plan)

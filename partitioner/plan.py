@@ -16,7 +16,7 @@ from .wording import count
 if TYPE_CHECKING:
     from ..runtime.program import Timeline
 
-FORMAT = 5
+FORMAT = 6
 # glibc's heap after some steps, over what was in use of it at its fullest (there are holes between blocks of other
 # sizes): mallinfo2 said 1.46 for ResNet-50 and 1.40 for a transformer.
 _HEAP = 1.44
@@ -99,6 +99,15 @@ class WireRecord:
     targets: tuple[int, ...]
     n_bytes: int
     gradient: bool
+
+
+@dataclass(frozen=True)
+class TieRecord:
+    """A parameter that ops of several stages use: its gradients are summed over them once a step."""
+
+    parameter: str
+    ops: tuple[str, ...]
+    n_bytes: int
 
 
 @dataclass(frozen=True)
@@ -212,6 +221,7 @@ class Plan:
             microbatches that it is given: ``2I5`` is the input gradient of its microbatch 5 in stage 2. () where
             ``schedule`` says it.
         reasons: why this plan: its cuts, its limit, its rivals, and what would help.
+        ties: parameters that several stages use.
     """
 
     format: int
@@ -230,6 +240,7 @@ class Plan:
     timing: Timing = Timing()
     orders: tuple[tuple[str, ...], ...] = ()
     reasons: tuple[str, ...] = ()
+    ties: tuple[TieRecord, ...] = ()
 
     @property
     def predicted(self) -> Timeline:

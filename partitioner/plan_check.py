@@ -35,6 +35,7 @@ def validate(plan: Plan) -> None:
     _validate_timing(plan)
     _validate_ops(plan)
     _validate_wires(plan)
+    _validate_ties(plan)
 
 
 def _validate_workers(plan: Plan) -> None:
@@ -179,3 +180,17 @@ def _validate_wires(plan: Plan) -> None:
                     raise PlanError(
                         f"$.wires: {name!r} is used by $.ops[{index}] on stage {stage}, and no wire takes it there"
                     )
+
+
+def _validate_ties(plan: Plan) -> None:
+    """A tie joins ops of several stages."""
+    stage_of = plan.stage_of
+    for index, tie in enumerate(plan.ties):
+        path = f"$.ties[{index}]"
+        unknown = [name for name in tie.ops if name not in stage_of]
+        if unknown:
+            raise PlanError(f"{path}.ops: there is no op {unknown[0]!r}")
+        if len({stage_of[name] for name in tie.ops}) < 2:
+            raise PlanError(f"{path}.ops: expected ops of several stages, got {', '.join(tie.ops) or 'none'}")
+        if tie.n_bytes < 0:
+            raise PlanError(f"{path}.n_bytes: expected at least 0, got {tie.n_bytes}")

@@ -146,14 +146,24 @@ def _cut(plan: Plan) -> str:
 def _crossing(plan: Plan) -> str:
     crossing = [(wire, len(sent_to(plan, wire))) for wire in plan.wires if sent_to(plan, wire)]
     if not crossing:
-        return "nothing crosses between devices" if plan.wires else "nothing crosses between stages"
+        return f"nothing crosses between {'devices' if plan.wires else 'stages'}{_tied(plan)}"
     most = max(range(len(plan.stages)), key=lambda stage: bytes_into(plan, stage))
     total = sum(wire.n_bytes * times for wire, times in crossing)
     back = sum(wire.n_bytes * times for wire, times in crossing if wire.gradient)
     return (
         f"{count(len(crossing), 'value')}, {size(total)} forward and {size(back)} back a microbatch; "
-        f"most into stage {most}: {size(bytes_into(plan, most))}"
+        f"most into stage {most}: {size(bytes_into(plan, most))}{_tied(plan)}"
     )
+
+
+def _tied(plan: Plan) -> str:
+    """Say what is summed once a step since several stages use it."""
+    if not plan.ties:
+        return ""
+    stage_of = plan.stage_of
+    stages = sorted({stage_of[name] for tie in plan.ties for name in tie.ops})
+    what = f"gradients of {count(len(plan.ties), 'tied parameter')}, {size(sum(tie.n_bytes for tie in plan.ties))}"
+    return f"; {what}, are summed over stages {', '.join(map(str, stages))} once a step"
 
 
 def _waiting(plan: Plan, timeline: Timeline) -> str:

@@ -20,6 +20,7 @@ from stagecut.partitioner.plan import (
     Plan,
     Prediction,
     StageRecord,
+    TieRecord,
     WireRecord,
     load,
     parse,
@@ -56,6 +57,7 @@ def make_plan() -> Plan:
         wires=(WireRecord("a", 0, (1, 2), 2048, True), WireRecord("b", 1, (2,), 1024, False)),
         prediction=Prediction(0.0125, 0.25, 0.75, 0.7, False, 0.03, "measured"),
         alternatives=(Alternative("fill-drain", 8, 0.02, 2),),
+        ties=(TieRecord("body.weight", ("a", "c"), 4096),),
     )
 
 
@@ -164,6 +166,9 @@ REFUSALS: dict[str, tuple[Any, str, str]] = {
     "wire to its own stage": (changed(("wires", 1, "targets"), [1]), "$.wires[1].targets[0]", "cannot cross"),
     "wire to no stage": (changed(("wires", 1, "targets"), [3]), "$.wires[1].targets[0]", "do not exist"),
     "missing wire": (changed(("wires", 0, "targets"), [1]), "$.wires", "'a' is used by $.ops[2] on stage 2"),
+    "tie of no op": (changed(("ties", 0, "ops"), ["a", "z"]), "$.ties[0].ops", "there is no op 'z'"),
+    "tie in one stage": (changed(("ties", 0, "ops"), ["a"]), "$.ties[0].ops", "ops of several stages, got a"),
+    "tie of less than nothing": (changed(("ties", 0, "n_bytes"), -1), "$.ties[0].n_bytes", "at least 0"),
     "missing wires": (changed(("wires",), []), "$.wires", "'a' is used by $.ops[1] on stage 1"),
 }
 

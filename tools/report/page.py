@@ -1,4 +1,4 @@
-"""The report's page: policy, style, what is shown where no script runs, compressed data, and the script of the views."""
+"""The page of the report: its policy, style and script, what is shown without scripts, and the data in little room."""
 
 from __future__ import annotations
 

@@ -48,6 +48,7 @@ def payload(shown: Shown) -> dict[str, Any]:
         "stages": [_stage(plan, stage) for stage in plan.stages],
         "graph": _graph(plan),
         "wires": _wires(plan),
+        "ties": _ties(plan),
         "timelines": [_timeline(plan, each) for each in timelines],
         "memory": _memory(plan, timeline),
         "candidates": _candidates(plan),
@@ -129,6 +130,11 @@ def _wires(plan: Plan) -> list[list[Any]]:
         ]
         for wire in plan.wires
     ]
+
+
+def _ties(plan: Plan) -> list[list[Any]]:
+    place = {op.name: index for index, op in enumerate(plan.ops)}
+    return [[clean(tie.parameter), [place[name] for name in tie.ops], tie.n_bytes] for tie in plan.ties]
 
 
 def _timeline(plan: Plan, timeline: Timeline) -> dict[str, Any]:
@@ -259,8 +265,7 @@ def _links(plan: Plan) -> list[list[float]]:
     found = []
     for factor in _LINK_FACTORS:
         links = tuple(
-            replace(link, bytes_per_s=link.bytes_per_s * factor, latency_s=link.latency_s)
-            for link in plan.timing.links
+            replace(link, bytes_per_s=link.bytes_per_s * factor, latency_s=link.latency_s) for link in plan.timing.links
         )
         timeline = replace(plan, timing=replace(plan.timing, links=links)).predicted
         found.append([factor, timeline.makespan_s, timeline.bubble])

@@ -28,6 +28,7 @@ function opDetails(plan, op) {
       ["saved for backward", size(graph.saved_bytes[op])],
       ["costs are", textOf(plan, "costs", op)],
       ["crosses to", wire ? `stage ${wire[3].join(", ")}: ${size(wire[5])} a microbatch` : ""],
+      ["tied", (graph.ties.get(op) || []).map(([parameter, ops]) => `${parameter}, with stage ${ops.map((o) => graph.stages[o]).filter((n) => n !== graph.stages[op]).join(", ")}`).join("; ")],
     ]),
     h("p", {}, "uses ", others(plan, graph.uses[op])),
     h("p", {}, "used by ", others(plan, graph.users[op])),

@@ -1,8 +1,9 @@
 // Folding: which boxes are drawn for what is unfolded, and the arrows between them. Boxes never form a circle.
 const MAX_NODES = 400;
 const FIRST_NODES = 64;
+const FIRST_COPIES = 8;
 
-// What is unfolded at first: the largest boxes, as long as few enough boxes come of it.
+// What is unfolded at first: the largest boxes, as long as few enough boxes come of it; long runs of like modules stay.
 function firstUnfolded(graph, limit = FIRST_NODES) {
   const inside = graph.nodes.map(() => []);
   const weight = graph.nodes.map(() => 0);
@@ -15,7 +16,7 @@ function firstUnfolded(graph, limit = FIRST_NODES) {
   let boxes = folded.length;
   for (;;) {
     folded.sort((a, b) => weight[b] - weight[a] || a - b);
-    const at = folded.findIndex((node) => boxes - 1 + graph.children[node] <= limit);
+    const at = folded.findIndex((node) => boxes - 1 + graph.children[node] <= limit && graph.nodes[node][3] <= FIRST_COPIES);
     if (at < 0) return unfolded;
     const [node] = folded.splice(at, 1);
     unfolded.add(node);
@@ -58,6 +59,7 @@ function fold(graph, unfolded) {
     boxes[first + box].ops.push(op);
     boxes[first + box].seconds += graph.seconds[op];
   });
+  for (const box of boxes) if (box.ops.length === 1) box.node = -1; // a folded box of one op is that op
   return { boxes, boxOf, arrows: arrowsOf(graph, boxes, boxOf) };
 }
 

@@ -145,6 +145,7 @@ function boxOf(plan, box, place, longest) {
   const folded = box.node >= 0;
   const copies = folded ? plan.graph.nodes[box.node][3] : 1;
   const name = boxLabel(plan, box);
+  const tied = [...new Set(box.ops.flatMap((op) => (plan.graph.ties.get(op) || []).map(([parameter]) => parameter)))];
   const below = folded ? `${copies > 1 ? `×${copies}` : count(box.ops.length, "op")}, ${duration(box.seconds)}` : duration(box.seconds);
   const chosen = folded ? state.node === box.node : state.op === box.ops[0];
   const pick = (event) => {
@@ -158,12 +159,13 @@ function boxOf(plan, box, place, longest) {
   return s(
     "g",
     choosable({ class: `box ${plan.colour(box.stage)}${chosen ? " picked" : ""}${copies > 1 ? " run" : ""}`, "data-stage": box.stage, "aria-label": `${name}, stage ${box.stage}, ${below}`, ondblclick: folded ? open : null }, pick),
-    tip(`${name} in stage ${box.stage}: ${below}`),
+    tip(`${name} in stage ${box.stage}: ${below}${tied.length ? `; ${tied.join(", ")} is tied to another stage` : ""}`),
     copies > 1 ? s("rect", { class: "under", x: x + 3, y: y + 3, width, height, rx: 3 }) : null,
     s("rect", { class: "face", x, y, width, height, rx: 3 }),
     label("", x + 6, y + 13, shorten(name, folded ? 13 : 15)),
     label("dim s", x + 6, y + 24, shorten(below, 20)),
     longest > 0 && box.seconds > 0 ? s("rect", { class: "solid", x, y: y + height - 3, width: round((width * box.seconds) / longest), height: 3 }) : null,
+    tied.length ? s("g", { class: "tied" }, s("rect", { x: x + width - 30, y: y - 6, width: 28, height: 12, rx: 6 }), label("s m", x + width - 16, y + 3, "tied")) : null,
     folded ? s("g", { class: "open", onclick: open }, s("rect", { x: x + width - 17, y: y + 1, width: 16, height: 16 }), label("b m", x + width - 9, y + 13, "+")) : null,
   );
 }

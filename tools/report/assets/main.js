@@ -152,4 +152,7 @@ async function start() {
   });
 }
 
+// For a look from the console, and for tests.
+window.stagecut = { fold, firstUnfolded, layout, moved, plans: () => plans, state };
+
 start();

@@ -19,6 +19,8 @@ function complete(plan) {
   graph.node_of.forEach((node) => (graph.children[node] += 1));
   graph.seconds = graph.names.map((_, op) => graph.forward_s[op] + graph.backward_s[op]);
   graph.wire_of = new Map(plan.wires.map((wire) => [wire[0], wire]));
+  graph.ties = new Map();
+  for (const tie of plan.ties) for (const op of tie[1]) graph.ties.set(op, [...(graph.ties.get(op) || []), tie]);
   plan.colour = (stage) => `c${stage % report.colours.length}`;
   plan.stagesOf = (worker) => plan.stages.map((_, stage) => stage).filter((n) => plan.stages[n].workers.includes(worker));
 }

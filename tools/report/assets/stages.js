@@ -30,7 +30,7 @@ function stagesView(plan) {
   });
   const header = ["stage", "devices", "ops", "forward", "backward", "load a microbatch", "parameters", "in flight", "memory", "comes in"];
   const right = [false, false, true, true, true, false, true, true, false, true];
-  return h("div", {}, h("div", { class: "wide" }, table(header, right, rows)), h("h3", {}, "What crosses, for a microbatch"), wiresTable(plan));
+  return h("div", {}, h("div", { class: "wide" }, table(header, right, rows)), h("h3", {}, "What crosses, for a microbatch"), wiresTable(plan), tiesTable(plan));
 }
 
 const MAX_WIRES = 60;
@@ -53,4 +53,17 @@ function wiresTable(plan) {
   const header = ["value", "module", "from", "to", "bytes", `× ${plan.microbatches}`, "gradient comes back"];
   const note = plan.wires.length > MAX_WIRES ? h("p", { class: "note" }, `The ${MAX_WIRES} largest of ${plan.wires.length} are listed.`) : null;
   return h("div", {}, h("div", { class: "wide" }, table(header, [false, false, true, true, true, true, false], rows)), note);
+}
+
+function tiesTable(plan) {
+  if (!plan.ties.length) return null;
+  const rows = plan.ties.map(([parameter, ops, bytes]) => {
+    const stages = [...new Set(ops.map((op) => plan.graph.stages[op]))];
+    return {
+      attributes: { "data-stages": stages.join(" ") },
+      cells: [parameter, stages.join(", "), size(bytes), h("span", {}, others(plan, ops))],
+    };
+  });
+  const header = ["parameter", "stages", "summed once a step", "used by"];
+  return h("div", {}, h("h3", {}, "Tied parameters"), h("div", { class: "wide" }, table(header, [false, true, true, false], rows)));
 }

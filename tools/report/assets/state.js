@@ -31,6 +31,12 @@ function hashOf(current) {
   return parts.length ? `#${parts.join("&")}` : "#";
 }
 
+// In a frame that was made of text, addresses are resolved against the page around it; only the hash is its own.
+function writeHash(hash) {
+  if (location.protocol === "about:") location.hash = hash;
+  else history.replaceState(null, "", hash);
+}
+
 function follow(follower) {
   followers.push(follower);
 }
@@ -40,7 +46,7 @@ function choose(patch) {
   const changed = Object.keys(patch).filter((name) => patch[name] !== state[name]);
   if (!changed.length) return;
   Object.assign(state, patch);
-  location.replace(hashOf(state));
+  writeHash(hashOf(state));
   for (const follower of followers) follower(new Set(changed));
 }
 

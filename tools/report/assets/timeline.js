@@ -209,7 +209,7 @@ function causesTable(plan) {
   if (!causes.length) return h("p", {}, "Nobody waits.");
   const rows = causes.map((cause) => ({ cells: [`waits ${CAUSES[cause]}`, ...every.map((found) => share(found.get(cause) || 0))] }));
   const header = ["of all workers' time", ...plan.timelines.map((timeline) => timeline.source)];
-  return h("div", {}, table(header, [false, ...plan.timelines.map(() => true)], rows), h("p", { class: "note" }, criticalText(plan)));
+  return h("div", {}, h("div", { class: "wide" }, table(header, [false, ...plan.timelines.map(() => true)], rows)), h("p", { class: "note" }, criticalText(plan)));
 }
 
 // What the critical path consists of, by stage.

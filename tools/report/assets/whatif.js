@@ -35,15 +35,15 @@ function isBest(candidate, all) {
 const MARKS = ["M-4 -4h8v8h-8z", "M0 -5l5 9h-10z", "M0 -5l5 5l-5 5l-5 -5z", "M-5 -1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z", "M0 5l5 -9h-10z"];
 
 function pareto(candidates) {
-  const points = candidates.filter((c) => c.memory_bytes > 0);
+  const points = candidates.filter((c) => c.memory_bytes > 0 && c.step_s > 0);
   if (!points.length) return h("p", {}, "No configuration says how much memory it takes.");
   const [width, height, left, bottom] = [560, 260, 74, 40];
   const steps = points.map((c) => c.step_s);
   const bytes = points.map((c) => c.memory_bytes);
   const [x0, x1] = spread(steps);
   const [y0, y1] = spread(bytes);
-  const x = (c) => round(left + ((c.step_s - x0) / (x1 - x0)) * (width - left - 16));
-  const y = (c) => round(height - bottom - ((c.memory_bytes - y0) / (y1 - y0)) * (height - bottom - 14));
+  const x = (c) => round(left + (Math.log(c.step_s / x0) / Math.log(x1 / x0)) * (width - left - 16));
+  const y = (c) => round(height - bottom - (Math.log(c.memory_bytes / y0) / Math.log(y1 / y0)) * (height - bottom - 14));
   const schedules = [...new Set(points.map((c) => c.schedule))].sort();
   const shapes = [...new Set(points.map((c) => c.shape))];
   const front = points.filter((c) => isBest(c, points)).sort((a, b) => a.step_s - b.step_s);
@@ -68,13 +68,12 @@ function pareto(candidates) {
   ];
   const line = s("polyline", { class: "front", points: front.map((c) => `${x(c)},${y(c)}`).join(" ") });
   const keys = schedules.map((name, index) => h("span", { class: "key" }, s("svg", { viewBox: "-7 -7 14 14", class: "swatch" }, s("g", { class: "point" }, s("path", { d: MARKS[index % MARKS.length] }))), name));
-  return h("section", {}, h("h3", {}, "Step against memory of the fullest device"), h("div", {}, picture("what the planner considered", width, height, axes, line, marks)), h("p", { class: "legend" }, keys, " colours are stages x replicas; the line joins what nothing beats in both; ○ is chosen"));
+  return h("section", {}, h("h3", {}, "Step against memory of the fullest device (logarithmic)"), h("div", {}, picture("what the planner considered", width, height, axes, line, marks)), h("p", { class: "legend" }, keys, " colours are stages x replicas; the line joins what nothing beats in both; ○ is chosen"));
 }
 
+// The ends of a logarithmic axis: a tenth beyond what lies on it.
 function spread(values) {
-  const [low, high] = [Math.min(...values), Math.max(...values)];
-  const room = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
-  return [Math.max(0, low - room), high + room];
+  return [Math.min(...values) / 1.1, Math.max(...values) * 1.1];
 }
 
 function linkChart(plan) {

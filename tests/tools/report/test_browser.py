@@ -1,0 +1,342 @@
+"""The report as a reader uses it, in a real browser."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import stagecut
+from stagecut.partitioner.plan import OpRecord
+from stagecut.partitioner.waiting import CAUSES, critical_path, waits
+from stagecut.tools.report import Shown
+
+VIEWS = ("overview", "graph", "stages", "timeline", "memory", "whatif")
+
+
+def text(page: Any, selector: str) -> str:
+    return str(page.locator(selector).first.text_content())
+
+
+def state(page: Any) -> dict[str, Any]:
+    return dict(page.evaluate("() => window.stagecut.state"))
+
+
+def marked(page: Any, selector: str) -> int:
+    return int(page.locator(f"{selector}.chosen").count())
+
+
+def click(page: Any, selector: str) -> None:
+    """Choose an element of a picture, which other elements may lie over."""
+    page.locator(selector).first.dispatch_event("click")
+
+
+def test_every_view_shows_something(opened, linked, measured):
+    page = opened(Shown("first", linked, measured), Shown("second", replace(linked, schedule="fill-drain")))
+    for view in (*VIEWS, "compare"):
+        section = page.locator(f"section#{view}")
+        assert section.locator("svg, table, .card").count() > 0, view
+        assert section.bounding_box()["height"] > 40, view
+
+
+def test_the_first_screen_says_where_it_is_cut_how_much_crosses_who_waits_and_whether_it_fits(opened, linked):
+    page = opened(Shown("plan", linked))
+    cards = text(page, ".cards")
+    for wanted in ("3 stages", "proven", "Crosses", "forward and", "waits longest", "until another stage", "fits"):
+        assert wanted in cards
+    lanes = page.locator("#graph g.lane")
+    assert lanes.count() == 3
+    assert lanes.last.bounding_box()["y"] < 900
+    assert page.locator("#graph g.wire").count() >= len(linked.wires)
+    assert any(max(wire.targets) > wire.source + 1 for wire in linked.wires)
+    assert "× 4 (skips)" in text(page, "#graph svg")
+
+
+def test_choosing_a_stage_marks_it_in_every_view(opened, linked):
+    page = opened(Shown("plan", linked))
+    click(page, "#graph g.lane[data-stage='1']")
+    for selector in ("#graph g.lane", "#stages tr", "#timeline g.span", "#memory section", "#graph g.wire"):
+        assert marked(page, selector) > 0, selector
+    assert marked(page, "#graph g.lane") == 1
+    assert marked(page, "#timeline g.span") == 2 * 4  # forward and backward of four microbatches
+    assert "stage 1" in text(page, "aside.details")
+    click(page, "#stages tr[data-stage='2']")
+    assert page.locator("#graph g.lane.chosen").get_attribute("data-stage") == "2"
+    page.keyboard.press("Escape")
+    assert marked(page, "#graph g.lane") == 0
+    assert page.locator("aside.details").count() == 0
+
+
+def test_what_is_chosen_is_in_the_address(opened, linked):
+    page = opened(Shown("plan", linked))
+    click(page, "#graph g.lane[data-stage='1']")
+    page.keyboard.press("+")
+    page.keyboard.press("d")
+    seen = state(page)
+    address = page.url
+    again = opened(Shown("plan", linked), hash=address[address.index("#") :])
+    assert state(again) == seen
+    assert marked(again, "#graph g.lane") == 1
+    page.evaluate("location.hash = '#stage=2'")
+    page.wait_for_function("window.stagecut.state.stage === 2")
+    assert page.locator("#graph g.lane.chosen").get_attribute("data-stage") == "2"
+
+
+@pytest.mark.parametrize(
+    "hash", ["#stage=99&op=9999&node=12345&plan=7&view=nowhere&t=3-1", "#toggled=999999", "#stage=<img src=x>&t=a-b"]
+)
+def test_an_address_of_another_report_chooses_nothing(opened, linked, hash):
+    page = opened(Shown("plan", linked), hash=hash)
+    now = state(page)
+    assert (now["stage"], now["op"], now["node"], now["plan"], now["view"]) == (None, None, None, 0, "overview")
+    assert (now["from"], now["to"]) == (0, 1)
+
+
+def test_keys_go_through_stages_views_and_boxes(opened, linked):
+    page = opened(Shown("plan", linked))
+    for wanted in (0, 1, 2, 0):
+        page.keyboard.press("n")
+        assert state(page)["stage"] == wanted
+    page.keyboard.press("p")
+    assert state(page)["stage"] == 2
+    for index, view in enumerate(VIEWS):
+        page.keyboard.press(str(index + 1))
+        assert state(page)["view"] == view
+    page.keyboard.press("?")
+    assert "unfold" in text(page, "dialog")
+    page.keyboard.press("Escape")
+    assert page.locator("dialog").count() == 0
+    page.locator("#graph g.box").first.focus()
+    page.keyboard.press("Enter")
+    assert state(page)["op"] is not None or state(page)["node"] is not None
+    page.keyboard.press("f")
+    assert state(page)["node"] is not None
+    folded = page.locator("#graph g.box").count()
+    page.keyboard.press("u")
+    assert page.locator("#graph g.box").count() > folded
+
+
+def test_the_search_unfolds_what_it_finds(opened, linked):
+    page = opened(Shown("plan", linked))
+    page.get_by_role("button", name="fold all").click()
+    assert page.locator("#graph g.box").count() == 3
+    page.keyboard.press("/")
+    page.keyboard.type("middle.2")
+    page.keyboard.press("Enter")
+    (found,) = [op for op in linked.ops if op.module_path == "middle.2"]
+    assert state(page)["op"] == linked.ops.index(found)
+    details = text(page, "aside.details")
+    assert found.name in details
+    assert re.search(r"conftest\.py:\d+", details) or found.source is None
+    page.locator("#search").fill("nothing is called like this")
+    page.locator("#search").press("Enter")
+    assert "no op or module" in text(page, "#status")
+
+
+def test_light_and_dark_follow_the_system_and_the_button(opened, linked):
+    paper = "() => getComputedStyle(document.body).backgroundColor"
+    dark = opened(Shown("plan", linked), color_scheme="dark")
+    light = opened(Shown("plan", linked), color_scheme="light")
+    assert dark.evaluate(paper) == "rgb(18, 22, 28)"
+    assert light.evaluate(paper) == "rgb(255, 255, 255)"
+    light.get_by_role("button", name="light / dark").click()
+    assert light.evaluate(paper) == dark.evaluate(paper)
+    assert "theme=dark" in light.url
+
+
+def test_on_paper_there_are_no_controls(opened, linked):
+    page = opened(Shown("plan", linked))
+    page.emulate_media(media="print")
+    assert not page.locator("nav").is_visible()
+    assert page.locator("#graph svg").first.is_visible()
+
+
+def test_on_a_telephone_nothing_is_cut_off(opened, linked, measured):
+    page = opened(Shown("plan", linked, measured), viewport={"width": 390, "height": 844})
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+
+
+def test_without_scripts_there_are_pictures_and_tables(opened, linked):
+    page = opened(Shown("plan", linked), wait=False, java_script_enabled=False)
+    assert page.locator("svg").count() >= 2
+    assert page.locator("table").count() >= 3
+    assert "waits longest" in page.locator("main").first.inner_text()
+
+
+def test_it_runs_in_a_sandboxed_frame(opened, linked, browser):
+    page = opened(Shown("plan", linked))
+    inner = page.content()
+    frame = browser.new_context(offline=True).new_page()
+    frame.set_content("<iframe sandbox='allow-scripts' width=1200 height=800></iframe>")
+    frame.locator("iframe").evaluate(
+        "(frame, source) => { frame.srcdoc = source }",
+        re.sub(r'<div id="report">.*?(?=<script type)', '<div id="report" hidden></div>', inner, flags=re.DOTALL),
+    )
+    inside = frame.frame_locator("iframe")
+    inside.locator("#report header").wait_for()
+    inside.locator("#graph g.lane[data-stage='1']").dispatch_event("click")
+    assert inside.locator("#graph g.lane.chosen").count() == 1
+    frame.context.close()
+
+
+def test_names_from_the_model_are_text(opened, hostile_plan):
+    page = opened(Shown("<img src=x onerror=alert(3)>", hostile_plan))
+    assert page.locator("img").count() == 0
+    assert "<img src=x onerror=alert(1)>" in page.content().replace("&lt;", "<").replace("&gt;", ">")
+    page.keyboard.press("n")
+    page.locator("#graph g.box").first.dispatch_event("click")
+    assert page.locator("img").count() == 0
+
+
+def test_a_graph_of_many_ops_is_folded_and_says_what_is_hidden(opened, linked):
+    page = opened(Shown("deep", deep(linked, 1500)))
+    assert page.locator("#graph g.box").count() <= 400
+    assert re.search(r"of 1500 ops are drawn alone; \d+ are hidden in \d+ folded box", text(page, "#graph .note"))
+    while page.locator("#status").inner_text() == "":
+        click(page, "#graph g.box:not([data-tried]) g.open")
+        assert page.locator("#graph g.box, #graph g.input").count() <= 400
+    assert "are the most: fold something first" in text(page, "#status")
+
+
+def test_like_modules_that_follow_each_other_are_one_box(opened, linked):
+    page = opened(Shown("deep", deep(linked, 1500)))
+    assert page.locator("#graph g.box.run").count() > 0
+    assert "×" in text(page, "#graph g.box.run")
+
+
+def deep(plan: Any, n_ops: int) -> Any:
+    """Put a chain of like layers of five ops each in the place of the plan's ops."""
+    ops: list[OpRecord] = []
+    for index in range(n_ops):
+        layer, stage = index // 5, index * len(plan.stages) // n_ops
+        inputs = (ops[-1].name,) if ops else (plan.graph_inputs[0],)
+        path = f"layers.{layer}.part.{index % 5}"
+        ops.append(
+            OpRecord(f"op_{index}", "torch.relu", path, "deep.py:3", stage, inputs, 1e-4, 2e-4, 64, 64, "analytic")
+        )
+    first = {stage: [op.name for op in ops if op.stage == stage][-1] for stage in range(len(plan.stages) - 1)}
+    wires = tuple(replace(plan.wires[0], value=name, source=s, targets=(s + 1,)) for s, name in first.items())
+    return replace(plan, ops=tuple(ops), wires=wires)
+
+
+def test_moving_an_op_costs_what_a_plan_with_it_moved_would(opened, linked):
+    page = opened(Shown("plan", linked))
+    checked = 0
+    for index, op in enumerate(linked.ops):
+        for to in (op.stage - 1, op.stage + 1):
+            if not 0 <= to < len(linked.stages):
+                continue
+            cost = page.evaluate(
+                "([op, to]) => window.stagecut.moved(window.stagecut.plans()[0], [op], to)", [index, to]
+            )
+            stage_of = {**linked.stage_of, op.name: to}
+            legal = all(stage_of[name] <= stage_of[o.name] for o in linked.ops for name in o.inputs if name in stage_of)
+            assert ("because" not in cost) == legal
+            if legal:
+                checked += 1
+                assert cost["bytes"] == crossing(linked, stage_of) - crossing(linked, linked.stage_of)
+                assert cost["then"] == pytest.approx(slowest(linked, stage_of), rel=1e-4)
+    assert checked > 2
+
+
+def crossing(plan: Any, stage_of: dict[str, int]) -> int:
+    """Count the bytes of a microbatch that cross, every value once for each other stage that uses it."""
+    sizes = {op.name: op.output_bytes for op in plan.ops} | {wire.value: wire.n_bytes for wire in plan.wires}
+    pairs = {(name, stage_of[op.name]) for op in plan.ops for name in op.inputs if name in stage_of}
+    return sum(sizes[name] for name, stage in pairs if stage != stage_of[name])
+
+
+def slowest(plan: Any, stage_of: dict[str, int]) -> float:
+    loads = [stage.forward_s + stage.backward_s for stage in plan.stages]
+    for op in plan.ops:
+        loads[op.stage] -= op.forward_s + op.backward_s
+        loads[stage_of[op.name]] += op.forward_s + op.backward_s
+    return max(loads)
+
+
+def test_the_timeline_says_why_workers_wait_and_what_is_critical(opened, linked):
+    page = opened(Shown("plan", linked))
+    timeline = linked.predicted
+    found = waits(linked, timeline)
+    shown = page.locator("#timeline g[data-cause]").evaluate_all("all => all.map(each => each.dataset.cause)")
+    assert set(shown) <= set(CAUSES)
+    assert set(shown) == {wait.cause for wait in found if wait.end_s - wait.start_s > timeline.makespan_s * 2e-3}
+    computed = [i for i in critical_path(linked, timeline) if timeline.spans[i].op in ("F", "B")]
+    assert page.locator("#timeline g.span.critical").count() == len(computed)
+    tips = page.locator("#timeline g[data-cause] title").all_text_contents()
+    assert any(
+        re.fullmatch(r"waits \S+ ms until another stage has computed: \w+ of microbatch \d in stage \d", t)
+        for t in tips
+    )
+
+
+def test_the_measured_step_stands_under_the_predicted_one_on_the_same_axis(opened, linked, measured):
+    page = opened(Shown("plan", linked, measured))
+    titles = page.locator("#timeline svg text.h").all_text_contents()
+    assert [title.split()[0] for title in titles] == ["simulated", "measured"]
+    lanes = page.locator("#timeline rect.idle").evaluate_all(
+        "all => all.map(each => each.getBoundingClientRect().width)"
+    )
+    assert lanes[3] / lanes[0] == pytest.approx(1.1, rel=0.01)
+    assert "+10.0% against the simulated step" in text(page, ".cards")
+
+
+def test_a_part_of_the_step_can_be_looked_at(opened, linked):
+    page = opened(Shown("plan", linked))
+    whole = page.locator("#timeline g.span").count()
+    page.keyboard.press("+")
+    page.keyboard.press("+")
+    assert page.locator("#timeline g.span").count() < whole
+    assert "of the step is shown" in text(page, "#timeline .bar")
+    before = state(page)["from"]
+    page.keyboard.press("ArrowRight")
+    assert state(page)["from"] > before
+    page.get_by_role("button", name="whole step").click()
+    assert page.locator("#timeline g.span").count() == whole
+
+
+def test_memory_names_who_is_alive_at_the_peak(opened, linked):
+    page = opened(Shown("plan", linked))
+    charts = page.locator("#memory section.chart")
+    assert charts.count() == 3
+    for worker, chart in enumerate(charts.all()):
+        assert f"worker {worker} (stage {worker})" in chart.inner_text()
+        chart.locator("summary").click()
+        assert f"weights, gradients and optimizer state of stage {worker}" in chart.inner_text()
+        assert "activations of microbatches 0" in chart.inner_text()
+
+
+def test_candidates_are_filtered_and_given_as_calls_of_compile(opened, linked):
+    page = opened(Shown("plan", linked))
+    rows = page.locator("#whatif tbody tr")
+    assert rows.count() == 1 + len(linked.alternatives)
+    calls = page.locator("#whatif button[data-call]").evaluate_all("all => all.map(each => each.dataset.call)")
+    known = inspect.signature(stagecut.compile).parameters
+    for call in calls:
+        given = eval(call, {"stagecut": Recorder, "model": None, "devices": None})  # our own words
+        assert set(given) <= set(known)
+        assert given["stages"] >= 1
+    schedules = sorted({other.schedule for other in linked.alternatives})
+    page.locator("#whatif select").nth(1).select_option(schedules[0])
+    wanted = [other for other in linked.alternatives if other.schedule == schedules[0]]
+    assert rows.count() == 1 + len(wanted)
+    assert page.locator("#whatif circle").count() >= 7  # one for each speed of the links
+
+
+class Recorder:
+    @staticmethod
+    def compile(model: Any, devices: Any, **given: Any) -> dict[str, Any]:
+        return given
+
+
+def test_plans_are_compared_and_chosen_between(opened, linked):
+    other = replace(linked, schedule="fill-drain", orders=())
+    page = opened(Shown("before.json", linked), Shown("after.json", other))
+    assert "the same cut" in text(page, "#compare")
+    assert "fill-drain" in text(page, "#compare table")
+    page.locator("select#plan").select_option("1")
+    assert "fill-drain" in text(page, "h1")
+    assert "plan=1" in page.url

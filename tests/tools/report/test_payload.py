@@ -1,0 +1,48 @@
+"""What the page is told of memory and candidates agrees with the plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from stagecut.partitioner.plan import Alternative
+from stagecut.tools.report.payload import Shown, payload
+
+
+def test_who_is_alive_adds_up_to_the_peak(plan, simulated_plan):
+    for shown in (plan, simulated_plan, replace(plan, stages=tuple(replace(s, recompute=True) for s in plan.stages))):
+        for worker in payload(Shown("plan", shown))["memory"]:
+            assert sum(n_bytes for _, n_bytes in worker["alive"]) == pytest.approx(worker["peak_bytes"])
+            assert max(n_bytes for _, n_bytes in worker["steps"]) <= worker["peak_bytes"]
+
+
+def test_the_peak_is_what_the_plan_says_of_the_device(plan):
+    memory = payload(Shown("plan", plan))["memory"]
+    assert [worker["peak_bytes"] for worker in memory] == [stage.device_bytes for stage in plan.stages]
+
+
+def test_candidates_are_written_as_calls(plan):
+    others = (
+        Alternative("zb-h1", 8, 0.5, 4, (2, 2), (0, 1), 1024),
+        Alternative("1f1b", 4, 0.5, 4, (3, 1), (1,), 1024),
+    )
+    calls = [each["call"] for each in payload(Shown("plan", replace(plan, alternatives=others)))["candidates"]]
+    assert calls[1:] == [
+        "stagecut.compile(model, devices, stages=2, replicas=2, microbatches=8, schedule='zb-h1', recompute=True)",
+        "stagecut.compile(model, devices, stages=2, replicas=[3, 1], microbatches=4, schedule='1f1b')",
+    ]
+
+
+def test_slower_links_never_make_the_step_shorter(simulated_plan):
+    links = payload(Shown("plan", simulated_plan))["links"]
+    steps = [step_s for _, step_s, _ in links]
+    assert len(steps) > 4
+    assert steps == sorted(steps, reverse=True)
+    assert {factor: step_s for factor, step_s, _ in links}[1.0] == simulated_plan.predicted.makespan_s
+
+
+def test_everything_is_plain_json_with_finite_numbers(hostile_plan, simulated_plan):
+    for plan in (hostile_plan, simulated_plan):
+        json.dumps(payload(Shown("plan", plan)), allow_nan=False)
