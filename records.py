@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 from .errors import PlanError
@@ -30,6 +32,24 @@ def to_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise PlanError(f"{value} has no place in a JSON file")
     return value
+
+
+def read_file(path: str | Path, parse: Callable[[Any], T]) -> T:
+    """Read a JSON file and build a record of its values with ``parse``.
+
+    Raises:
+        PlanError: the file cannot be read, is no JSON, or ``parse`` refuses it; the message starts with ``path``.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path}: no JSON: {error}") from error
+    try:
+        return parse(value)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error.message}", hint=error.hint) from error
 
 
 def json_schema(kind: type, identifier: str) -> dict[str, Any]:

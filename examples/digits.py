@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import stagecut
 from stagecut.models.digits import load_digits
 from stagecut.models.resnet import DigitsResNet
-from stagecut.tools.html import report_html
+from stagecut.partitioner.measured_run import measured_run
+from stagecut.tools.report import Shown, report_html
 from stagecut.tools.svg import plan_svg
 
 GOAL = 0.97
@@ -60,7 +61,8 @@ def main() -> None:
         pm.plan.save(options.out / "plan.json")
         simulated = pm.plan.predicted
         (options.out / "plan.svg").write_text(plan_svg(pm.plan, simulated, profile.timeline))
-        (options.out / "plan.html").write_text(report_html(pm.plan, simulated, profile.timeline))
+        run = measured_run(pm.plan, profile.timeline, profile.steps_s)
+        (options.out / "plan.html").write_text(report_html([Shown("plan.json", pm.plan, run)]))
     print(f"wrote {', '.join(str(options.out / name) for name in ('plan.json', 'plan.svg', 'plan.html'))}")
     print(f"{time.perf_counter() - started:.0f} s in all")
     if accuracy < GOAL:

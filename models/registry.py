@@ -98,6 +98,11 @@ def load_model(spec: str, *, batch_rows: int | None = None) -> LoadedModel:
     return _load_factory(spec)
 
 
+def makes_own_batch(spec: str) -> bool:
+    """Say whether ``spec`` names a function, whose example inputs have as many rows as it likes."""
+    return spec.partition(":")[0] not in _SOURCES
+
+
 def classification_loss(output: Any, target: Tensor) -> Tensor:
     """Take the cross-entropy of logits ``(B, C)``; auxiliary logits beside them (Inception) count 0.3 each."""
     if isinstance(output, Tensor):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
-from ..records import from_json, json_schema, to_json
+from ..records import from_json, json_schema, read_file, to_json
 from ..runtime.instructions import Layout
 from .plan_check import validate
 from .wording import count
@@ -337,16 +337,7 @@ def load(path: str | Path) -> Plan:
         PlanError: the file is no JSON, a key is unknown or missing, a type is wrong, or the stages contradict the graph
             (a cycle, a value used before the stage that makes it); the message names the place in the file.
     """
-    try:
-        value = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise PlanError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"{path}: no JSON: {error}") from error
-    try:
-        return parse(value)
-    except PlanError as error:
-        raise PlanError(f"{path}: {error.message}", hint=error.hint) from error
+    return read_file(path, parse)
 
 
 def parse(value: object) -> Plan:

@@ -148,7 +148,7 @@ class _Order:
         return sent_s + self.travels_s.get((source.stage, span.stage), 0.0) <= now
 
     def before(self, index: int) -> int | None:
-        """Return what a span began after: the last work of its worker before it, or what it needed, if that is later."""
+        """Return what a span began after: its worker's last work before it, or what it needed, whichever was later."""
         span = self.timeline.spans[index]
         own, ends = self.busy[span.worker], self.ends[span.worker]
         place = bisect_right(ends, span.start_s + _EPS, hi=self.place[index])

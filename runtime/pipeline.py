@@ -226,20 +226,33 @@ class Pipeline(nn.Module):
             raise StagecutError(str(result))
         return result
 
-    def profile(self, *args: Any, target: Any = None, steps: int = 5, **kwargs: Any) -> Profile:
-        """Measure ``steps`` training steps on one batch after a warm-up; gradients and buffers stay as they were."""
+    def profile(
+        self,
+        *args: Any,
+        target: Any = None,
+        steps: int = 5,
+        progress: Callable[[str, int, int], None] | None = None,
+        **kwargs: Any,
+    ) -> Profile:
+        """Measure ``steps`` training steps on one batch after a warm-up; gradients and buffers stay as they were.
+
+        ``progress`` is called before the first and after each of them with what is done, how many are, and of how many.
+        """
         if steps < 1:
             raise ConstraintError(f"steps must be at least 1, got {steps}")
+        tell = progress or (lambda what, done, total: None)
         measured: list[tuple[float, Timeline]] = []
         with self._complete("profile"), preserved(self.model):
             self._step(args, kwargs, target, profile=False)
-            for _ in range(steps):
+            for done in range(steps):
+                tell("measuring steps", done, steps)
                 self.model.zero_grad(set_to_none=True)
                 start = time.perf_counter()
                 _, report = self._step(args, kwargs, target, profile=True)
                 measured.append((time.perf_counter() - start, timeline_of(report, self._n_workers)))
-        measured.sort(key=lambda pair: pair[0])
-        return Profile(measured[len(measured) // 2][1], tuple(seconds for seconds, _ in measured))
+        tell("measuring steps", steps, steps)
+        middle = sorted(measured, key=lambda pair: pair[0])[len(measured) // 2]
+        return Profile(middle[1], tuple(seconds for seconds, _ in measured))
 
     def replan(self, *args: Any, target: Any = None, steps: int = 5, gain: float = 0.03, **kwargs: Any) -> Any:
         """Measure this pipeline, plan again with what was measured, and move to the new plan if that pays.

@@ -54,7 +54,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Profile:
-    """Measured steps: the timeline of the median one and the wall seconds of each call."""
+    """Measured steps: the timeline of the median one and the wall seconds of each call, in their order."""
 
     timeline: Timeline
     steps_s: tuple[float, ...]

@@ -63,7 +63,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     expected = {
         path.relative_to(ROOT).as_posix() for package in package_folders() for path in folder_of(package).glob("*.py")
     }
-    assert inside == {f"stagecut/{name}" for name in {*expected, "py.typed"}}
+    assets = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tools" / "report" / "assets").iterdir()}
+    assert inside == {f"stagecut/{name}" for name in {*expected, *assets, "py.typed"}}
 
 
 def test_unpacked_wheel_imports_from_its_own_folder(wheel, tmp_path):

@@ -6,19 +6,20 @@ import json
 import math
 from typing import Any
 
+from ..partitioner.measured_run import MeasuredRun
 from ..partitioner.plan import Plan
 from .metrics import Gate, Metric, gates, metrics_of
 
 _ALWAYS = "filled>1"
 
 
-def check_text(plan: Plan, fail_on: str, *, as_json: bool) -> tuple[str, bool]:
-    """Return what is to be printed, and whether the plan is good enough.
+def check_text(plan: Plan, fail_on: str, run: MeasuredRun | None = None, *, as_json: bool) -> tuple[str, bool]:
+    """Return what is to be printed, and whether the plan, or the ``run`` of it, is good enough.
 
     Raises:
         StagecutError: the conditions cannot be read.
     """
-    metrics = metrics_of(plan, plan.predicted)
+    metrics = metrics_of(plan, plan.predicted, run)
     asked = gates(fail_on, metrics) + gates(_ALWAYS, metrics)
     tripped = [gate for gate in asked if gate.trips(metrics[gate.name])]
     text = _record(metrics, asked, tripped) if as_json else _lines(metrics, asked, tripped)

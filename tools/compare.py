@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StagecutError
+from ..partitioner.measured_run import MeasuredRun
 from ..partitioner.plan import Plan
 from .metrics import COUNT, SHARE, Metric, metrics_of
 from .tables import Table
 from .words import clean, count
 
 _LISTED = 12
+Given = tuple[Plan, MeasuredRun | None]
 
 
 def check_count(paths: Sequence[Path]) -> None:
@@ -27,19 +29,22 @@ def check_count(paths: Sequence[Path]) -> None:
         raise StagecutError("compare takes two plans or more", hint="partition-viz show PLAN.json for one")
 
 
-def numbers_table(names: Sequence[str], plans: Sequence[Plan]) -> Table:
-    """List the numbers of plans, with what each is of the first plan's."""
-    every = [metrics_of(plan, plan.predicted) for plan in plans]
+def numbers_table(names: Sequence[str], plans: Sequence[Given]) -> Table:
+    """List the numbers of plans, and of their runs, with what each is of the first plan's."""
+    every = [metrics_of(plan, plan.predicted, run) for plan, run in plans]
     rows = [
-        (name, *(_cell(found[name], every[0][name], index) for index, found in enumerate(every))) for name in every[0]
+        (name, *(_cell(found.get(name), every[0].get(name), index) for index, found in enumerate(every)))
+        for name in dict.fromkeys(name for found in every for name in found)
     ]
-    orders = ("schedule", *(clean(plan.schedule) for plan in plans))
+    orders = ("schedule", *(clean(plan.schedule) for plan, _ in plans))
     header = ("", *(clean(name) for name in names))
     return Table(header, (False, *(True for _ in plans)), (orders, *rows), "")
 
 
-def _cell(metric: Metric, first: Metric, index: int) -> str:
-    if index == 0 or not (math.isfinite(metric.value) and math.isfinite(first.value)):
+def _cell(metric: Metric | None, first: Metric | None, index: int) -> str:
+    if metric is None:
+        return "-"
+    if index == 0 or first is None or not (math.isfinite(metric.value) and math.isfinite(first.value)):
         return str(metric)
     if metric.value == first.value:
         return f"{metric} (=)"
@@ -65,15 +70,14 @@ def moves(first: Plan, other: Plan) -> list[str]:
     return lines
 
 
-def record(names: Sequence[str], plans: Sequence[Plan]) -> str:
+def record(names: Sequence[str], plans: Sequence[Given]) -> str:
     """Write the numbers of plans, and how many ops are on another stage than in the first, as JSON."""
     found: list[dict[str, Any]] = []
-    for name, plan in zip(names, plans):
-        same = plan.fingerprint == plans[0].fingerprint
-        stages = plans[0].stage_of
-        values = {
-            key: m.value if math.isfinite(m.value) else None for key, m in metrics_of(plan, plan.predicted).items()
-        }
+    first = plans[0][0]
+    for name, (plan, run) in zip(names, plans):
+        same = plan.fingerprint == first.fingerprint
+        stages, metrics = first.stage_of, metrics_of(plan, plan.predicted, run)
+        values = {key: m.value if math.isfinite(m.value) else None for key, m in metrics.items()}
         moved = sum(stages[op.name] != op.stage for op in plan.ops) if same else None
         found.append({"plan": name, "schedule": plan.schedule, "metrics": values, "moved_ops": moved})
     return json.dumps(found, indent=1) + "\n"

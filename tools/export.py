@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import StagecutError
 from ..partitioner.plan import OpRecord, Plan
 from ..records import to_json
+from ..runtime.program import Timeline
 from .style import STAGE_COLOURS
 from .words import clean, count, duration, n_ops, size
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     import networkx as nx
 
 
-def export_text(plan: Plan, path: Path) -> str:
-    """Write ``plan`` in the format that the ending of ``path`` names.
+def export_text(plan: Plan, path: Path, measured: Timeline | None = None) -> str:
+    """Write ``plan`` in the format that the ending of ``path`` names; a picture or a trace with the ``measured`` step.
 
     Raises:
         StagecutError: no format has that ending.
@@ -28,13 +29,13 @@ def export_text(plan: Plan, path: Path) -> str:
     from .svg import plan_svg
 
     writers: dict[str, Callable[[Plan], str]] = {
-        ".svg": lambda plan: plan_svg(plan, plan.predicted),
+        ".svg": lambda plan: plan_svg(plan, plan.predicted, measured),
         ".dot": plan_dot,
         ".mmd": plan_mermaid,
         ".graphml": plan_graphml,
         ".csv": plan_csv,
         ".json": lambda plan: json.dumps(to_json(plan), indent=1) + "\n",
-        ".trace": trace_text,
+        ".trace": lambda plan: trace_text(plan, measured),
     }
     kind = ".trace" if path.name == "trace.json" or path.name.endswith(".trace.json") else path.suffix
     if kind not in writers:
@@ -44,13 +45,14 @@ def export_text(plan: Plan, path: Path) -> str:
     return writers[kind](plan)
 
 
-def trace_text(plan: Plan) -> str:
-    """Write a predicted step, with what each worker holds, for Perfetto."""
+def trace_text(plan: Plan, measured: Timeline | None = None) -> str:
+    """Write a predicted step, with what each worker holds, for Perfetto; beside it a ``measured`` one."""
     from ..partitioner.residency import memory_over_time
     from ..runtime.program import chrome_trace
 
     timeline = plan.predicted
-    return json.dumps(chrome_trace(timeline, memory_over_time(plan, timeline))) + "\n"
+    trace = chrome_trace(timeline, memory_over_time(plan, timeline), plan.layout(), measured)
+    return json.dumps(trace) + "\n"
 
 
 def op_graph(plan: Plan) -> nx.DiGraph:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import StagecutError
+from ..partitioner.measured_run import MeasuredRun
 from ..partitioner.plan import Plan
 from ..runtime.program import Timeline
 from .verdict import idle_s, sent_to, slowest_stage, stage_load_s
@@ -61,8 +62,8 @@ class Gate:
         return _COMPARE[self.relation](metric.value, self.limit)
 
 
-def metrics_of(plan: Plan, timeline: Timeline) -> dict[str, Metric]:
-    """Return the numbers of a plan, by name."""
+def metrics_of(plan: Plan, timeline: Timeline, run: MeasuredRun | None = None) -> dict[str, Metric]:
+    """Return the numbers of a plan, by name, and those of a ``run`` of it."""
     p, loads = plan.prediction, [stage_load_s(stage) for stage in plan.stages]
     mean, makespan = sum(loads) / len(loads), timeline.makespan_s
     idle = [idle_s(timeline, worker) for worker in range(timeline.n_workers)]
@@ -82,7 +83,18 @@ def metrics_of(plan: Plan, timeline: Timeline) -> dict[str, Metric]:
         Metric("workers", len(plan.devices), COUNT, ""),
         Metric("microbatches", plan.n_microbatches, COUNT, "of each replica"),
     ]
-    return {metric.name: metric for metric in found}
+    return {metric.name: metric for metric in (*found, *_measured(run))}
+
+
+def _measured(run: MeasuredRun | None) -> list[Metric]:
+    if run is None:
+        return []
+    step_s = run.plan.prediction.step_s
+    return [
+        Metric("measured", run.step_s, SECONDS, "measured step, the median"),
+        Metric("measured_bubble", run.timeline.bubble, SHARE, "workers' time without compute, in the median step"),
+        Metric("slower", run.step_s / step_s if step_s > 0 else float("inf"), NUMBER, "measured step / predicted"),
+    ]
 
 
 def _gap(plan: Plan) -> float:

@@ -10,31 +10,34 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CaptureError, InfeasibleError, StagecutError
-from ..partitioner.plan import Plan, load, schema
+from ..partitioner.plan import Plan, schema
 from ..records import to_json
-from .plan_options import PLANNING, WORKERS, add_plan_commands
+from .plan_options import GIB, WORKERS, add_plan_commands, given, is_file_of_plan, workers_of
 from .schedule import add_schedule, schedule_text
 from .solve import add_solve, solve_text
+
+if TYPE_CHECKING:
+    from ..partitioner.measured_run import MeasuredRun
 
 # What imports torch is imported where it is used: help and wrong arguments answer in a tenth of a second, not in three.
 
 OK, FAILED, USAGE, NOT_CAPTURABLE, DOES_NOT_FIT = 0, 1, 2, 3, 4
-_GIB = 1 << 30
 
 _EXAMPLES = """examples:
   partition-viz show demo:resnet --devices 4
   partition-viz show torchvision:resnet50 --cluster sim:4xA100-80GB --batch 64
   partition-viz show train.py:build --devices cpu,cpu --schedule 1f1b --json > plan.json
   partition-viz report plan.json -o plan.html
-  partition-viz report plan.json -o trace.json    (open it at ui.perfetto.dev)
+  partition-viz export plan.json -o trace.json    (open it at ui.perfetto.dev)
   partition-viz report demo:unet --cluster sim:8xH100-80GB --replicas 2 -o plan.svg
   partition-viz check plan.json --fail-on 'bubble>0.25,imbalance>1.15'
   partition-viz sweep demo:resnet --devices 4 --stages 2,4 --microbatches 4,8,16
   partition-viz compare before.json after.json
   partition-viz export plan.json -o plan.dot
+  partition-viz profile demo:mlp --devices cpu,cpu -o run.json
   partition-viz solve graph.json --max-chunks 2 --json > cut.json
   partition-viz schedule --costs costs.json --name search --microbatches 24
 
@@ -70,14 +73,16 @@ def _run(options: argparse.Namespace) -> int:
             return _compare(options.plans, options.json)
         if options.command == "sweep":
             return _sweep(options)
-        plan = _plan(options)
+        if options.command == "profile":
+            return _profile(options)
+        plan, run = _plan(options)
         if options.command == "report":
-            return _report(plan, options.output)
+            return _report(plan, run, options)
         if options.command == "export":
-            return _export(plan, options.output)
+            return _export(plan, run, options.output)
         if options.command == "check":
-            return _check(plan, options)
-        return _show(plan, options.json)
+            return _check(plan, run, options)
+        return _show(plan, run, options.json)
     except BrokenPipeError:  # the reader had enough, as `head` does; nothing is left to be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
@@ -92,14 +97,32 @@ def _code(error: Exception) -> int:
     return NOT_CAPTURABLE if isinstance(error, CaptureError) else USAGE
 
 
-def _show(plan: Plan, as_json: bool) -> int:
+def _show(plan: Plan, run: MeasuredRun | None, as_json: bool) -> int:
     if as_json:
-        return _print(json.dumps(to_json(plan), indent=1) + "\n")
+        return _print(json.dumps(to_json(run or plan), indent=1) + "\n")
     from .text import console_for, print_plan
 
     console = console_for()
     with console.capture() as text:  # rich ends the process with 1 when the reader of a pipe leaves
-        print_plan(plan, plan.predicted, console)
+        print_plan(plan, plan.predicted, console, run)
+    return _print(text.get())
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from .profile import profile
+
+    run = profile(options)
+    run.save(options.output)
+    print(f"wrote {options.output}", file=sys.stderr)
+    from .measured import comparisons, measured_json, measured_table, measured_title
+    from .text import console_for, print_table
+
+    predicted = run.plan.predicted
+    if options.json:
+        return _print(measured_json(run, predicted))
+    console = console_for()
+    with console.capture() as text:
+        print_table(measured_title(run), measured_table(comparisons(run, predicted)), console)
     return _print(text.get())
 
 
@@ -109,32 +132,31 @@ def _print(text: str) -> int:
     return OK
 
 
-def _report(plan: Plan, output: Path) -> int:
+def _report(plan: Plan, run: MeasuredRun | None, options: argparse.Namespace) -> int:
+    if options.output.suffix not in (".html", ".htm"):
+        if options.beside:
+            raise StagecutError(f"{options.output} has room for one plan", hint="-o report.html shows several")
+        return _export(plan, run, options.output)
+    from ..partitioner.measured_run import read_plan
     from .report import Shown, report_html
-    from .svg import plan_svg
 
-    timeline = plan.predicted
-    if output.suffix == ".json":
-        from .export import trace_text
-
-        text = trace_text(plan)
-    else:
-        text = plan_svg(plan, timeline) if output.suffix == ".svg" else report_html([Shown(output.stem, plan)])
-    return _write(text, output)
+    first, more = Path(options.spec).name, [(str(path), *read_plan(path)) for path in options.beside]
+    shown = [Shown(name, own, measured) for name, own, measured in [(first, plan, run), *more]]
+    return _write(report_html(shown), options.output)
 
 
-def _check(plan: Plan, options: argparse.Namespace) -> int:
+def _check(plan: Plan, run: MeasuredRun | None, options: argparse.Namespace) -> int:
     from .check import check_text
 
-    text, passes = check_text(plan, options.fail_on, as_json=options.json)
+    text, passes = check_text(plan, options.fail_on, run, as_json=options.json)
     _print(text)
     return OK if passes else FAILED
 
 
-def _export(plan: Plan, output: Path) -> int:
+def _export(plan: Plan, run: MeasuredRun | None, output: Path) -> int:
     from .export import export_text
 
-    return _write(export_text(plan, output), output)
+    return _write(export_text(plan, output, None if run is None else run.timeline), output)
 
 
 def _write(text: str, output: Path) -> int:
@@ -144,10 +166,11 @@ def _write(text: str, output: Path) -> int:
 
 
 def _compare(paths: list[Path], as_json: bool) -> int:
+    from ..partitioner.measured_run import read_plan
     from .compare import check_count, record
 
     check_count(paths)
-    plans, names = [load(path) for path in paths], [str(path) for path in paths]
+    plans, names = [read_plan(path) for path in paths], [str(path) for path in paths]
     if as_json:
         return _print(record(names, plans))
     from .text import console_for, print_comparison
@@ -158,27 +181,30 @@ def _compare(paths: list[Path], as_json: bool) -> int:
     return _print(text.get())
 
 
-def _plan(options: argparse.Namespace) -> Plan:
-    """Read the plan, or load the model and make one.
+def _plan(options: argparse.Namespace) -> tuple[Plan, MeasuredRun | None]:
+    """Read the plan, and the run if it has one; or load the model and make a plan.
 
     Raises:
         StagecutError: there is no such model or plan, or no plan fits.
     """
+    from ..partitioner.measured_run import read_plan
+
     spec: str = options.spec
-    given = [f"--{name.replace('_', '-')}" for name in PLANNING if getattr(options, name) is not None]
-    if Path(spec).is_file() or (spec.endswith(".json") and ":" not in spec):
-        if given:
+    if is_file_of_plan(spec):
+        useless = given(options)
+        if useless:
             raise StagecutError(
-                f"{spec} is a plan that is made already; {', '.join(given)} cannot change it",
+                f"{spec} is a plan that is made already; {', '.join(useless)} cannot change it",
                 hint="give a model spec instead, such as demo:resnet",
             )
-        return load(spec)
-    return _planner(options)(
+        return read_plan(spec)
+    plan = _planner(options)(
         stages=options.stages,
         replicas=options.replicas,
         microbatches=options.microbatches,
         schedule=options.schedule,
     )
+    return plan, None
 
 
 def _planner(options: argparse.Namespace) -> Callable[..., Plan]:
@@ -190,11 +216,11 @@ def _planner(options: argparse.Namespace) -> Callable[..., Plan]:
     return partial(
         make_plan,
         model.module,
-        options.cluster or _workers(options.devices or WORKERS),
+        options.cluster or workers_of(options.devices or WORKERS),
         example_inputs=model.example_inputs,
         example_kwargs=model.example_kwargs,
         costs=options.costs or "analytic",
-        memory_bytes=None if options.memory_gib is None else options.memory_gib * _GIB,
+        memory_bytes=None if options.memory_gib is None else options.memory_gib * GIB,
     )
 
 
@@ -213,11 +239,6 @@ def _sweep(options: argparse.Namespace) -> int:
             print_table(f"{options.spec}: {len(outcomes)} configurations", sweep_table(outcomes), console)
         _print(text.get())
     return OK if any(outcome.problem is None for outcome in outcomes) else DOES_NOT_FIT
-
-
-def _workers(text: str) -> list[int | str]:
-    """Read ``--devices``: a count of CPU workers, or names of devices."""
-    return ["cpu"] * int(text) if text.isdecimal() else [part.strip() for part in text.split(",")]
 
 
 def _warn(message: Warning | str, *place: Any, **more: Any) -> None:

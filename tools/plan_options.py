@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from ..runtime.schedules import TRAINING_SCHEDULES
 from .arguments import count, list_of, positive, yes_or_no
 
 WORKERS = "2"
+GIB = 1 << 30
+_DESCRIBED = "devices that need not exist: sim:4xA100-80GB, cluster.toml"
+_HERE = "devices that are here, as --devices has them: those that are only described cannot run"
 # Options that make a plan, with what they are when nobody gave them; a plan file has its answers already.
 PLANNING = ("devices", "cluster", "stages", "replicas", "microbatches", "schedule", "batch", "costs", "memory_gib")
 
@@ -22,6 +26,17 @@ exit codes: 0 no condition holds, 1 one does, 2 wrong arguments or a bad plan, 3
 4 no plan fits
 """
 
+_REPORT = """examples:
+  partition-viz report plan.json -o plan.html
+  partition-viz report torchvision:resnet50 --cluster sim:4xA100-80GB -o resnet50.html
+  partition-viz report run.json -o run.html                   (measured under predicted)
+  partition-viz report before.json after.json -o both.html    (beside each other)
+
+the page is one file that loads nothing: attach it to an issue, open it from disk
+
+exit codes: 0 done, 2 wrong arguments or a bad plan, 3 the model cannot be captured, 4 no plan fits
+"""
+
 _COMPARE = """examples:
   partition-viz compare before.json after.json
   partition-viz compare plans/*.json --json
@@ -29,12 +44,30 @@ _COMPARE = """examples:
 exit codes: 0 done, 2 wrong arguments or a bad plan
 """
 
+_PROFILE = """examples:
+  partition-viz profile demo:mlp --devices cpu,cpu -o run.json
+  partition-viz profile demo:gpt --devices 2 --stages 2 --schedule 1f1b --steps 20 -o run.json --json
+  partition-viz profile demo:mlp --plan plan.json -o run.json
+  partition-viz show run.json
+  partition-viz report run.json -o run.html
+
+the run that is written has the plan, what every worker did in the median step, and the seconds of every step; show,
+report, export, check and compare take it in place of a plan; without --plan the model is planned by prediction alone,
+with ops timed on this machine
+
+exit codes: 0 done, 2 wrong arguments, devices that are not here, or a step that fails, 3 the model cannot be captured,
+4 no plan fits
+"""
+
 _EXPORT = """examples:
   partition-viz export plan.json -o plan.dot          (Graphviz: every op, in stages)
   partition-viz export plan.json -o plan.mmd          (Mermaid: the stages and what crosses)
   partition-viz export plan.json -o plan.graphml      (networkx, Gephi, yEd: ops with their costs)
   partition-viz export plan.json -o ops.csv           (a row for each op)
+  partition-viz export run.json -o run.trace.json     (Perfetto: the predicted step, and the measured one)
   partition-viz export demo:unet --devices 2 -o plan.json
+
+of a measured run, .json is its plan alone
 
 exit codes: 0 done, 2 wrong arguments or a bad plan, 3 the model cannot be captured, 4 no plan fits
 """
@@ -54,14 +87,14 @@ def add_plan_commands(commands: Any) -> None:
     """Add the subcommands' parsers."""
     show = _command(commands, "show", "print the plan as tables")
     show.add_argument("--json", action="store_true", help="print the plan as JSON instead")
-    report = _command(commands, "report", "write the plan as a page or a picture")
+    report = _command(commands, "report", "write the plan as a page to be explored", _REPORT)
     report.add_argument(
         "-o",
         "--output",
         type=Path,
         required=True,
         metavar="FILE",
-        help="plan.html, plan.svg for the picture alone, or trace.json for Perfetto",
+        help="plan.html; or what export writes",
     )
     check = _command(commands, "check", "fail if a plan is not good enough", _CHECK)
     check.add_argument(
@@ -76,7 +109,11 @@ def add_plan_commands(commands: Any) -> None:
         "-o", "--output", type=Path, required=True, metavar="FILE", help=".svg .dot .mmd .graphml .csv .json trace.json"
     )
     for command in (show, report, check, export):
-        _add_planning(command)
+        _add_planning(command, "demo:resnet, torchvision:NAME, file.py:FUNCTION, plan.json, run.json")
+    report.add_argument(
+        "beside", nargs="*", type=Path, metavar="PLAN.json", help="more plans or runs, to be compared with it"
+    )
+    _add_profile(commands)
     sweep = _command(commands, "sweep", "plan a model under many configurations", _SWEEP)
     sweep.add_argument("spec", metavar="SPEC", help="demo:resnet, torchvision:NAME, file.py:FUNCTION")
     _add_place(sweep)
@@ -86,8 +123,37 @@ def add_plan_commands(commands: Any) -> None:
     sweep.add_argument("--json", action="store_true", help="print the outcomes as JSON instead")
     _command(commands, "schema", "print the JSON Schema of plans")
     compare = _command(commands, "compare", "put plans beside each other", _COMPARE)
-    compare.add_argument("plans", nargs="+", type=Path, metavar="PLAN.json", help="plans; the first is the reference")
+    compare.add_argument(
+        "plans", nargs="+", type=Path, metavar="PLAN.json", help="plans or runs; the first is the reference"
+    )
     compare.add_argument("--json", action="store_true", help="print numbers as JSON instead")
+
+
+def given(options: argparse.Namespace, names: Sequence[str] = PLANNING) -> list[str]:
+    """List those of the options that somebody gave, as they are written."""
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+
+
+def is_file_of_plan(spec: str) -> bool:
+    """Say whether ``spec`` is the path of a plan or a run, and no model."""
+    return Path(spec).is_file() or (spec.endswith(".json") and ":" not in spec)
+
+
+def workers_of(text: str) -> list[int | str]:
+    """Read ``--devices``: a count of CPU workers, or names of devices."""
+    return ["cpu"] * int(text) if text.isdecimal() else [part.strip() for part in text.split(",")]
+
+
+def _add_profile(commands: Any) -> None:
+    profile = _command(commands, "profile", "run a model's training steps, and write what they took", _PROFILE)
+    specs = "demo:resnet, torchvision:NAME, file.py:FUNCTION"
+    _add_planning(profile, specs, metavar="SPEC", costs="measured", cluster=_HERE)
+    profile.add_argument(
+        "--plan", type=Path, metavar="PLAN.json", help="a plan, or the run of one, to run as it is, on its devices"
+    )
+    profile.add_argument("--steps", type=count, default=5, metavar="N", help="measured after a warm-up (default: 5)")
+    profile.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="run.json")
+    profile.add_argument("--json", action="store_true", help="print the numbers as JSON instead")
 
 
 def _command(commands: Any, name: str, does: str, examples: str = "") -> argparse.ArgumentParser:
@@ -101,12 +167,16 @@ def _command(commands: Any, name: str, does: str, examples: str = "") -> argpars
     return parser
 
 
-def _add_planning(parser: argparse.ArgumentParser) -> None:
+def _add_planning(
+    parser: argparse.ArgumentParser,
+    specs: str,
+    metavar: str = "SPEC_OR_PLAN",
+    costs: str = "analytic",
+    cluster: str = _DESCRIBED,
+) -> None:
     """Add what makes a plan."""
-    parser.add_argument(
-        "spec", metavar="SPEC_OR_PLAN", help="demo:resnet, torchvision:NAME, file.py:FUNCTION, plan.json"
-    )
-    _add_place(parser)
+    parser.add_argument("spec", metavar=metavar, help=specs)
+    _add_place(parser, costs, cluster)
     parser.add_argument("--stages", type=count, metavar="N", help="stages of the pipeline (default: chosen)")
     parser.add_argument("--replicas", type=count, metavar="N", help="copies of every stage (default: chosen)")
     parser.add_argument("--microbatches", type=count, metavar="M", help="pieces of the batch (default: chosen)")
@@ -117,13 +187,13 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_place(parser: argparse.ArgumentParser) -> None:
+def _add_place(parser: argparse.ArgumentParser, costs: str = "analytic", cluster: str = _DESCRIBED) -> None:
     """Add what says where, with which batch and which costs."""
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--devices", metavar="N|LIST", help=f"N CPU workers, or names: cpu,cpu (default: {WORKERS})")
-    place.add_argument("--cluster", metavar="KIND", help="devices that need not exist: sim:4xA100-80GB, cluster.toml")
+    place.add_argument("--cluster", metavar="KIND", help=cluster)
     parser.add_argument("--batch", type=count, metavar="N", help="rows of the example batch (default: the model's)")
     parser.add_argument(
-        "--costs", choices=["analytic", "measured"], help="roofline, or each op timed on this CPU (default: analytic)"
+        "--costs", choices=["analytic", "measured"], help=f"roofline, or each op timed on this CPU (default: {costs})"
     )
     parser.add_argument("--memory-gib", type=positive, metavar="X", help="memory limit of each worker")

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from ..partitioner.measured_run import MeasuredRun
 from ..partitioner.plan import Plan
 from ..runtime.program import Timeline
-from .compare import moves, numbers_table
+from .compare import Given, moves, numbers_table
+from .measured import comparisons, measured_step, measured_table, measured_title
 from .style import STAGE_COLOURS
 from .tables import Table, alternatives_table, stage_table, wire_table
 from .verdict import judge
@@ -30,8 +32,8 @@ def console_for(stream: TextIO | None = None) -> Console:
     return Console(file=stream, highlight=False, width=_PIPED_WIDTH, color_system=None)
 
 
-def print_plan(plan: Plan, timeline: Timeline, console: Console) -> None:
-    """Print what ``plan`` decides and what it is expected to cost."""
+def print_plan(plan: Plan, timeline: Timeline, console: Console, run: MeasuredRun | None = None) -> None:
+    """Print what ``plan`` decides and what it is expected to cost, and what a ``run`` of it took."""
     verdict = judge(plan, timeline)
     _say(console, f"{clean(plan.model)}: {verdict.line()}", "bold")
     for line in (verdict.cut, verdict.crossing, verdict.waiting, verdict.fit):
@@ -41,6 +43,10 @@ def print_plan(plan: Plan, timeline: Timeline, console: Console) -> None:
     _say(console, f"\n{timeline.source} step, bubble {share(timeline.bubble)}", "bold")
     _say(console, "0-9 forward of that microbatch, a-j its backward, . no compute; numbers repeat after ten", "dim")
     _say(console, timeline.grid(), wrap=False)
+    if run is not None:
+        _say(console, f"\n{measured_step(run)}", "bold")
+        _say(console, run.timeline.grid(), wrap=False)
+        _section(console, measured_title(run), measured_table(comparisons(run, timeline)))
     _section(console, "what was considered", alternatives_table(plan))
     if plan.reasons:
         _say(console, "\nwhy", "bold")
@@ -53,12 +59,13 @@ def print_table(title: str, table: Table, console: Console) -> None:
     _section(console, title, table)
 
 
-def print_comparison(names: Sequence[str], plans: Sequence[Plan], console: Console) -> None:
+def print_comparison(names: Sequence[str], plans: Sequence[Given], console: Console) -> None:
     """Print the numbers of plans beside each other, and which ops are on other stages than in the first one."""
-    _section(console, f"{clean(plans[0].model)}: against {clean(names[0])}", numbers_table(names, plans))
-    for name, plan in zip(names[1:], plans[1:]):
+    first = plans[0][0]
+    _section(console, f"{clean(first.model)}: against {clean(names[0])}", numbers_table(names, plans))
+    for name, (plan, _) in zip(names[1:], plans[1:]):
         _say(console, f"\n{clean(name)}", "bold")
-        for line in moves(plans[0], plan):
+        for line in moves(first, plan):
             _say(console, f"  {line}")
 
 

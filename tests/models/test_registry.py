@@ -10,7 +10,7 @@ from torch import nn
 
 from stagecut.errors import StagecutError
 from stagecut.models import LoadedModel, ModelSpecError, load_model
-from stagecut.models.registry import classification_loss
+from stagecut.models.registry import classification_loss, makes_own_batch
 
 FILE = """
 from __future__ import annotations
@@ -218,3 +218,10 @@ def test_a_missing_import_inside_the_file_is_shown_as_it_is(model_file):
 
 def test_a_batch_size_for_a_function_is_refused(model_file):
     assert "makes its own example inputs" in refused(f"{model_file}:build", batch_rows=2).message
+
+
+@pytest.mark.parametrize(
+    ("spec", "own"), [("demo:mlp", False), ("hf:bert", False), ("train.py:build", True), ("package.module:build", True)]
+)
+def test_functions_make_their_own_batch(spec, own):
+    assert makes_own_batch(spec) is own

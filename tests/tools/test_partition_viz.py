@@ -87,10 +87,10 @@ def test_json_of_a_plan_file_is_that_file(saved, capsys):
 
 @pytest.mark.parametrize(
     ("name", "start"),
-    [("plan.html", "<!doctype html>"), ("plan.svg", "<svg xmlns="), ("trace.json", '{"traceEvents": [')],
+    [("plan.html", "<!doctype html>"), ("plan.svg", "<svg xmlns="), ("again.trace.json", '{"traceEvents": [')],
 )
 def test_report_writes_the_same_bytes_every_time(saved, tmp_path, capsys, name, start):
-    first, second = tmp_path / name, tmp_path / f"again-{name}"
+    first, second = tmp_path / name, tmp_path / f"second-{name}"
     assert main(["report", saved, "-o", str(first)]) == 0
     assert main(["report", saved, "-o", str(second)]) == 0
     assert first.read_text().startswith(start)

@@ -73,9 +73,8 @@ def _comparison(shown: Sequence[Shown]) -> dict[str, object] | None:
     """Write the numbers of several plans beside each other, and what moved against the first."""
     if len(shown) < 2:
         return None
-    names, plans = [each.name for each in shown], [each.plan for each in shown]
-    table = numbers_table(names, plans)
-    moved = [moves(plans[0], plan) for plan in plans[1:]]
+    table = numbers_table([each.name for each in shown], [(each.plan, each.run) for each in shown])
+    moved = [moves(shown[0].plan, each.plan) for each in shown[1:]]
     return {"header": table.header, "rows": table.rows, "moves": moved}
 
 

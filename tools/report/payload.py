@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
+from ...partitioner.measured_run import MeasuredRun
 from ...partitioner.plan import Alternative, Plan, StageRecord
 from ...partitioner.residency import memory_over_time
 from ...partitioner.waiting import critical_path, waits
@@ -22,11 +23,16 @@ _ALIVE = 12
 
 @dataclass(frozen=True)
 class Shown:
-    """A plan to be shown: under which name, and what was measured of it, if anything was."""
+    """A plan to be shown: under which name, and a run of it if there is one."""
 
     name: str
     plan: Plan
-    measured: Timeline | None = None
+    run: MeasuredRun | None = None
+
+    @property
+    def measured(self) -> Timeline | None:
+        """Return what every worker did in the run's median step."""
+        return None if self.run is None else self.run.timeline
 
 
 def payload(shown: Shown) -> dict[str, Any]:

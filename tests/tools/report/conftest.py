@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from stagecut.partitioner.measured_run import MeasuredRun, measured_run
 from stagecut.partitioner.plan import LinkRecord, Plan
 from stagecut.runtime.program import Timeline
 from stagecut.tools.report import Shown, report_html
@@ -25,11 +26,12 @@ def linked(plan: Plan) -> Plan:
 
 
 @pytest.fixture(scope="session")
-def measured(linked: Plan) -> Timeline:
+def run(linked: Plan) -> MeasuredRun:
     """A step that took a tenth longer than it was predicted to."""
     predicted = linked.predicted
     spans = tuple(replace(s, start_s=1.1 * s.start_s, end_s=1.1 * s.end_s) for s in predicted.spans)
-    return Timeline("measured", predicted.n_workers, spans)
+    timeline = Timeline("measured", predicted.n_workers, spans)
+    return measured_run(linked, timeline, [timeline.makespan_s] * 3)
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,8 @@ def click(page: Any, selector: str) -> None:
     page.locator(selector).first.dispatch_event("click")
 
 
-def test_every_view_shows_something(opened, linked, measured):
-    page = opened(Shown("first", linked, measured), Shown("second", replace(linked, schedule="fill-drain")))
+def test_every_view_shows_something(opened, linked, run):
+    page = opened(Shown("first", linked, run), Shown("second", replace(linked, schedule="fill-drain")))
     for view in (*VIEWS, "compare"):
         section = page.locator(f"section#{view}")
         assert section.locator("svg, table, .card").count() > 0, view
@@ -154,8 +154,8 @@ def test_on_paper_there_are_no_controls(opened, linked):
     assert page.locator("#graph svg").first.is_visible()
 
 
-def test_on_a_telephone_nothing_is_cut_off(opened, linked, measured):
-    page = opened(Shown("plan", linked, measured), viewport={"width": 390, "height": 844})
+def test_on_a_telephone_nothing_is_cut_off(opened, linked, run):
+    page = opened(Shown("plan", linked, run), viewport={"width": 390, "height": 844})
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
 
 
@@ -273,8 +273,8 @@ def test_the_timeline_says_why_workers_wait_and_what_is_critical(opened, linked)
     )
 
 
-def test_the_measured_step_stands_under_the_predicted_one_on_the_same_axis(opened, linked, measured):
-    page = opened(Shown("plan", linked, measured))
+def test_the_measured_step_stands_under_the_predicted_one_on_the_same_axis(opened, linked, run):
+    page = opened(Shown("plan", linked, run))
     titles = page.locator("#timeline svg text.h").all_text_contents()
     assert [title.split()[0] for title in titles] == ["simulated", "measured"]
     lanes = page.locator("#timeline rect.idle").evaluate_all(
