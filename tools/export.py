@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     import networkx as nx
 
 
-def export_text(plan: Plan, path: Path) -> str:
-    """Write ``plan`` in the format that the ending of ``path`` names.
+def exported(plan: Plan, path: Path) -> str | bytes:
+    """Write ``plan`` in the format that the ending of ``path`` names; only pictures made of pixels are bytes.
 
     Raises:
-        StagecutError: no format has that ending.
+        StagecutError: no format has that ending, or what it needs is not installed.
     """
+    from .png import plan_png
     from .svg import plan_svg
 
-    writers: dict[str, Callable[[Plan], str]] = {
+    writers: dict[str, Callable[[Plan], str | bytes]] = {
         ".svg": lambda plan: plan_svg(plan, plan.predicted),
+        ".png": plan_png,
         ".dot": plan_dot,
         ".mmd": plan_mermaid,
         ".graphml": plan_graphml,

@@ -110,17 +110,12 @@ def _print(text: str) -> int:
 
 
 def _report(plan: Plan, output: Path) -> int:
+    from .export import exported, trace_text
     from .html import report_html
-    from .svg import plan_svg
 
-    timeline = plan.predicted
-    if output.suffix == ".json":
-        from .export import trace_text
-
-        text = trace_text(plan)
-    else:
-        text = plan_svg(plan, timeline) if output.suffix == ".svg" else report_html(plan, timeline)
-    return _write(text, output)
+    if output.suffix in (".svg", ".png"):
+        return _write(exported(plan, output), output)
+    return _write(trace_text(plan) if output.suffix == ".json" else report_html(plan, plan.predicted), output)
 
 
 def _check(plan: Plan, options: argparse.Namespace) -> int:
@@ -132,13 +127,13 @@ def _check(plan: Plan, options: argparse.Namespace) -> int:
 
 
 def _export(plan: Plan, output: Path) -> int:
-    from .export import export_text
+    from .export import exported
 
-    return _write(export_text(plan, output), output)
+    return _write(exported(plan, output), output)
 
 
-def _write(text: str, output: Path) -> int:
-    output.write_text(text, encoding="utf-8")
+def _write(content: str | bytes, output: Path) -> int:
+    output.write_bytes(content if isinstance(content, bytes) else content.encode())
     print(f"wrote {output}", file=sys.stderr)
     return OK
 

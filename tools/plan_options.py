@@ -34,6 +34,7 @@ _EXPORT = """examples:
   partition-viz export plan.json -o plan.mmd          (Mermaid: the stages and what crosses)
   partition-viz export plan.json -o plan.graphml      (networkx, Gephi, yEd: ops with their costs)
   partition-viz export plan.json -o ops.csv           (a row for each op)
+  partition-viz export plan.json -o plan.png          (pip install "stagecut[png]")
   partition-viz export demo:unet --devices 2 -o plan.json
 
 exit codes: 0 done, 2 wrong arguments or a bad plan, 3 the model cannot be captured, 4 no plan fits
@@ -61,7 +62,7 @@ def add_plan_commands(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="plan.html, plan.svg for the picture alone, or trace.json for Perfetto",
+        help="plan.html, plan.svg or plan.png for the picture alone, or trace.json for Perfetto",
     )
     check = _command(commands, "check", "fail if a plan is not good enough", _CHECK)
     check.add_argument(
@@ -73,7 +74,12 @@ def add_plan_commands(commands: Any) -> None:
     check.add_argument("--json", action="store_true", help="print numbers and conditions as JSON instead")
     export = _command(commands, "export", "write the plan for other programs", _EXPORT)
     export.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help=".svg .dot .mmd .graphml .csv .json trace.json"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".svg .png .dot .mmd .graphml .csv .json trace.json",
     )
     for command in (show, report, check, export):
         _add_planning(command)
