@@ -13,6 +13,32 @@ WORKERS = "2"
 # Options that make a plan, with what they are when nobody gave them; a plan file has its answers already.
 PLANNING = ("devices", "cluster", "stages", "replicas", "microbatches", "schedule", "batch", "costs", "memory_gib")
 
+_MODELS = "demo:resnet, torchvision:NAME, timm:NAME, hf:TYPE, file.py:FUNCTION"
+_CODES = "exit codes: 0 done, 2 wrong arguments or a bad plan, 3 the model cannot be captured, 4 no plan fits\n"
+
+_SHOW = f"""examples:
+  partition-viz show demo:resnet --devices 4
+  partition-viz show plan.json
+  partition-viz show hf:bert --cluster sim:8xH100-80GB --replicas 2
+  partition-viz show train.py:build --devices cpu,cpu --schedule 1f1b --json > plan.json
+
+{_CODES}"""
+
+_REPORT = f"""examples:
+  partition-viz report plan.json -o plan.html
+  partition-viz report demo:unet --cluster sim:8xH100-80GB --replicas 2 -o plan.svg
+  partition-viz report timm:resnet18 --devices 2 -o plan.png       (pip install "stagecut[png]")
+  partition-viz report plan.json -o trace.json                     (open it at ui.perfetto.dev)
+
+{_CODES}"""
+
+_SCHEMA = """examples:
+  partition-viz schema > plan.schema.json
+  partition-viz schema | python -m json.tool --compact
+
+exit codes: 0 done, 2 wrong arguments
+"""
+
 _CHECK = """examples:
   partition-viz check plan.json
   partition-viz check plan.json --fail-on 'bubble>0.25,imbalance>1.15'
@@ -29,7 +55,7 @@ _COMPARE = """examples:
 exit codes: 0 done, 2 wrong arguments or a bad plan
 """
 
-_EXPORT = """examples:
+_EXPORT = f"""examples:
   partition-viz export plan.json -o plan.dot          (Graphviz: every op, in stages)
   partition-viz export plan.json -o plan.mmd          (Mermaid: the stages and what crosses)
   partition-viz export plan.json -o plan.graphml      (networkx, Gephi, yEd: ops with their costs)
@@ -37,9 +63,7 @@ _EXPORT = """examples:
   partition-viz export plan.json -o plan.png          (pip install "stagecut[png]")
   partition-viz export demo:unet --devices 2 -o plan.json
 
-exit codes: 0 done, 2 wrong arguments or a bad plan, 3 the model cannot be captured, 4 no plan fits
-"""
-
+{_CODES}"""
 
 _SWEEP = """examples:
   partition-viz sweep demo:resnet --devices 4 --stages 2,4 --microbatches 4,8,16
@@ -53,9 +77,9 @@ exit codes: 0 done, 2 wrong arguments, 3 the model cannot be captured, 4 no comb
 
 def add_plan_commands(commands: Any) -> None:
     """Add the subcommands' parsers."""
-    show = _command(commands, "show", "print the plan as tables")
+    show = _command(commands, "show", "print the plan as tables", _SHOW)
     show.add_argument("--json", action="store_true", help="print the plan as JSON instead")
-    report = _command(commands, "report", "write the plan as a page or a picture")
+    report = _command(commands, "report", "write the plan as a page or a picture", _REPORT)
     report.add_argument(
         "-o",
         "--output",
@@ -84,19 +108,20 @@ def add_plan_commands(commands: Any) -> None:
     for command in (show, report, check, export):
         _add_planning(command)
     sweep = _command(commands, "sweep", "plan a model under many configurations", _SWEEP)
-    sweep.add_argument("spec", metavar="SPEC", help="demo:resnet, torchvision:NAME, file.py:FUNCTION")
+    sweep.add_argument("spec", metavar="SPEC", help=_MODELS)
     _add_place(sweep)
     for name, what in (("stages", count), ("replicas", count), ("microbatches", count), ("schedule", str)):
         sweep.add_argument(f"--{name}", type=list_of(what), metavar="A,B,...", help="to be tried (default: chosen)")
     sweep.add_argument("--recompute", type=list_of(yes_or_no), metavar="no,yes", help="to be tried (default: chosen)")
     sweep.add_argument("--json", action="store_true", help="print the outcomes as JSON instead")
-    _command(commands, "schema", "print the JSON Schema of plans")
+    schema = _command(commands, "schema", "print the JSON Schema of plans", _SCHEMA)
+    schema.add_argument("--json", action="store_true", help="as it is anyway: every command that prints takes this")
     compare = _command(commands, "compare", "put plans beside each other", _COMPARE)
     compare.add_argument("plans", nargs="+", type=Path, metavar="PLAN.json", help="plans; the first is the reference")
     compare.add_argument("--json", action="store_true", help="print numbers as JSON instead")
 
 
-def _command(commands: Any, name: str, does: str, examples: str = "") -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, does: str, examples: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=does,
@@ -109,9 +134,7 @@ def _command(commands: Any, name: str, does: str, examples: str = "") -> argpars
 
 def _add_planning(parser: argparse.ArgumentParser) -> None:
     """Add what makes a plan."""
-    parser.add_argument(
-        "spec", metavar="SPEC_OR_PLAN", help="demo:resnet, torchvision:NAME, file.py:FUNCTION, plan.json"
-    )
+    parser.add_argument("spec", metavar="SPEC_OR_PLAN", help=f"{_MODELS}, plan.json")
     _add_place(parser)
     parser.add_argument("--stages", type=count, metavar="N", help="stages of the pipeline (default: chosen)")
     parser.add_argument("--replicas", type=count, metavar="N", help="copies of every stage (default: chosen)")
