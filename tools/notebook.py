@@ -61,7 +61,7 @@ def plan_html(plan: Plan) -> str:
         note("stagecut.tools.notebook.interactive(plan) shows the whole report"),
     ]
     pictures = [lambda: picture(plan_svg(plan, timeline)), lambda: picture(graph_svg(plan))]
-    return fitting([head], pictures, tables, "plan.save(...) and partition-viz report draw it")
+    return fitting([head], pictures, tables, "; plan.save('plan.json') and partition-viz report draw it")
 
 
 def pipeline_html(pipeline: Pipeline) -> str | None:

@@ -16,13 +16,13 @@ _MOST_COLUMNS = 160
 
 
 def fitting(head: Sequence[str], pictures: Sequence[Callable[[], str]], rest: Sequence[str], elsewhere: str) -> str:
-    """Put a cell together around the first of ``pictures`` that leaves it small enough, else say that there is none."""
-    for draw in pictures:
-        whole = _cell([*head, draw(), *rest])
+    """Put a cell together around the first of ``pictures`` that leaves it small enough, and say if others did not."""
+    why = note(f"the whole picture is too large for a notebook{elsewhere}")
+    for index, draw in enumerate(pictures):
+        whole = _cell([*head, draw(), *([why] if index else []), *rest])
         if len(whole.encode()) <= MOST_BYTES:
             return whole
-    why = "the picture is too large for a notebook" + (f"; {elsewhere}" if elsewhere else "")
-    return _cell([*head, note(why), *rest])
+    return _cell([*head, why, *rest])
 
 
 def _cell(parts: Sequence[str]) -> str:

@@ -125,10 +125,11 @@ def test_a_picture_that_is_too_large_gives_way_to_the_cut_and_then_to_tables(pla
     without_step = plan_html(plan)
     assert "<svg" in without_step
     assert "simulated step:" not in without_step
+    assert "the whole picture is too large for a notebook" in without_step
     monkeypatch.setattr(notebook_parts, "MOST_BYTES", 10)
     tables = plan_html(plan)
     assert "<svg" not in tables
-    assert "the picture is too large for a notebook" in tables
+    assert "the whole picture is too large for a notebook; plan.save(" in tables
 
 
 def test_a_timeline_is_a_picture_with_its_workers(timeline):
