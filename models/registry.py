@@ -342,7 +342,13 @@ def _generator() -> torch.Generator:
 
 
 def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str | None:
-    """List the up to three of ``names`` that look most like ``name``, or all of a short list when none does."""
+    """List the up to three of ``names`` that look most like ``name``, or all of a short list when none does.
+
+    One that ``name`` begins with comes first: names of a hub say more (``google/bert-base``, ``resnet50.a1_in1k``).
+    """
     known = sorted(names)
-    near = difflib.get_close_matches(name, known, n=3) or (known if len(known) <= 6 else [])
+    last = name.rpartition("/")[2].lower()
+    begun = sorted((other for other in known if last.startswith(other.lower())), key=len)[-1:]
+    near = list(dict.fromkeys([*begun, *difflib.get_close_matches(name, known, n=3)]))[:3]
+    near = near or (known if len(known) <= 6 else [])
     return ", ".join(prefix + other for other in near) or None

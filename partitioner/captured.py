@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..errors import ShapeError
+from ..representation import html_of
 from ..runtime.program import InputSpec, OutputLeaf
 from ..runtime.program.calls import ModeSwitch
 from ..runtime.program.recordable import why_not_node
@@ -120,6 +121,9 @@ class Capture:
     def module(self) -> CapturedModule:
         """Return a module that is called like the model and computes by the captured graph."""
         return CapturedModule(self)
+
+    def _repr_html_(self) -> str | None:
+        return html_of("Capture", self)
 
     def report(self) -> str:
         """Say what was captured, what was kept whole and why, what to change, and which calls the graph is for."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
 from ..records import from_json, json_schema, read_file, to_json
+from ..representation import html_of
 from ..runtime.instructions import Layout
 from .plan_check import validate
 from .wording import count
@@ -289,6 +290,9 @@ class Plan:
     def _pieces(self) -> str:
         shared = " a replica" if self.layout().n_replicas > 1 else ""
         return f"{count(self.batch_rows, 'row')} in {count(self.n_microbatches, 'microbatch')}{shared}"
+
+    def _repr_html_(self) -> str | None:
+        return html_of("Plan", self)
 
     def __str__(self) -> str:
         p = self.prediction

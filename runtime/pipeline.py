@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import ConstraintError, StagecutError, StageError
+from ..representation import html_of
 from ..structure import flatten, unflatten
 from .attach import Pending, attach
 from .batch import (
@@ -584,6 +585,9 @@ class Pipeline(nn.Module):
             "a compiled pipeline cannot change its dtype or device: its workers own the placement",
             hint="change the model first, then call stagecut.compile(model, devices=[...])",
         )
+
+    def _repr_html_(self) -> str | None:
+        return html_of("Pipeline", self)
 
     def extra_repr(self) -> str:
         """Describe the pipeline in one line."""

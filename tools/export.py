@@ -20,16 +20,20 @@ if TYPE_CHECKING:
     import networkx as nx
 
 
-def export_text(plan: Plan, path: Path, measured: Timeline | None = None) -> str:
-    """Write ``plan`` in the format that the ending of ``path`` names; a picture or a trace with the ``measured`` step.
+def exported(plan: Plan, path: Path, measured: Timeline | None = None) -> str | bytes:
+    """Write ``plan`` in the format that the ending of ``path`` names; only pictures made of pixels are bytes.
+
+    A picture or a trace has the ``measured`` step too.
 
     Raises:
-        StagecutError: no format has that ending.
+        StagecutError: no format has that ending, or what it needs is not installed.
     """
+    from .png import plan_png
     from .svg import plan_svg
 
-    writers: dict[str, Callable[[Plan], str]] = {
+    writers: dict[str, Callable[[Plan], str | bytes]] = {
         ".svg": lambda plan: plan_svg(plan, plan.predicted, measured),
+        ".png": lambda plan: plan_png(plan, measured),
         ".dot": plan_dot,
         ".mmd": plan_mermaid,
         ".graphml": plan_graphml,

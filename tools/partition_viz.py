@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CaptureError, InfeasibleError, StagecutError
 from ..partitioner.plan import Plan, schema
 from ..records import to_json
+from .completion import add_completion, completion_text
 from .plan_options import GIB, WORKERS, add_plan_commands, given, is_file_of_plan, workers_of
 from .schedule import add_schedule, schedule_text
 from .solve import add_solve, solve_text
@@ -40,6 +41,7 @@ _EXAMPLES = """examples:
   partition-viz profile demo:mlp --devices cpu,cpu -o run.json
   partition-viz solve graph.json --max-chunks 2 --json > cut.json
   partition-viz schedule --costs costs.json --name search --microbatches 24
+  partition-viz completion bash
 
 exit codes: 0 done, 1 a condition of check holds, 2 wrong arguments, 3 the model cannot be captured, 4 no plan fits
 """
@@ -49,8 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = _parser()
     arguments = sys.argv[1:] if argv is None else argv
-    if not arguments:
-        parser.print_help(sys.stderr)
+    lacking = _lacking(parser, arguments)
+    if lacking is not None:
+        lacking.print_help(sys.stderr)
         return USAGE
     try:
         options = parser.parse_args(arguments)
@@ -61,6 +64,15 @@ def main(argv: list[str] | None = None) -> int:
         return _run(options)
 
 
+def _lacking(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.ArgumentParser | None:
+    """Return the parser of what stands alone and cannot: the command, or a subcommand that has to be told more."""
+    if not arguments:
+        return parser
+    (commands,) = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    command: argparse.ArgumentParser | None = commands.get(arguments[0]) if len(arguments) == 1 else None
+    return command if command is not None and any(action.required for action in command._actions) else None
+
+
 def _run(options: argparse.Namespace) -> int:
     try:
         if options.command == "solve":
@@ -69,6 +81,8 @@ def _run(options: argparse.Namespace) -> int:
             return _print(schedule_text(options))
         if options.command == "schema":
             return _print(json.dumps(schema(), indent=1) + "\n")
+        if options.command == "completion":
+            return _print(completion_text(_parser(), options.shell))
         if options.command == "compare":
             return _compare(options.plans, options.json)
         if options.command == "sweep":
@@ -154,13 +168,13 @@ def _check(plan: Plan, run: MeasuredRun | None, options: argparse.Namespace) -> 
 
 
 def _export(plan: Plan, run: MeasuredRun | None, output: Path) -> int:
-    from .export import export_text
+    from .export import exported
 
-    return _write(export_text(plan, output, None if run is None else run.timeline), output)
+    return _write(exported(plan, output, None if run is None else run.timeline), output)
 
 
-def _write(text: str, output: Path) -> int:
-    output.write_text(text, encoding="utf-8")
+def _write(content: str | bytes, output: Path) -> int:
+    output.write_bytes(content if isinstance(content, bytes) else content.encode())
     print(f"wrote {output}", file=sys.stderr)
     return OK
 
@@ -257,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_commands(commands)
     add_solve(commands)
     add_schedule(commands)
+    add_completion(commands)
     return parser
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..runtime.schedules import TRAINING_SCHEDULES
 from .arguments import count, list_of, positive, yes_or_no
+from .examples import CHECK, COMPARE, EXPORT, PROFILE, REPORT, SCHEMA, SHOW, SWEEP
 
 WORKERS = "2"
 GIB = 1 << 30
@@ -17,77 +18,14 @@ _HERE = "devices that are here, as --devices has them: those that are only descr
 # Options that make a plan, with what they are when nobody gave them; a plan file has its answers already.
 PLANNING = ("devices", "cluster", "stages", "replicas", "microbatches", "schedule", "batch", "costs", "memory_gib")
 
-_CHECK = """examples:
-  partition-viz check plan.json
-  partition-viz check plan.json --fail-on 'bubble>0.25,imbalance>1.15'
-  partition-viz check train.py:build --cluster sim:4xA100-80GB --fail-on 'step>200ms,filled>90%,speedup<3' --json
-
-exit codes: 0 no condition holds, 1 one does, 2 wrong arguments or a bad plan, 3 the model cannot be captured,
-4 no plan fits
-"""
-
-_REPORT = """examples:
-  partition-viz report plan.json -o plan.html
-  partition-viz report torchvision:resnet50 --cluster sim:4xA100-80GB -o resnet50.html
-  partition-viz report run.json -o run.html                   (measured under predicted)
-  partition-viz report before.json after.json -o both.html    (beside each other)
-
-the page is one file that loads nothing: attach it to an issue, open it from disk
-
-exit codes: 0 done, 2 wrong arguments or a bad plan, 3 the model cannot be captured, 4 no plan fits
-"""
-
-_COMPARE = """examples:
-  partition-viz compare before.json after.json
-  partition-viz compare plans/*.json --json
-
-exit codes: 0 done, 2 wrong arguments or a bad plan
-"""
-
-_PROFILE = """examples:
-  partition-viz profile demo:mlp --devices cpu,cpu -o run.json
-  partition-viz profile demo:gpt --devices 2 --stages 2 --schedule 1f1b --steps 20 -o run.json --json
-  partition-viz profile demo:mlp --plan plan.json -o run.json
-  partition-viz show run.json
-  partition-viz report run.json -o run.html
-
-the run that is written has the plan, what every worker did in the median step, and the seconds of every step; show,
-report, export, check and compare take it in place of a plan; without --plan the model is planned by prediction alone,
-with ops timed on this machine
-
-exit codes: 0 done, 2 wrong arguments, devices that are not here, or a step that fails, 3 the model cannot be captured,
-4 no plan fits
-"""
-
-_EXPORT = """examples:
-  partition-viz export plan.json -o plan.dot          (Graphviz: every op, in stages)
-  partition-viz export plan.json -o plan.mmd          (Mermaid: the stages and what crosses)
-  partition-viz export plan.json -o plan.graphml      (networkx, Gephi, yEd: ops with their costs)
-  partition-viz export plan.json -o ops.csv           (a row for each op)
-  partition-viz export run.json -o run.trace.json     (Perfetto: the predicted step, and the measured one)
-  partition-viz export demo:unet --devices 2 -o plan.json
-
-of a measured run, .json is its plan alone
-
-exit codes: 0 done, 2 wrong arguments or a bad plan, 3 the model cannot be captured, 4 no plan fits
-"""
-
-
-_SWEEP = """examples:
-  partition-viz sweep demo:resnet --devices 4 --stages 2,4 --microbatches 4,8,16
-  partition-viz sweep torchvision:resnet50 --cluster sim:4xA100-80GB --schedule 1f1b,zb-h1 --recompute no,yes --json
-
-every combination is planned; "best" has no other one with a shorter step and as little memory
-
-exit codes: 0 done, 2 wrong arguments, 3 the model cannot be captured, 4 no combination has a plan
-"""
+_MODELS = "demo:resnet, torchvision:NAME, timm:NAME, hf:TYPE, file.py:FUNCTION"
 
 
 def add_plan_commands(commands: Any) -> None:
     """Add the subcommands' parsers."""
-    show = _command(commands, "show", "print the plan as tables")
+    show = _command(commands, "show", "print the plan as tables", SHOW)
     show.add_argument("--json", action="store_true", help="print the plan as JSON instead")
-    report = _command(commands, "report", "write the plan as a page to be explored", _REPORT)
+    report = _command(commands, "report", "write the plan as a page to be explored", REPORT)
     report.add_argument(
         "-o",
         "--output",
@@ -96,7 +34,7 @@ def add_plan_commands(commands: Any) -> None:
         metavar="FILE",
         help="plan.html; or what export writes",
     )
-    check = _command(commands, "check", "fail if a plan is not good enough", _CHECK)
+    check = _command(commands, "check", "fail if a plan is not good enough", CHECK)
     check.add_argument(
         "--fail-on",
         metavar="CONDITIONS",
@@ -104,25 +42,30 @@ def add_plan_commands(commands: Any) -> None:
         help="what is not good enough, separated by commas: NAME>LIMIT (without it only a plan that does not fit is)",
     )
     check.add_argument("--json", action="store_true", help="print numbers and conditions as JSON instead")
-    export = _command(commands, "export", "write the plan for other programs", _EXPORT)
+    export = _command(commands, "export", "write the plan for other programs", EXPORT)
     export.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help=".svg .dot .mmd .graphml .csv .json trace.json"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".svg .png .dot .mmd .graphml .csv .json trace.json",
     )
     for command in (show, report, check, export):
-        _add_planning(command, "demo:resnet, torchvision:NAME, file.py:FUNCTION, plan.json, run.json")
+        _add_planning(command, f"{_MODELS}, plan.json, run.json")
     report.add_argument(
         "beside", nargs="*", type=Path, metavar="PLAN.json", help="more plans or runs, to be compared with it"
     )
     _add_profile(commands)
-    sweep = _command(commands, "sweep", "plan a model under many configurations", _SWEEP)
-    sweep.add_argument("spec", metavar="SPEC", help="demo:resnet, torchvision:NAME, file.py:FUNCTION")
+    sweep = _command(commands, "sweep", "plan a model under many configurations", SWEEP)
+    sweep.add_argument("spec", metavar="SPEC", help=_MODELS)
     _add_place(sweep)
     for name, what in (("stages", count), ("replicas", count), ("microbatches", count), ("schedule", str)):
         sweep.add_argument(f"--{name}", type=list_of(what), metavar="A,B,...", help="to be tried (default: chosen)")
     sweep.add_argument("--recompute", type=list_of(yes_or_no), metavar="no,yes", help="to be tried (default: chosen)")
     sweep.add_argument("--json", action="store_true", help="print the outcomes as JSON instead")
-    _command(commands, "schema", "print the JSON Schema of plans")
-    compare = _command(commands, "compare", "put plans beside each other", _COMPARE)
+    _command(commands, "schema", "print the JSON Schema of plans", SCHEMA)
+    compare = _command(commands, "compare", "put plans beside each other", COMPARE)
     compare.add_argument(
         "plans", nargs="+", type=Path, metavar="PLAN.json", help="plans or runs; the first is the reference"
     )
@@ -145,9 +88,8 @@ def workers_of(text: str) -> list[int | str]:
 
 
 def _add_profile(commands: Any) -> None:
-    profile = _command(commands, "profile", "run a model's training steps, and write what they took", _PROFILE)
-    specs = "demo:resnet, torchvision:NAME, file.py:FUNCTION"
-    _add_planning(profile, specs, metavar="SPEC", costs="measured", cluster=_HERE)
+    profile = _command(commands, "profile", "run a model's training steps, and write what they took", PROFILE)
+    _add_planning(profile, _MODELS, metavar="SPEC", costs="measured", cluster=_HERE)
     profile.add_argument(
         "--plan", type=Path, metavar="PLAN.json", help="a plan, or the run of one, to run as it is, on its devices"
     )
@@ -156,7 +98,7 @@ def _add_profile(commands: Any) -> None:
     profile.add_argument("--json", action="store_true", help="print the numbers as JSON instead")
 
 
-def _command(commands: Any, name: str, does: str, examples: str = "") -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, does: str, examples: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=does,

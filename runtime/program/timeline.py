@@ -6,6 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
+from ...representation import html_of
+
 _COMPUTE = frozenset("FBIW")
 _LAST = frozenset("BW")  # after these nothing of a microbatch is held
 
@@ -34,6 +36,9 @@ class Timeline:
     def makespan_s(self) -> float:
         """Return the seconds from the start of the step to the end of the last instruction."""
         return max((span.end_s for span in self.spans), default=0.0)
+
+    def _repr_html_(self) -> str | None:
+        return html_of("Timeline", self)
 
     def busy_s(self, worker: int) -> float:
         """Return the seconds that ``worker`` computes (forwards and backwards, or their parts)."""

@@ -131,6 +131,21 @@ def test_a_wrong_name_is_answered_with_the_nearest_ones(spec, suggestion):
     assert suggestion in refused(spec).hint.split(", ")
 
 
+@pytest.mark.parametrize(
+    ("package", "spec", "suggestion"),
+    [
+        ("transformers", "hf:google-bert/bert-base-uncased", "hf:bert"),
+        ("transformers", "hf:meta-llama/Llama-2-7b", "hf:llama"),
+        ("transformers", "hf:gpt-2", "hf:gpt2"),
+        ("timm", "timm:resnet50.a1_in1k", "timm:resnet50"),
+        ("timm", "timm:resnt18", "timm:resnet18"),
+    ],
+)
+def test_a_name_of_a_hub_is_answered_with_the_type_or_model_it_begins_with(package, spec, suggestion):
+    pytest.importorskip(package)
+    assert suggestion in refused(spec).hint.split(", ")
+
+
 def test_a_spec_error_is_a_stagecut_error_that_prints_its_hint():
     error = refused("demo:mpl")
     assert isinstance(error, StagecutError)

@@ -40,7 +40,7 @@ def test_every_format_is_written_the_same_every_time(saved, tmp_path, capsys, na
 
 def test_a_format_that_is_not_known_names_those_that_are(saved, tmp_path, capsys):
     assert main(["export", saved, "-o", str(tmp_path / "plan.docx")]) == 2
-    assert "one of .svg, .dot, .mmd, .graphml, .csv, .json" in capsys.readouterr().err
+    assert "one of .svg, .png, .dot, .mmd, .graphml, .csv, .json" in capsys.readouterr().err
 
 
 def test_json_is_the_plan_and_the_trace_is_a_trace(plan, saved, tmp_path):

@@ -35,6 +35,25 @@ def test_without_arguments_the_help_is_printed_with_examples(capsys):
     assert captured.out == ""
 
 
+@pytest.mark.parametrize("command", ["show", "report", "check", "export", "sweep", "compare", "solve", "schedule"])
+def test_a_subcommand_that_stands_alone_prints_its_examples(command, capsys):
+    assert main([command]) == 2
+    captured = capsys.readouterr()
+    assert f"examples:\n  partition-viz {command} " in captured.err
+    assert captured.out == ""
+
+
+def test_every_subcommand_has_examples_and_exit_codes_in_its_help(capsys):
+    assert main(["--help"]) == 0
+    listed = re.findall(r"^    ([a-z]+)(?:  |$)", capsys.readouterr().out, re.MULTILINE)
+    assert {"show", "schema", "completion"} <= set(listed)
+    for command in listed:
+        assert main([command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert f"examples:\n  partition-viz {command} " in text
+        assert "exit codes: 0 " in text
+
+
 def test_show_prints_the_plan_as_plain_ascii_tables(plan, saved, capsys):
     assert main(["show", saved]) == 0
     out = capsys.readouterr().out
@@ -78,6 +97,38 @@ def test_json_is_the_plan(model_file, capsys):
     plan = parse(json.loads(capsys.readouterr().out))
     assert [len(stage.devices) for stage in plan.stages] == [2, 2]
     assert plan.stages[0].memory_limit_bytes == 1.5 * 2**30
+
+
+@pytest.mark.parametrize("command", [["show"], ["check"], ["compare"], ["schema"], ["sweep"], ["solve"], ["schedule"]])
+def test_every_command_that_prints_prints_json_and_nothing_else(command, saved, tmp_path, capsys):
+    costs = {"forward_s": [1, 1], "backward_input_s": [1, 1], "backward_weight_s": [1, 1]}
+    costs |= {"activation_bytes": [1, 1], "weight_grad_bytes": [0.5, 0.5]}
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    cost_graph = {
+        "nodes": [{"id": "a", "compute_s": {"cpu": 1.0}}],
+        "edges": [],
+        "graph": {"devices": [{"name": "cpu:0", "kind": "cpu"}]},
+    }
+    (tmp_path / "graph.json").write_text(json.dumps(cost_graph))
+    more = {
+        "compare": [saved, saved],
+        "schema": [],
+        "sweep": ["demo:mlp", "--stages", "2", "--microbatches", "2", "--schedule", "1f1b"],
+        "solve": [str(tmp_path / "graph.json")],
+        "schedule": ["--costs", str(tmp_path / "costs.json"), "--name", "1f1b", "--microbatches", "2"],
+    }.get(command[0], [saved])
+    assert main([*command, *more, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+def test_warnings_go_to_stderr(model_file, capsys):
+    spec = model_file("torch.nn.Linear(4, 4), (torch.randn(4, 4),)")
+    path = Path(spec.rpartition(":")[0])
+    path.write_text(path.read_text().replace("return", "import warnings; warnings.warn('careful'); return"))
+    assert main(["show", spec, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "partition-viz: warning: careful" in captured.err
+    assert json.loads(captured.out)
 
 
 def test_json_of_a_plan_file_is_that_file(saved, capsys):
@@ -137,6 +188,24 @@ def test_a_model_that_does_not_fit_is_4(model_file, capsys):
     assert "no plan was found that fits in memory" in captured.err
     assert "try: raise" in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["schema"], 0),
+        (["check", "PLAN", "--fail-on", "stages>0"], 1),
+        (["show", "demo:nothing"], 2),
+        (["show", "MODEL"], 3),
+        (["show", "demo:mlp", "--memory-gib", "1e-9"], 4),
+    ],
+)
+def test_the_process_ends_with_the_exit_code(arguments, code, saved, model_file):
+    given = {"PLAN": saved, "MODEL": model_file("torch.nn.Linear(4, 4), (3,)")}
+    command = [sys.executable, "-m", "stagecut.tools.partition_viz", *(given.get(part, part) for part in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+    assert bool(done.stdout) is (code < 2)
 
 
 def test_an_output_that_cannot_be_written_is_2(saved, tmp_path, capsys):
