@@ -34,6 +34,7 @@ from .gradients import clip, own_norm
 from .program import PipelineSpec, Timeline
 from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepRequest
 from .results import EvalResult, Profile, Startup, StepResult, timeline_of, total_loss
+from .surroundings import autocast_dtype
 from .unsplit import unsplit
 from .verify import VerifyReport, compare, gradients_of, preserved, reference_model, reference_step
 
@@ -392,7 +393,7 @@ class Pipeline(nn.Module):
         sizes = piece_sizes(rows, spec.microbatches_per_replica * spec.layout.n_replicas)
         pieces = split_inputs(spec.inputs, inputs, sizes)
         targets = None if target is None else split_target(target, rows, sizes)
-        autocast = _autocast_dtype(spec.devices[0])
+        autocast = autocast_dtype(spec.devices[0])
         self._n_calls += 1
         request = StepRequest(
             kind=kind,
@@ -595,8 +596,3 @@ class Pipeline(nn.Module):
             "not planned yet" if self._spec is None else f"{self._spec.layout.n_stages} stages on {self._spec.devices}"
         )
         return f"{type(self.model).__name__}, {where}"
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    kind = torch.device(device).type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -39,3 +39,9 @@ class Surroundings:
         torch.use_deterministic_algorithms(self.deterministic, warn_only=self.deterministic_warn_only)
         sys.path[:] = self.search_path
         os.chdir(self.folder)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return what autocast computes with on a device of this kind now; None where it is off."""
+    kind = torch.device(device).type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

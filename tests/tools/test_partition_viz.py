@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stagecut.partitioner.plan import parse
+from stagecut.partitioner.plan import FORMAT, parse
 from stagecut.tools.partition_viz import main
 from stagecut.tools.text import console_for, print_plan
 
@@ -99,7 +99,7 @@ def test_json_is_the_plan(model_file, capsys):
     assert plan.stages[0].memory_limit_bytes == 1.5 * 2**30
 
 
-@pytest.mark.parametrize("command", [["show"], ["check"], ["compare"], ["schema"], ["sweep"], ["solve"], ["schedule"]])
+@pytest.mark.parametrize("command", [["show"], ["check"], ["compare"], ["sweep"], ["solve"], ["schedule"]])
 def test_every_command_that_prints_prints_json_and_nothing_else(command, saved, tmp_path, capsys):
     costs = {"forward_s": [1, 1], "backward_input_s": [1, 1], "backward_weight_s": [1, 1]}
     costs |= {"activation_bytes": [1, 1], "weight_grad_bytes": [0.5, 0.5]}
@@ -112,13 +112,17 @@ def test_every_command_that_prints_prints_json_and_nothing_else(command, saved, 
     (tmp_path / "graph.json").write_text(json.dumps(cost_graph))
     more = {
         "compare": [saved, saved],
-        "schema": [],
         "sweep": ["demo:mlp", "--stages", "2", "--microbatches", "2", "--schedule", "1f1b"],
         "solve": [str(tmp_path / "graph.json")],
         "schedule": ["--costs", str(tmp_path / "costs.json"), "--name", "1f1b", "--microbatches", "2"],
     }.get(command[0], [saved])
     assert main([*command, *more, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)
+
+
+def test_the_schema_is_json(capsys):
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["$id"] == f"urn:stagecut:plan:{FORMAT}"
 
 
 def test_warnings_go_to_stderr(model_file, capsys):
