@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..errors import InfeasibleError
 from .plan import LinkRecord, Plan
 from .predict import predict_column
-from .wording import count
+from .wording import count, ms
 
 _WORTH = 0.01  # changes that gain less are not worth a line
 
@@ -105,7 +105,7 @@ def _against_tried(
     plan: Plan, tried: Sequence[tuple[Plan, float]], others: Sequence[Plan], notes: Sequence[str]
 ) -> list[str]:
     """Say how long the tried plans took, and how long one device and data parallelism would, if they were not tried."""
-    took = "; ".join(f"{_order(own)}, {own_s * 1e3:.3g} ms" for own, own_s in sorted(tried, key=lambda pair: pair[1]))
+    took = "; ".join(f"{_order(own)}, {ms(own_s)}" for own, own_s in sorted(tried, key=lambda pair: pair[1]))
     line = f"tried, as predictions are too close to tell: {took} ({', '.join(notes)})"
     shapes = {describe_shape(own) for own, _ in tried}
     return [line, *_without_pipeline(others, shapes, plan.prediction.step_s)]
@@ -130,10 +130,10 @@ def _what_it_takes(other: Plan, plan: Plan) -> str:
 
 def _compare(other_s: float, own_s: float) -> str:
     if own_s <= 0:
-        return f"{other_s * 1e3:.3g} ms"
+        return ms(other_s)
     change = other_s / own_s - 1
     word = "longer" if change >= 0 else "SHORTER"
-    return f"{other_s * 1e3:.3g} ms a step, {abs(change):.1%} {word}"
+    return f"{ms(other_s)} a step, {abs(change):.1%} {word}"
 
 
 def _cut(plan: Plan) -> list[str]:
@@ -148,7 +148,7 @@ def _cut(plan: Plan) -> list[str]:
         proof = "no bound is known"
     slowest = max(plan.stages, key=lambda stage: (stage.forward_s + stage.backward_s) / len(stage.devices))
     return [
-        f"cut: the largest load, {p.bottleneck_s * 1e3:.3g} ms a microbatch with transfers, {proof}; "
+        f"cut: the largest load, {ms(p.bottleneck_s)} a microbatch with transfers, {proof}; "
         f"stage {slowest.index} computes longest"
     ]
 
@@ -159,7 +159,7 @@ def _recompute(plan: Plan, asked_for: bool) -> list[str]:
         return []
     extra_s = sum(stage.forward_s for stage in plan.stages if stage.recompute)
     why = "as was asked for" if asked_for else "as memory asks for it"
-    return [f"recompute on stage {', '.join(again)}: {extra_s * 1e3:.3g} ms more a microbatch, {why}"]
+    return [f"recompute on stage {', '.join(again)}: {ms(extra_s)} more a microbatch, {why}"]
 
 
 def _unfit(plan: Plan, others: Sequence[Plan], failures: Sequence[Exception]) -> list[str]:

@@ -12,7 +12,7 @@ from ..records import from_json, json_schema, read_file, to_json
 from ..representation import html_of
 from ..runtime.instructions import Layout
 from .plan_check import validate
-from .wording import count
+from .wording import count, ms
 
 if TYPE_CHECKING:
     from ..runtime.program import Timeline
@@ -296,27 +296,23 @@ class Plan:
 
     def __str__(self) -> str:
         p = self.prediction
-        proof = "proven optimal" if p.optimal else f"proven bound {_ms(p.lower_bound_s)}"
+        proof = "proven optimal" if p.optimal else f"proven bound {ms(p.lower_bound_s)}"
         lines = [
             f"{self.model}: {count(len(self.stages), 'stage')}, {self.schedule}, {self._pieces()}, "
-            f"predicted step {_ms(p.step_s)} ({p.cost_source}), bubble {p.bubble:.0%}, "
-            f"bottleneck {_ms(p.bottleneck_s)} ({proof}); one device {_ms(p.one_device_s)}",
+            f"predicted step {ms(p.step_s)} ({p.cost_source}), bubble {p.bubble:.0%}, "
+            f"bottleneck {ms(p.bottleneck_s)} ({proof}); one device {ms(p.one_device_s)}",
             f"{'stage':>5}  {'devices':<16} {'ops':>5} {'forward':>10} {'backward':>10} {'params':>9} {'memory':>9}",
         ]
         for stage in self.stages:
             n_ops = sum(1 for op in self.ops if op.stage == stage.index)
             lines.append(
-                f"{stage.index:>5}  {','.join(stage.devices):<16} {n_ops:>5} {_ms(stage.forward_s):>10} "
-                f"{_ms(stage.backward_s):>10} {_size(stage.parameter_bytes):>9} {_size(stage.memory_bytes):>9}"
+                f"{stage.index:>5}  {','.join(stage.devices):<16} {n_ops:>5} {ms(stage.forward_s):>10} "
+                f"{ms(stage.backward_s):>10} {_size(stage.parameter_bytes):>9} {_size(stage.memory_bytes):>9}"
             )
         for wire in self.wires:
             targets = ", ".join(map(str, wire.targets))
             lines.append(f"  {wire.value}: stage {wire.source} -> {targets}, {_size(wire.n_bytes)} a microbatch")
         return "\n".join(lines)
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
 
 
 def _size(n_bytes: float) -> str:

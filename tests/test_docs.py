@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ WITH_DOCTESTS = (
     "stagecut.partitioner.cluster",
     "stagecut.partitioner.folding",
     "stagecut.partitioner.placing",
+    "stagecut.partitioner.wording",
     "stagecut.structure",
     "stagecut.runtime.batch",
     "stagecut.runtime.program.timeline",
@@ -82,6 +84,21 @@ def test_the_commands_of_the_readme_are_understood(repository: Path, capsys: pyt
     for command in commands:
         assert main([command.split()[0], "--help"]) == 0
         assert "partition-viz" in capsys.readouterr().out
+
+
+def test_the_commands_of_the_tools_page_run(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (repository / "docs" / "partition-viz.md").read_text()
+    for line in re.findall(r"^\$ partition-viz (.+)", page, re.MULTILINE):
+        command, _, target = line.partition("  #")[0].partition(" > ")
+        failed = 1 if command.startswith("check") else 0
+        assert main(shlex.split(command)) == failed, line
+        if target:
+            Path(target.strip()).write_text(capsys.readouterr().out)
+    for name in ("plan.json", "unet.html", "run.json", "run.html", "both.html", "plan.svg", "partition-viz.bash"):
+        assert (tmp_path / name).stat().st_size > 0, name
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..partitioner.plan import Plan
-from .verdict import sent_to
-from .words import clean, devices, duration, memory, n_ops, shape, size
+from .verdict import sent_to, stage_load_s
+from .words import bar, clean, devices, duration, filled, memory, n_ops, shape, size
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Table:
 
 def stage_table(plan: Plan) -> Table:
     """List what each stage costs for one microbatch, and what it holds."""
-    header = ("stage", "devices", "ops", "forward", "backward", "params", "in flight", "memory")
+    header = ("stage", "devices", "ops", "forward", "backward", "load", "params", "in flight", "memory", "filled")
+    loads = [stage_load_s(stage) for stage in plan.stages]
     rows = tuple(
         (
             str(stage.index),
@@ -29,13 +30,16 @@ def stage_table(plan: Plan) -> Table:
             str(n_ops(plan, stage.index)),
             duration(stage.forward_s),
             duration(stage.backward_s),
+            bar(loads[stage.index] / (max(loads) or 1.0)),
             size(stage.parameter_bytes),
             str(stage.in_flight),
             memory(stage),
+            bar(filled(plan, stage)),
         )
         for stage in plan.stages
     )
-    return Table(header, (True, False, True, True, True, True, True, True), rows, "there are no stages")
+    right = (True, False, True, True, True, False, True, True, True, False)
+    return Table(header, right, rows, "there are no stages")
 
 
 def wire_table(plan: Plan) -> Table:

@@ -5,10 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..partitioner.plan import Plan, StageRecord, WireRecord
+from ..partitioner.waiting import CAUSES, waits
 from ..runtime.program import Span, Timeline
 from .words import count, duration, memory, share, size
 
 _ALMOST_FULL = 0.9
+_CAUSES = 3
+# What a worker waits for, after "waits"; by partitioner.waiting.CAUSES.
+WAITING_FOR = {
+    "filling": "until the first microbatch comes",
+    "draining": "after the last work",
+    "another stage": "until another stage has computed",
+    "a transfer": "for a packet on its way",
+    "replicas": "for the other replicas' gradients",
+    "the runtime": "until the runtime goes on",
+}
 
 
 @dataclass(frozen=True)
@@ -173,7 +184,17 @@ def _waiting(plan: Plan, timeline: Timeline) -> str:
     worker = max(range(len(idle)), key=idle.__getitem__)
     low, high = min(idle) / timeline.makespan_s, max(idle) / timeline.makespan_s
     most = f"worker {worker} ({stages_of(plan, worker)}) waits longest, {duration(idle[worker])}"
-    return f"workers wait {share(low)} to {share(high)} of the step, {most}{_filling(plan)}"
+    return f"workers wait {share(low)} to {share(high)} of the step, {most}{_causes(plan, timeline)}{_filling(plan)}"
+
+
+def _causes(plan: Plan, timeline: Timeline) -> str:
+    """Say what they wait for, as shares of all workers' time, most first."""
+    total = timeline.makespan_s * timeline.n_workers
+    seconds = dict.fromkeys(CAUSES, 0.0)
+    for wait in waits(plan, timeline):
+        seconds[wait.cause] += wait.end_s - wait.start_s
+    found = sorted(((s / total, cause) for cause, s in seconds.items() if s / total >= 0.005), reverse=True)
+    return "".join(f"; {share(part)} {WAITING_FOR[cause]}" for part, cause in found[:_CAUSES])
 
 
 def _filling(plan: Plan) -> str:

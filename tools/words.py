@@ -86,6 +86,25 @@ def memory(stage: StageRecord) -> str:
     return f"{size(stage.device_bytes)} of {size(stage.memory_limit_bytes)} ({share(filled)})"
 
 
+def filled(plan: Plan, stage: StageRecord) -> float:
+    """Return what a device holds as a share of its limit; without one, of what the fullest device holds."""
+    if stage.memory_limit_bytes >= NO_LIMIT:
+        return stage.device_bytes / (max(other.device_bytes for other in plan.stages) or 1)
+    return stage.device_bytes / stage.memory_limit_bytes if stage.memory_limit_bytes > 0 else 1.0
+
+
+def bar(part: float) -> str:
+    """Draw a share of 1 as ten characters; more than all of it ends in a sign of its own.
+
+    >>> bar(0.42), bar(0.001), bar(1.3), bar(0.0)
+    ('####......', '|.........', '#########>', '..........')
+    """
+    if part > 1 + 1e-9:
+        return "#" * 9 + ">"
+    full = round(part * 10)
+    return ("#" * full or ("|" if part > 0 else "")).ljust(10, ".")
+
+
 def devices(stage: StageRecord) -> str:
     """List a stage's devices; many of one name are counted.
 

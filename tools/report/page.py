@@ -13,6 +13,7 @@ from ...errors import StagecutError
 from ..compare import moves, numbers_table
 from ..style import STAGE_COLOURS, drawing_rules, page_rules
 from ..svg_parts import escape
+from ..verdict import WAITING_FOR
 from .payload import Shown, payload
 from .static import static_body
 
@@ -39,6 +40,7 @@ def report_html(shown: Sequence[Shown]) -> str:
         "plans": [payload(each) for each in shown],
         "comparison": _comparison(shown),
         "colours": list(STAGE_COLOURS),
+        "waiting_for": WAITING_FOR,
     }
     title = escape(", ".join(dict.fromkeys(each.plan.model for each in shown)))
     without = "\n".join(static_body(each.plan, each.plan.predicted, each.measured) for each in shown)

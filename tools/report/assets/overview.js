@@ -6,7 +6,7 @@ function overview(plan) {
     ["A step takes", duration(prediction.step_s), [verdict.one_device, verdict.data_parallel, `${prediction.costs} costs`].filter(Boolean).join("; "), "timeline"],
     ["It is cut into", count(plan.stages.length, "stage"), `${verdict.cut}; ${verdict.limit}`, "graph"],
     ["Crosses for a microbatch", size(crossing), verdict.crossing, "stages"],
-    ["Who waits, and why", share(timelines[0].bubble), `${verdict.waiting}; ${reasonsOf(timelines[0])}`, "timeline"],
+    ["Who waits, and why", share(timelines[0].bubble), verdict.waiting, "timeline"],
     ["Memory", verdict.fit.split(":")[0], verdict.fit.split(": ").slice(1).join(": "), "memory"],
   ];
   const measured = timelines[1];
@@ -25,18 +25,4 @@ function causesOf(timeline) {
   const seconds = new Map();
   for (const [, start, end, cause] of timeline.waits) seconds.set(cause, (seconds.get(cause) || 0) + end - start);
   return [...seconds].map(([cause, sum]) => [cause, sum / total]).sort((a, b) => b[1] - a[1]);
-}
-
-const CAUSES = {
-  filling: "until the first microbatch comes",
-  draining: "after the last work",
-  "another stage": "until another stage has computed",
-  "a transfer": "for a packet on its way",
-  replicas: "for the other replicas' gradients",
-  "the runtime": "until the runtime goes on",
-};
-
-function reasonsOf(timeline) {
-  const causes = causesOf(timeline).filter(([, part]) => part >= 0.005).slice(0, 3);
-  return causes.length ? causes.map(([cause, part]) => `${share(part)} ${CAUSES[cause]}`).join(", ") : "nobody waits";
 }

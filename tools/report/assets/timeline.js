@@ -122,7 +122,7 @@ function waitPart(timeline, { start, until, cause, awaited }, y, axis) {
   const [x, width] = clipped(start, until, axis);
   if (width < 1) return null;
   const of = awaited < 0 ? "" : `: ${OPS[timeline.ops[timeline.op[awaited]]] || "work"} of microbatch ${timeline.microbatch[awaited]} in stage ${timeline.stage[awaited]}`;
-  const text = `waits ${duration(until - start)} ${CAUSES[cause]}${of}`;
+  const text = `waits ${duration(until - start)} ${report.waiting_for[cause]}${of}`;
   const stage = awaited < 0 ? "" : ` ${timeline.stage[awaited]}`;
   const short = cause === "another stage" || cause === "a transfer" ? `${WAIT_MARKS[cause]}${stage}` : WAIT_MARKS[cause];
   return s(
@@ -198,16 +198,16 @@ function timelineLegend(plan) {
     split ? item("span bwd weight c0", "weight gradient") : null,
     item("keysend", "sends"),
     item("keypath", "critical path"),
-    Object.entries(WAIT_MARKS).filter(([cause]) => plan.timelines.some((t) => t.waits.some((w) => w[3] === cause))).map(([cause, mark]) => item(`wait ${mark}`, `waits ${CAUSES[cause]}`)),
+    Object.entries(WAIT_MARKS).filter(([cause]) => plan.timelines.some((t) => t.waits.some((w) => w[3] === cause))).map(([cause, mark]) => item(`wait ${mark}`, `waits ${report.waiting_for[cause]}`)),
     " numbers are microbatches",
   );
 }
 
 function causesTable(plan) {
   const every = plan.timelines.map((timeline) => new Map(causesOf(timeline)));
-  const causes = Object.keys(CAUSES).filter((cause) => every.some((found) => found.get(cause)));
+  const causes = Object.keys(report.waiting_for).filter((cause) => every.some((found) => found.get(cause)));
   if (!causes.length) return h("p", {}, "Nobody waits.");
-  const rows = causes.map((cause) => ({ cells: [`waits ${CAUSES[cause]}`, ...every.map((found) => share(found.get(cause) || 0))] }));
+  const rows = causes.map((cause) => ({ cells: [`waits ${report.waiting_for[cause]}`, ...every.map((found) => share(found.get(cause) || 0))] }));
   const header = ["of all workers' time", ...plan.timelines.map((timeline) => timeline.source)];
   return h("div", {}, h("div", { class: "wide" }, table(header, [false, ...plan.timelines.map(() => true)], rows)), h("p", { class: "note" }, criticalText(plan)));
 }
