@@ -1,4 +1,6 @@
-"""How long `partition-viz report` takes for plans of many ops, and how large its page is: `python benchmarks/report_scale.py`.
+"""How long `partition-viz report` takes for plans of many ops, and how large its page is.
+
+    python benchmarks/report_scale.py
 
 The plans are deep stacks of like layers, 25 ops each, in eight stages, and the same number of ops without any module.
 Each is written by a process of its own, from the command's start to its end. With Playwright and Chromium there, the

@@ -192,13 +192,24 @@ def test_names_from_the_model_are_text(opened, hostile_plan):
 
 
 def test_a_graph_of_many_ops_is_folded_and_says_what_is_hidden(opened, linked):
-    page = opened(Shown("deep", deep(linked, 1500)))
+    page = opened(Shown("deep", deep(linked, 450)))
     assert page.locator("#graph g.box").count() <= 400
-    assert re.search(r"of 1500 ops are drawn alone; \d+ are hidden in \d+ folded box", text(page, "#graph .note"))
+    assert re.search(r"of 450 ops are drawn alone; \d+ are hidden in \d+ folded box", text(page, "#graph .note"))
     while page.locator("#status").inner_text() == "":
         click(page, "#graph g.box:not([data-tried]) g.open")
         assert page.locator("#graph g.box, #graph g.input").count() <= 400
     assert "are the most: fold something first" in text(page, "#status")
+
+
+def test_modules_whose_ops_alternate_are_folded_until_few_enough_boxes_are_left(opened, linked):
+    plan = deep(linked, 2000)
+    paths = ["left", "right"]
+    crossed = tuple(replace(op, module_path=f"{paths[i % 2]}.{i % 7}.{i % 5}") for i, op in enumerate(plan.ops))
+    page = opened(Shown("crossed", replace(plan, ops=crossed)))
+    assert 3 <= page.locator("#graph g.box").count() <= 400
+    everything = ".".join(str(node) for node in range(len(page.evaluate("() => stagecut.plans()[0].graph.nodes"))))
+    again = opened(Shown("crossed", replace(plan, ops=crossed)), hash=f"#toggled={everything}")
+    assert 3 <= again.locator("#graph g.box").count() <= 400
 
 
 def test_like_modules_that_follow_each_other_are_one_box(opened, linked):

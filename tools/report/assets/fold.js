@@ -25,8 +25,9 @@ function firstUnfolded(graph, limit = FIRST_NODES) {
   }
 }
 
-// The boxes of a graph with the nodes in `unfolded` open. A node whose ops surround others becomes several boxes.
-function fold(graph, unfolded) {
+// The boxes of a graph with the nodes in `unfolded` open; null if there are more than `limit`, which is soon known.
+// A node whose ops surround others becomes several boxes.
+function fold(graph, unfolded, limit = Infinity) {
   const closed = [];
   graph.nodes.forEach(([, , parent], node) => {
     const above = parent >= 0 ? closed[parent] : -1;
@@ -38,7 +39,7 @@ function fold(graph, unfolded) {
   const boxOf = new Array(graph.names.length);
   const above = [];
   const reached = (some) => some.reduce((found, box) => found | above[box] | (1n << BigInt(box)), 0n);
-  graph.names.forEach((_, op) => {
+  for (let op = 0; op < graph.names.length; op += 1) {
     const node = closed[graph.node_of[op]];
     const key = node >= 0 ? node : -1 - op;
     const inputs = new Set();
@@ -50,6 +51,7 @@ function fold(graph, unfolded) {
       newest.set(key, box);
       above.push(reached([...inputs]));
       boxes.push({ node, stage: graph.stages[op], ops: [], seconds: 0 });
+      if (boxes.length > limit) return null;
     } else if (gained & ~above[box]) {
       for (let b = 0; b < above.length; b += 1) {
         if (b === box || (above[b] >> BigInt(box)) & 1n) above[b] |= gained;
@@ -58,7 +60,7 @@ function fold(graph, unfolded) {
     boxOf[op] = first + box;
     boxes[first + box].ops.push(op);
     boxes[first + box].seconds += graph.seconds[op];
-  });
+  }
   for (const box of boxes) if (box.ops.length === 1) box.node = -1; // a folded box of one op is that op
   return { boxes, boxOf, arrows: arrowsOf(graph, boxes, boxOf) };
 }

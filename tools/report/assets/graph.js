@@ -3,10 +3,19 @@ const COLUMN = 6.1;
 let drawnGraph = null;
 
 function unfoldedOf(plan) {
-  plan.first = plan.first || firstUnfolded(plan.graph);
+  plan.first = plan.first || firstToShow(plan.graph);
   const unfolded = new Set(plan.first);
   for (const node of state.toggled) if (!unfolded.delete(node)) unfolded.add(node);
   return unfolded;
+}
+
+// Modules whose ops surround others become several boxes: what is unfolded at first is less, until few enough are drawn.
+function firstToShow(graph) {
+  for (let limit = FIRST_NODES; limit > 1; limit = Math.floor(limit / 2)) {
+    const unfolded = firstUnfolded(graph, limit);
+    if (fold(graph, unfolded, MAX_NODES)) return unfolded;
+  }
+  return new Set();
 }
 
 // Unfold or fold nodes, unless more boxes than can be looked at would come of it.
@@ -15,11 +24,11 @@ function toggle(plan, nodes) {
   for (const node of nodes) if (!toggled.delete(node)) toggled.add(node);
   const before = state.toggled;
   state.toggled = [...toggled].sort((a, b) => a - b);
-  const n = fold(plan.graph, unfoldedOf(plan)).boxes.length;
+  const fits = fold(plan.graph, unfoldedOf(plan), MAX_NODES) !== null;
   const wanted = state.toggled;
   state.toggled = before;
-  if (n > MAX_NODES) {
-    say(`${n} boxes would be drawn, ${MAX_NODES} are the most: fold something first (choose a box, then "fold")`);
+  if (!fits) {
+    say(`more than ${MAX_NODES} boxes would be drawn, and ${MAX_NODES} are the most: fold something first (choose a box, then "fold")`);
     return false;
   }
   choose({ toggled: wanted });
@@ -31,7 +40,12 @@ function graphView(plan) {
   const narrow = room < 700;
   const header = narrow ? 84 : 150;
   const perLine = narrow ? 3 : 10;
-  const folded = fold(plan.graph, unfoldedOf(plan));
+  let folded = fold(plan.graph, unfoldedOf(plan), MAX_NODES);
+  if (folded === null) {
+    // An address asks for more than can be looked at, or the plan has more stages than that.
+    state.toggled = [];
+    folded = fold(plan.graph, unfoldedOf(plan));
+  }
   const { boxes, arrows } = folded;
   const texts = new Map();
   arrows.forEach((arrow, index) => {
