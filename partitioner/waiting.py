@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..runtime.instructions import Op
 from ..runtime.program import Span, Timeline
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ FILLING, DRAINING, WORK, TRANSFER, REPLICAS, RUNTIME = CAUSES = (
 )
 _COMPUTE = ("F", "B", "I", "W")
 _WHOLE_BATCH = ("reduce", "optimizer")
+SEND_FORWARD, SEND_BACKWARD = Op.SEND_ACT.value, Op.SEND_GRAD.value
 _EPS = 1e-12
 
 
@@ -85,7 +87,7 @@ class _Order:
         self.busy: defaultdict[int, list[int]] = defaultdict(list)
         self.of: dict[tuple[str, int, int], int] = {}
         self.reductions: defaultdict[int, list[int]] = defaultdict(list)
-        self.sent: dict[tuple[int, int, int], float] = {}
+        self.sent: dict[tuple[int, str, int, int], float] = {}
         self.travels_s = _travels_s(plan)
         layout = plan.layout()
         self.inputs: defaultdict[int, list[int]] = defaultdict(list)
@@ -102,7 +104,7 @@ class _Order:
             if span.op == "reduce":
                 self.reductions[span.stage].append(index)
             if span.op.startswith("send"):
-                key = (span.worker, span.stage, span.microbatch)
+                key = (span.worker, span.op, span.stage, span.microbatch)
                 self.sent[key] = max(self.sent.get(key, 0.0), span.end_s)
         for own in self.busy.values():
             own.sort(key=lambda index: (timeline.spans[index].start_s, timeline.spans[index].end_s, index))
@@ -144,7 +146,8 @@ class _Order:
         if self.timeline.source == "simulated":
             return False
         source = self.timeline.spans[awaited]
-        sent_s = max(self.sent.get((source.worker, source.stage, source.microbatch), 0.0), source.end_s)
+        sending = SEND_FORWARD if source.op == "F" else SEND_BACKWARD
+        sent_s = max(self.sent.get((source.worker, sending, source.stage, source.microbatch), 0.0), source.end_s)
         return sent_s + self.travels_s.get((source.stage, span.stage), 0.0) <= now
 
     def before(self, index: int) -> int | None:
@@ -152,17 +155,17 @@ class _Order:
         span = self.timeline.spans[index]
         own, ends = self.busy[span.worker], self.ends[span.worker]
         place = bisect_right(ends, span.start_s + _EPS, hi=self.place[index])
-        candidates = [own[place - 1]] if place > 0 else []
+        previous = own[place - 1] if place > 0 else None
         if span.op == "reduce":
-            candidates += [i for i in map(self._ahead, self.reductions[span.stage]) if i is not None]
+            ahead = [i for i in map(self._ahead, self.reductions[span.stage]) if i is not None]
+            return max(ahead, key=lambda i: (self.timeline.spans[i].end_s, -i), default=previous)
         needed = self.needed(index)
-        if needed is not None:
-            candidates.append(needed)
-        return max(
-            (i for i in candidates if self.timeline.spans[i].end_s <= span.end_s - _EPS),
-            key=lambda i: (self.timeline.spans[i].end_s, -i),
-            default=None,
-        )
+        if needed is None or previous is None:
+            return previous if needed is None else needed
+        until = self.timeline.spans[previous].end_s
+        if span.start_s - until <= _EPS or self._had_come(needed, span, until):
+            return previous
+        return needed
 
     def _ahead(self, index: int) -> int | None:
         """Return the work of a worker that ends last before a reduction begins there."""

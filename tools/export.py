@@ -41,7 +41,7 @@ def exported(plan: Plan, path: Path, measured: Timeline | None = None) -> str | 
         ".json": lambda plan: json.dumps(to_json(plan), indent=1) + "\n",
         ".trace": lambda plan: trace_text(plan, measured),
     }
-    kind = ".trace" if path.name == "trace.json" or path.name.endswith(".trace.json") else path.suffix
+    kind = ".trace" if path.name == "trace.json" or path.name.endswith(".trace.json") else path.suffix.lower()
     if kind not in writers:
         raise StagecutError(
             f"{path} ends in no format that is known", hint=f"one of {', '.join(writers)} (trace.json for Perfetto)"

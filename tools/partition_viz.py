@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CaptureError, InfeasibleError, StagecutError
 from ..partitioner.plan import Plan, schema
 from ..records import to_json
+from .command_files import PAGES, check_files, short_names
 from .completion import add_completion, completion_text
 from .plan_options import GIB, WORKERS, add_plan_commands, given, is_file_of_plan, workers_of
 from .schedule import add_schedule, schedule_text
@@ -88,7 +89,9 @@ def _run(options: argparse.Namespace) -> int:
         if options.command == "sweep":
             return _sweep(options)
         if options.command == "profile":
+            check_files(options)
             return _profile(options)
+        check_files(options)
         plan, run = _plan(options)
         if options.command == "report":
             return _report(plan, run, options)
@@ -147,16 +150,16 @@ def _print(text: str) -> int:
 
 
 def _report(plan: Plan, run: MeasuredRun | None, options: argparse.Namespace) -> int:
-    if options.output.suffix not in (".html", ".htm"):
+    if options.output.suffix.lower() not in PAGES:
         if options.beside:
             raise StagecutError(f"{options.output} has room for one plan", hint="-o report.html shows several")
         return _export(plan, run, options.output)
     from ..partitioner.measured_run import read_plan
     from .report import Shown, report_html
 
-    first, more = Path(options.spec).name, [(str(path), *read_plan(path)) for path in options.beside]
-    shown = [Shown(name, own, measured) for name, own, measured in [(first, plan, run), *more]]
-    return _write(report_html(shown), options.output)
+    names = short_names([options.spec, *map(str, options.beside)])
+    plans = [(plan, run), *map(read_plan, options.beside)]
+    return _write(report_html([Shown(name, *given) for name, given in zip(names, plans)]), options.output)
 
 
 def _check(plan: Plan, run: MeasuredRun | None, options: argparse.Namespace) -> int:

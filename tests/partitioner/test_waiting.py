@@ -99,6 +99,17 @@ def test_the_critical_path_is_as_long_as_the_step(plan: Plan) -> None:
     assert path[0].start_s < 1e-9
 
 
+@settings(max_examples=120, derandomize=True)
+@given(plans())
+def test_the_critical_path_stays_on_a_worker_only_while_that_worker_does_not_wait(plan: Plan) -> None:
+    timeline = plan.predicted
+    waited = {(w.worker, w.end_s) for w in waits(plan, timeline) if w.awaited >= 0}
+    path = [timeline.spans[index] for index in critical_path(plan, timeline)]
+    for before, after in itertools.pairwise(path):
+        if before.worker == after.worker:
+            assert (after.worker, after.start_s) not in waited
+
+
 def causes(plan: Plan, timeline: Timeline, worker: int) -> list[tuple[str, float, float]]:
     return [(w.cause, round(w.start_s, 6), round(w.end_s, 6)) for w in waits(plan, timeline) if w.worker == worker]
 
@@ -128,6 +139,24 @@ def test_in_a_measured_step_a_packet_that_had_come_is_not_waited_for() -> None:
         Span(1, "send gradient", 1, 0, 3.0, 3.1),
     )
     assert causes(plan, Timeline("measured", 2, spans), 0) == [(RUNTIME, 4.0, 4.5)]
+
+
+def test_a_packet_is_not_taken_for_the_later_one_that_goes_back() -> None:
+    plan = plan_of([(1.0, 2.0), (1.0, 2.0)], "fill-drain", 1, latency_s=0.1)
+    spans = (
+        Span(0, "F", 0, 0, 0.0, 1.0),
+        Span(0, "send activation", 0, 0, 1.0, 1.1),
+        Span(0, "send gradient", 0, 0, 8.0, 8.1),
+        Span(1, "F", 1, 1, 0.0, 4.0),
+        Span(1, "F", 1, 0, 9.0, 10.0),
+    )
+    assert causes(plan, Timeline("measured", 2, spans), 1) == [(RUNTIME, 4.0, 9.0)]
+
+
+def test_a_late_packet_is_on_the_critical_path_and_not_the_work_before_it() -> None:
+    plan = plan_of([(1.0, 1.0), (1.0, 1.0)], "1f1b", 1, latency_s=3.0)
+    path = [plan.predicted.spans[index] for index in critical_path(plan, plan.predicted)]
+    assert [(span.op, span.stage) for span in path] == [("F", 0), ("F", 1), ("B", 1), ("B", 0)]
 
 
 def test_replicas_wait_for_each_other_before_they_reduce() -> None:

@@ -1,9 +1,11 @@
+import base64
 import io
 import json
 import os
 import re
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -214,7 +216,7 @@ def test_the_process_ends_with_the_exit_code(arguments, code, saved, model_file)
 
 def test_an_output_that_cannot_be_written_is_2(saved, tmp_path, capsys):
     assert main(["report", saved, "-o", str(tmp_path / "missing" / "plan.html")]) == 2
-    assert "No such file" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("no_color", [True, False])
@@ -250,3 +252,32 @@ def test_a_reader_that_leaves_early_is_no_error(saved):
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["report", "demo:mlp", "-o", "{tmp}"], "is a folder"),
+        (["report", "demo:mlp", "-o", "{tmp}/missing/plan.html"], "there is no folder"),
+        (["report", "demo:mlp", "-o", "{tmp}/plan.docx"], "ends in no format that is known"),
+        (["export", "demo:mlp", "-o", "{tmp}/plan.html"], "ends in no format that is known"),
+        (["report", "demo:mlp", "{tmp}/no.json", "-o", "{tmp}/plan.html"], "no.json is no file"),
+        (["profile", "demo:mlp", "--devices", "cpu,cpu", "-o", "{tmp}"], "is a folder"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_planned(arguments, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("stagecut.models.registry.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert main([part.replace("{tmp}", str(tmp_path)) for part in arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_page_of_several_plans_does_not_say_where_they_were(saved, tmp_path, capsys):
+    (tmp_path / "secret").mkdir()
+    other = tmp_path / "secret" / "other.json"
+    other.write_bytes(Path(saved).read_bytes())
+    assert main(["report", saved, str(other), "-o", str(tmp_path / "both.HTML")]) == 0
+    page = (tmp_path / "both.HTML").read_text()
+    (packed,) = re.findall(r'id="data">([^<]*)<', page)
+    data = zlib.decompress(base64.b64decode(packed)).decode()
+    assert "other.json" in data
+    assert "secret" not in page + data

@@ -13,6 +13,7 @@ from ...partitioner.plan import Alternative, Plan, StageRecord
 from ...partitioner.residency import memory_over_time
 from ...partitioner.waiting import critical_path, waits
 from ...runtime.program import Timeline
+from ...runtime.schedules import TRAINING_SCHEDULES
 from ..verdict import judge
 from ..words import NO_LIMIT, clean, device_kinds, shape
 from .tree import tree_of
@@ -45,6 +46,7 @@ def payload(shown: Shown) -> dict[str, Any]:
         "model": clean(plan.model),
         "schedule": clean(plan.schedule),
         "microbatches": plan.n_microbatches,
+        "replicas": plan.layout().n_replicas,
         "rows": plan.batch_rows,
         "fingerprint": clean(plan.fingerprint),
         "verdict": {name: clean(text) for name, text in vars(verdict).items()},
@@ -57,7 +59,7 @@ def payload(shown: Shown) -> dict[str, Any]:
         "ties": _ties(plan),
         "timelines": [_timeline(plan, each) for each in timelines],
         "memory": _memory(plan, timeline),
-        "candidates": _candidates(plan),
+        "candidates": _candidates(shown.name, plan),
         "links": _links(plan),
     }
 
@@ -76,6 +78,7 @@ def _stage(plan: Plan, stage: StageRecord) -> dict[str, Any]:
         "device_bytes": stage.device_bytes,
         "limit_bytes": stage.memory_limit_bytes if limited else None,
         "recompute": stage.recompute,
+        "kinds": sorted({clean(device.partition(":")[0]) for device in stage.devices}),
     }
 
 
@@ -227,7 +230,7 @@ def _alive(timeline: Timeline, worker: int, own: Sequence[StageRecord], now: flo
     return [entry for entry in listed if entry[1]]
 
 
-def _candidates(plan: Plan) -> list[dict[str, Any]]:
+def _candidates(name: str, plan: Plan) -> list[dict[str, Any]]:
     """Write the chosen configuration and the others that the planner considered."""
     chosen = Alternative(
         plan.schedule,
@@ -238,30 +241,40 @@ def _candidates(plan: Plan) -> list[dict[str, Any]]:
         tuple(stage.index for stage in plan.stages if stage.recompute),
         max(stage.device_bytes for stage in plan.stages),
     )
-    return [_candidate(each, each is chosen) for each in (chosen, *plan.alternatives)]
+    file = PurePath(name).name if name.endswith(".json") else "plan.json"
+    own = _candidate(chosen, clean(f"stagecut.compile(model, devices, plan={file!r})"))
+    costs = "analytic" if plan.prediction.cost_source == "analytic" else "measured"
+    return [
+        own | {"chosen": True},
+        *(_candidate(each, _call(each, len(plan.devices), costs)) for each in plan.alternatives),
+    ]
 
 
-def _candidate(each: Alternative, chosen: bool) -> dict[str, Any]:
+def _candidate(each: Alternative, call: str) -> dict[str, Any]:
     return {
         "shape": shape(each.replicas, each.recomputed, each.n_workers),
         "schedule": clean(each.schedule),
         "microbatches": each.n_microbatches,
         "step_s": each.step_s,
         "memory_bytes": each.memory_bytes,
-        "chosen": chosen,
-        "call": _call(each),
+        "chosen": False,
+        "call": call,
     }
 
 
-def _call(each: Alternative) -> str:
-    """Write a configuration as it is given to ``stagecut.compile``."""
+def _call(each: Alternative, n_devices: int, costs: str) -> str:
+    """Write a configuration as it is given to ``stagecut.compile``; "" where its order is in no name."""
+    if each.schedule not in TRAINING_SCHEDULES:
+        return ""
     replicas = list(each.replicas)
-    same = replicas[0] if replicas and len(set(replicas)) == 1 else replicas
-    parts = [f"stages={len(replicas)}", f"replicas={same!r}"] if replicas else []
-    parts += [f"microbatches={each.n_microbatches}", f"schedule={each.schedule!r}"]
+    devices = "devices" if each.n_workers == n_devices else f"devices[:{each.n_workers}]"
+    parts = [f"stages={len(replicas)}"] if replicas else []
+    if replicas and each.n_workers == sum(replicas):  # where devices have several stages they say the replicas
+        parts.append(f"replicas={(replicas[0] if len(set(replicas)) == 1 else replicas)!r}")
+    parts += [f"microbatches={each.n_microbatches}", f"schedule={each.schedule!r}", f"costs={costs!r}"]
     if len(each.recomputed) in (0, len(replicas)):  # some stages: what the planner does if it is not told
         parts.append(f"recompute={bool(each.recomputed)}")
-    return clean(f"stagecut.compile(model, devices, {', '.join(parts)})")
+    return clean(f"stagecut.compile(model, {devices}, {', '.join(parts)})")
 
 
 def _links(plan: Plan) -> list[list[float]]:

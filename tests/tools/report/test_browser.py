@@ -13,7 +13,7 @@ import stagecut
 from stagecut.partitioner.plan import OpRecord
 from stagecut.partitioner.waiting import CAUSES, critical_path, waits
 from stagecut.tools.notebook import interactive
-from stagecut.tools.report import Shown
+from stagecut.tools.report import Shown, report_html
 
 VIEWS = ("overview", "graph", "stages", "timeline", "memory", "whatif")
 
@@ -109,7 +109,7 @@ def test_keys_go_through_stages_views_and_boxes(opened, linked):
     page.keyboard.press("?")
     assert "unfold" in text(page, "dialog")
     page.keyboard.press("Escape")
-    assert page.locator("dialog").count() == 0
+    page.locator("dialog").wait_for(state="detached")
     page.locator("#graph g.box").first.focus()
     page.keyboard.press("Enter")
     assert state(page)["op"] is not None or state(page)["node"] is not None
@@ -326,8 +326,9 @@ def test_candidates_are_filtered_and_given_as_calls_of_compile(opened, linked):
     assert rows.count() == 1 + len(linked.alternatives)
     calls = page.locator("#whatif button[data-call]").evaluate_all("all => all.map(each => each.dataset.call)")
     known = inspect.signature(stagecut.compile).parameters
-    for call in calls:
-        given = eval(call, {"stagecut": Recorder, "model": None, "devices": None})  # our own words
+    assert calls[0] == "stagecut.compile(model, devices, plan='plan.json')"
+    for call in calls[1:]:
+        given = eval(call, {"stagecut": Recorder, "model": None, "devices": ["cpu"] * 3})  # our own words
         assert set(given) <= set(known)
         assert given["stages"] >= 1
     schedules = sorted({other.schedule for other in linked.alternatives})
@@ -351,3 +352,110 @@ def test_plans_are_compared_and_chosen_between(opened, linked):
     page.locator("select#plan").select_option("1")
     assert "fill-drain" in text(page, "h1")
     assert "plan=1" in page.url
+
+
+def test_an_address_with_a_view_that_is_not_there_leaves_the_keys_working(opened, linked):
+    page = opened(Shown("plan", linked), hash="#view=compare")
+    page.keyboard.press("n")
+    assert state(page)["stage"] == 0
+
+
+def test_a_stage_of_another_plan_is_chosen_in_that_plan(opened, linked):
+    ops = tuple(replace(op, stage=min(op.stage, 1)) for op in linked.ops)
+    wires = tuple(wire for wire in linked.wires if wire.source == 0)
+    wires = tuple(replace(wire, targets=(1,)) for wire in wires)
+    two = replace(linked, ops=ops, stages=linked.stages[:2], wires=wires)
+    page = opened(Shown("two", two), Shown("three", linked))
+    lanes = page.locator("#compare g[data-key='lane 1 simulated 2']")
+    lanes.dispatch_event("click")
+    assert (state(page)["plan"], state(page)["stage"]) == (1, 2)
+    assert page.locator("#graph g.lane.chosen").get_attribute("data-stage") == "2"
+
+
+def test_enter_goes_on_to_the_next_that_was_found(opened, linked):
+    page = opened(Shown("plan", linked))
+    page.keyboard.press("/")
+    page.keyboard.type("middle")
+    found = []
+    for _ in range(3):
+        page.keyboard.press("Enter")
+        found.append(state(page)["op"])
+    wanted = [index for index, op in enumerate(linked.ops) if "middle" in op.module_path]
+    assert found == wanted[:3]
+    assert 'with "middle"; enter again' in text(page, "#status")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")
+    assert text(page, "#status") == ""
+
+
+def test_folding_undoes_unfolding(opened, linked):
+    page = opened(Shown("deep", deep(linked, 300)))
+    before = page.locator("#graph g.box").count()
+    page.locator("#graph g.box.run").first.dispatch_event("click")
+    page.keyboard.press("u")
+    assert page.locator("#graph g.box").count() > before
+    page.keyboard.press("f")
+    assert page.locator("#graph g.box").count() == before
+
+
+def test_a_filter_does_not_outlive_its_plan(opened, linked):
+    other = replace(linked, alternatives=linked.alternatives[:1])
+    page = opened(Shown("many", linked), Shown("few", other))
+    page.locator("#whatif select").nth(1).select_option(linked.alternatives[-1].schedule)
+    page.locator("select#plan").select_option("1")
+    assert page.locator("#whatif tbody tr").count() == 2
+
+
+def test_a_drag_that_the_browser_takes_over_does_not_zoom_later(opened, linked):
+    page = opened(Shown("plan", linked))
+    page.locator("#timeline .wide svg").scroll_into_view_if_needed()
+    events = """(svg, kinds) => {
+        const box = svg.getBoundingClientRect();
+        const at = (kind, x) => new PointerEvent(kind, {pointerId: 7, button: 0, bubbles: true, clientX: box.left + x});
+        svg.dispatchEvent(at("pointerdown", 300));
+        for (const kind of kinds) window.dispatchEvent(at(kind, 700));
+    }"""
+    svg = page.locator("#timeline .wide svg").first
+    svg.evaluate(events, ["pointercancel", "pointerup"])
+    assert (state(page)["from"], state(page)["to"]) == (0, 1)
+    svg.evaluate(events, ["pointerup"])
+    assert 0 < state(page)["from"] < state(page)["to"] < 1
+
+
+def test_a_browser_that_cannot_draw_it_says_so(opened, browser, linked, tmp_path):
+    (tmp_path / "old.html").write_text(report_html([Shown("plan", linked)]), encoding="utf-8")
+    context = browser.new_context(offline=True)
+    context.add_init_script("delete window.DecompressionStream")
+    page = context.new_page()
+    page.goto((tmp_path / "old.html").as_uri())
+    page.locator("#report").wait_for()
+    assert "It needs a browser of 2023 or later" in text(page, "#report")
+    context.close()
+
+
+def test_what_crosses_in_a_step_counts_the_microbatches_of_all_replicas(opened, simulated_plan):
+    page = opened(Shown("plan", simulated_plan))
+    assert (simulated_plan.n_microbatches, simulated_plan.layout().n_replicas, simulated_plan.batch_rows) == (4, 2, 8)
+    assert "× 8" in text(page, "#stages th >> nth=-2") or "× 8" in text(page, "#stages")
+    assert "4 microbatches a replica" in text(page, "h1")
+
+
+def test_a_value_that_is_made_again_does_not_cross(opened, linked):
+    (wire,) = [wire for wire in linked.wires if max(wire.targets) > wire.source + 1]
+    far = max(wire.targets)
+    left = tuple(target for target in wire.targets if target != far)
+    ops = tuple(replace(op, copies=(far,)) if op.name == wire.value else op for op in linked.ops)
+    wires = tuple(replace(w, targets=left) if w is wire else w for w in linked.wires)
+    page = opened(Shown("copies", replace(linked, ops=ops, wires=wires)))
+    assert "(skips)" not in text(page, "#graph svg")
+    assert f"made again in stage {far}" in text(page, "#graph svg")
+
+
+def test_moving_ops_counts_the_second_forward_of_a_stage_that_recomputes(opened, linked):
+    stages = tuple(replace(stage, recompute=True) for stage in linked.stages)
+    again = replace(linked, stages=stages)
+    page = opened(Shown("plan", again))
+    index = max(i for i, op in enumerate(linked.ops) if op.stage == 0)
+    cost = page.evaluate("(op) => window.stagecut.moved(window.stagecut.plans()[0], [op], 1)", index)
+    op = linked.ops[index]
+    assert cost["after"][1] - cost["loads"][1] == pytest.approx(2 * op.forward_s + op.backward_s, rel=1e-4)

@@ -6,7 +6,10 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
+import stagecut
+from stagecut.models.registry import load_model
 from stagecut.partitioner.plan import Alternative
 from stagecut.tools.report.payload import Shown, payload
 
@@ -27,12 +30,38 @@ def test_candidates_are_written_as_calls(plan):
     others = (
         Alternative("zb-h1", 8, 0.5, 4, (2, 2), (0, 1), 1024),
         Alternative("1f1b", 4, 0.5, 4, (3, 1), (1,), 1024),
+        Alternative("given", 4, 0.5, 3, (1, 1, 1), (), 1024),
     )
     calls = [each["call"] for each in payload(Shown("plan", replace(plan, alternatives=others)))["candidates"]]
-    assert calls[1:] == [
-        "stagecut.compile(model, devices, stages=2, replicas=2, microbatches=8, schedule='zb-h1', recompute=True)",
-        "stagecut.compile(model, devices, stages=2, replicas=[3, 1], microbatches=4, schedule='1f1b')",
+    costs = "costs='analytic'"
+    assert calls == [
+        "stagecut.compile(model, devices, plan='plan.json')",
+        f"stagecut.compile(model, devices[:4], stages=2, replicas=2, microbatches=8, schedule='zb-h1', {costs}, "
+        "recompute=True)",
+        f"stagecut.compile(model, devices[:4], stages=2, replicas=[3, 1], microbatches=4, schedule='1f1b', {costs})",
+        "",
     ]
+
+
+class Planner:
+    """Stands for the module in a call that is copied from the page: plans, and starts nothing."""
+
+    @staticmethod
+    def compile(model, devices, **given):
+        return stagecut.plan(model, devices, example_inputs=(torch.zeros(16, 64),), **given)
+
+
+def test_what_is_copied_gives_the_configuration_that_it_stands_beside():
+    model, devices = load_model("demo:mlp").module, ["cpu"] * 2
+    plan = stagecut.plan(model, devices, example_inputs=(torch.zeros(16, 64),), costs="analytic")
+    assert {sum(other.replicas) > other.n_workers for other in plan.alternatives} == {True, False}
+    for each, other in list(zip(payload(Shown("a", plan))["candidates"][1:], plan.alternatives))[:12]:
+        again = eval(each["call"], {"stagecut": Planner, "model": model, "devices": devices})
+        assert (again.schedule, again.n_microbatches, len(again.devices)) == (
+            other.schedule, other.n_microbatches, other.n_workers,
+        )  # fmt: skip
+        assert tuple(len(stage.devices) for stage in again.stages) == other.replicas
+        assert tuple(stage.index for stage in again.stages if stage.recompute) == other.recomputed
 
 
 def test_slower_links_never_make_the_step_shorter(simulated_plan):

@@ -75,14 +75,17 @@ function nodeDetails(plan, node) {
     ]),
     kind === "stage" ? null : moving(plan, ops),
     unfoldedOf(plan).has(node) ? null : h("button", { type: "button", onclick: () => toggle(plan, [node]) }, "unfold"),
-    foldButton(plan, graph.nodes[node][2]),
+    foldButton(plan, node) || foldButton(plan, graph.nodes[node][2]),
   ];
 }
 
 function foldButton(plan, node) {
   if (node < 0 || !unfoldedOf(plan).has(node)) return null;
-  const fold = () => toggle(plan, [node]) && choose({ op: null, node });
-  return h("button", { type: "button", onclick: fold }, `fold ${plan.graph.nodes[node][1]}`);
+  return h("button", { type: "button", onclick: () => foldNode(plan, node) }, `fold ${plan.graph.nodes[node][1]}`);
+}
+
+function foldNode(plan, node) {
+  if (toggle(plan, [node])) choose({ op: null, node, stage: plan.graph.stages[opsUnder(plan, node)[0]] });
 }
 
 function stageDetails(plan, stage) {
@@ -110,6 +113,7 @@ function moving(plan, ops) {
   const targets = [from - 1, from + 1].filter((to) => to >= 0 && to < plan.stages.length);
   return targets.map((to) => {
     const cost = moved(plan, ops, to);
+    if (cost.unknown) return h("p", {}, `What a move to stage ${to} costs is not known: ${cost.unknown}.`);
     if (cost.because) return h("p", {}, `Cannot move to stage ${to}: ${cost.because}.`);
     const bytes = cost.bytes === 0 ? "as much crosses" : `${size(Math.abs(cost.bytes))} ${cost.bytes > 0 ? "more" : "less"} cross`;
     const slowest = cost.then === cost.slowest ? "the slowest stage stays" : `the slowest stage takes ${duration(cost.then)} a microbatch (${change(cost.then, cost.slowest)})`;

@@ -93,9 +93,11 @@ function arrowsOf(graph, boxes, boxOf) {
       if (boxes[source].stage === graph.stages[op] || crossed.has(`${used}/${graph.stages[op]}`)) continue;
       crossed.add(`${used}/${graph.stages[op]}`);
       const wire = graph.wire_of.get(used);
-      arrow.bytes += wire ? wire[5] : 0;
+      // A value that its user's stage makes again does not cross.
+      arrow.bytes += wire && wire[3].includes(graph.stages[op]) ? wire[5] : 0;
       arrow.skips = graph.stages[op] > boxes[source].stage + 1;
     }
   });
+  for (const arrow of arrows.values()) arrow.copied = !arrow.bytes && boxes[arrow.source].stage !== boxes[arrow.target].stage;
   return [...arrows.values()];
 }

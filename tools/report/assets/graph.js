@@ -49,7 +49,7 @@ function graphView(plan) {
   const { boxes, arrows } = folded;
   const texts = new Map();
   arrows.forEach((arrow, index) => {
-    const times = plan.microbatches > 1 ? ` × ${plan.microbatches}` : "";
+    const times = plan.pieces > 1 ? ` × ${plan.pieces}` : "";
     if (arrow.bytes) texts.set(index, `${size(arrow.bytes)}${times}${arrow.skips ? " (skips)" : ""}`);
   });
   const bands = boxes.map((box) => box.stage);
@@ -58,7 +58,7 @@ function graphView(plan) {
   const laid = layout(bands.map((band) => present.indexOf(band)), arrows.map((a) => [a.source, a.target]), room4, perLine);
   drawnGraph = { folded, laid, bands };
   const width = Math.max(laid.width, narrow ? 0 : 1180 - header);
-  const crosses = (arrow) => boxes[arrow.source].stage !== boxes[arrow.target].stage;
+  const crosses = (arrow) => arrow.bytes > 0;
   const order = [...arrows.keys()].sort((a, b) => crosses(arrows[a]) - crosses(arrows[b]) || a - b);
   const longest = Math.max(0, ...boxes.map((box) => box.seconds));
   const drawing = s(
@@ -88,33 +88,35 @@ function hiddenNote(plan, boxes) {
 function laneOf(plan, stage, band, width, header) {
   const { forward_s, backward_s, devices, device_bytes, recompute } = plan.stages[stage];
   const nOps = plan.graph.stages.reduce((sum, own) => sum + (own === stage), 0);
-  const lines = [`${count(nOps, "op")}, ${duration(forward_s + backward_s)}`, `${size(device_bytes)} memory`];
+  const wide = header > 100;
+  const facts = [count(nOps, "op"), duration(forward_s + backward_s)];
+  const lines = wide ? [facts.join(", "), `${size(device_bytes)} memory`] : [...facts, size(device_bytes)];
   if (recompute) lines.push("recomputes");
   const into = bytesInto(plan, stage);
   const same = stage > 0 && String(plan.stages[stage - 1].workers) === String(plan.stages[stage].workers);
-  const cut = into ? `▼ cut: ${size(into)} cross` : same ? "▼ same device" : "";
+  const cut = into ? (wide ? `▼ cut: ${size(into)} cross` : `▼ ${size(into)}`) : same ? (wide ? "▼ same device" : "▼ same") : "";
   const [x, y] = [10 - header, band.y + 16];
   return s(
     "g",
-    choosable({ class: `lane ${plan.colour(stage)}`, "data-stage": stage, "aria-label": `stage ${stage}` }, () => chooseStage(stage)),
+    choosable({ class: `lane ${plan.colour(stage)}`, "data-stage": stage, "data-key": `stage ${stage}`, "aria-pressed": String(state.stage === stage), "aria-label": `stage ${stage}` }, () => chooseStage(stage)),
     tip(`stage ${stage} on ${devices}: ${lines.join(", ")}`),
     s("rect", { class: "band", x: -header, y: band.y, width: width + header, height: band.height, rx: 4 }),
     s("rect", { class: "solid", x: -header, y: band.y, width: 4, height: band.height }),
     label("h", x, y, `stage ${stage}`),
-    header > 100 ? label("dim e", -14, y, shorten(devices, 10)) : null,
-    lines.slice(0, Math.max(1, Math.floor((band.height - 18) / 15))).map((line, i) => label("dim", x, y + 15 * (i + 1), shorten(line, header > 100 ? 30 : 14))),
+    wide ? label("dim e", -14, y, shorten(devices, 10)) : null,
+    lines.slice(0, Math.max(1, Math.floor((band.height - 18) / 15))).map((line, i) => label("dim", x, y + 15 * (i + 1), line)),
     cut ? label("b", x, band.y - 6, cut) : null,
   );
 }
 
 function wireOf(plan, arrow, route, { boxes }) {
   const [from, to] = [boxes[arrow.source].stage, boxes[arrow.target].stage];
-  const crosses = from !== to;
+  const crosses = from !== to && !arrow.copied;
   const names = [...arrow.values].slice(0, 12).map((used) => nameOf(plan, used)).join(", ");
   const points = route.points.map(([x, y]) => `${round(x)},${round(y)}`).join(" ");
   const [x, y] = route.points[route.points.length - 1];
   const kind = crosses ? (arrow.skips ? "wire skip" : "wire") : "edge";
-  const text = `${names}${arrow.values.size > 12 ? " …" : ""}${crosses ? `: stage ${from} to ${to}, ${size(arrow.bytes)} a microbatch` : ""}`;
+  const text = `${names}${arrow.values.size > 12 ? " …" : ""}${arrow.copied && from !== to ? `: made again in stage ${to}` : ""}${crosses ? `: stage ${from} to ${to}, ${size(arrow.bytes)} a microbatch` : ""}`;
   return s(
     "g",
     { class: kind, "data-from": from, "data-to": to },
@@ -172,7 +174,7 @@ function boxOf(plan, box, place, longest) {
   };
   return s(
     "g",
-    choosable({ class: `box ${plan.colour(box.stage)}${chosen ? " picked" : ""}${copies > 1 ? " run" : ""}`, "data-stage": box.stage, "aria-label": `${name}, stage ${box.stage}, ${below}`, ondblclick: folded ? open : null }, pick),
+    choosable({ class: `box ${plan.colour(box.stage)}${chosen ? " picked" : ""}${copies > 1 ? " run" : ""}`, "data-stage": box.stage, "data-key": `${box.node} ${box.ops[0]}`, "aria-pressed": String(chosen), "aria-label": `${name}, stage ${box.stage}, ${below}`, ondblclick: folded ? open : null }, pick),
     tip(`${name} in stage ${box.stage}: ${below}${tied.length ? `; ${tied.join(", ")} is tied to another stage` : ""}`),
     copies > 1 ? s("rect", { class: "under", x: x + 3, y: y + 3, width, height, rx: 3 }) : null,
     s("rect", { class: "face", x, y, width, height, rx: 3 }),
@@ -184,9 +186,16 @@ function boxOf(plan, box, place, longest) {
   );
 }
 
+let query = ""; // the box is drawn again with the graph
+
 function searchBox(plan) {
-  const input = h("input", { type: "search", id: "search", placeholder: "find a module or op (/)", "aria-label": "find a module or op" });
-  const form = h("form", { class: "search", onsubmit: (event) => (event.preventDefault(), find(plan, input.value)) }, input);
+  const input = h("input", { type: "search", id: "search", value: query, placeholder: "find a module or op (/)", "aria-label": "find a module or op" });
+  const search = (event) => {
+    event.preventDefault();
+    query = input.value;
+    find(plan, query);
+  };
+  const form = h("form", { class: "search", onsubmit: search }, input);
   const buttons = [
     h("button", { type: "button", onclick: () => choose({ toggled: [] }) }, "fold as at first"),
     h("button", { type: "button", onclick: () => choose({ toggled: [...(plan.first || [])].sort((a, b) => a - b) }) }, "fold all"),

@@ -32,7 +32,7 @@ function head() {
   const plan = shown();
   const options = plans.map((each, index) => h("option", { value: index, selected: index === state.plan }, each.name));
   const select = h("select", { id: "plan", "aria-label": "plan", onchange: () => choose({ ...DEFAULTS, theme: state.theme, view: state.view, plan: Number(select.value) }) }, options);
-  const order = `${plan.schedule}, ${count(plan.microbatches, "microbatch", "microbatches")}, ${count(plan.rows, "row")}`;
+  const order = `${plan.schedule}, ${count(plan.microbatches, "microbatch", "microbatches")}${plan.replicas > 1 ? " a replica" : ""}, ${count(plan.rows, "row")}`;
   return h(
     "header",
     {},
@@ -46,6 +46,7 @@ function drawAll() {
   const root = document.getElementById("report");
   sections.clear();
   const plan = shown();
+  for (const name of Object.keys(chosenFilters)) chosenFilters[name] = "";
   const parts = views().map(([name, title, view]) => {
     const section = h("section", { id: name, class: "view", tabindex: -1 }, name === "overview" ? null : h("h2", {}, title), view(plan));
     sections.set(name, section);
@@ -60,12 +61,17 @@ function redraw(name) {
   const section = sections.get(name);
   if (!section) return;
   const [, title, view] = VIEWS.find(([own]) => own === name);
-  const focused = document.activeElement && section.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
+  const focused = section.contains(document.activeElement) ? keyOfFocus(document.activeElement) : null;
   const scrolled = section.querySelector(".wide") ? section.querySelector(".wide").scrollLeft : 0;
   section.replaceChildren(h("h2", {}, title), view(shown()));
   if (section.querySelector(".wide")) section.querySelector(".wide").scrollLeft = scrolled;
-  const again = focused && [...section.querySelectorAll("[aria-label]")].find((each) => each.getAttribute("aria-label") === focused);
+  const again = focused && [...section.querySelectorAll("[data-key],button,input,select")].find((each) => keyOfFocus(each) === focused);
   if (again) again.focus({ preventScroll: true });
+}
+
+// What has the focus keeps it when its view is drawn again.
+function keyOfFocus(element) {
+  return element.dataset.key || element.id || element.textContent;
 }
 
 // Mark what belongs to the chosen stage in every view.
@@ -78,7 +84,7 @@ function mark() {
     const whose = [own, from, ...(to || "").split(" "), ...(stages || "").split(" ")];
     each.classList.toggle("chosen", stage !== null && whose.includes(stage));
   }
-  for (const link of root.querySelectorAll("nav a")) link.toggleAttribute("aria-current", link.dataset.view === state.view);
+  for (const link of root.querySelectorAll("nav a")) link.setAttribute("aria-current", String(link.dataset.view === state.view));
   document.getElementById("aside").replaceChildren(...[details(shown())].filter(Boolean));
   document.documentElement.dataset.theme = state.theme || "";
 }
@@ -98,10 +104,13 @@ function unfoldChosen() {
   if (state.node !== null && !unfoldedOf(shown()).has(state.node)) toggle(shown(), [state.node]);
 }
 
+// Fold the innermost unfolded box that what is chosen is, or is in.
 function foldChosen() {
-  const graph = shown().graph;
-  const node = state.op !== null ? graph.node_of[state.op] : state.node !== null ? graph.nodes[state.node][2] : -1;
-  if (node >= 0 && toggle(shown(), [node])) choose({ op: null, node, stage: graph.stages[opsUnder(shown(), node)[0]] });
+  const { nodes, node_of: nodeOf } = shown().graph;
+  const unfolded = unfoldedOf(shown());
+  let node = state.op !== null ? nodeOf[state.op] : state.node !== null ? state.node : -1;
+  while (node >= 0 && !unfolded.has(node)) node = nodes[node][2];
+  if (node >= 0) foldNode(shown(), node);
 }
 
 const ACTIONS = {
@@ -138,7 +147,12 @@ async function start() {
   drawAll();
   if (state.view !== DEFAULTS.view) sections.get(state.view).scrollIntoView({ block: "start" });
   follow((changed) => {
-    if (changed.has("plan")) return drawAll();
+    if (changed.has("plan")) {
+      drawAll();
+      const select = document.getElementById("plan");
+      if (select) select.focus({ preventScroll: true });
+      return;
+    }
     const views = new Set([...changed].flatMap((name) => REDRAWN[name] || []));
     for (const name of views) redraw(name);
     mark();
@@ -155,4 +169,9 @@ async function start() {
 // For a look from the console, and for tests.
 window.stagecut = { fold, firstUnfolded, layout, moved, plans: () => plans, state };
 
-start();
+// What goes wrong before anything is drawn is said: a blank page says nothing.
+start().catch((error) => {
+  const root = document.getElementById("report");
+  root.hidden = false;
+  root.textContent = `This page could not be drawn (${error}). It needs a browser of 2023 or later; without JavaScript it shows pictures and tables.`;
+});

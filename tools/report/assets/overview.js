@@ -6,7 +6,7 @@ function overview(plan) {
     ["A step takes", duration(prediction.step_s), [verdict.one_device, verdict.data_parallel, `${prediction.costs} costs`].filter(Boolean).join("; "), "timeline"],
     ["It is cut into", count(plan.stages.length, "stage"), `${verdict.cut}; ${verdict.limit}`, "graph"],
     ["Crosses for a microbatch", size(crossing), verdict.crossing, "stages"],
-    ["Who waits, and why", share(timelines[0].bubble), verdict.waiting, "timeline"],
+    ["Who waits, and why", share(waitedOf(timelines[0])), verdict.waiting, "timeline"],
     ["Memory", verdict.fit.split(":")[0], verdict.fit.split(": ").slice(1).join(": "), "memory"],
   ];
   const measured = timelines[1];
@@ -17,6 +17,11 @@ function overview(plan) {
   const card = ([title, value, note, view]) =>
     h("section", { class: "card" }, h("h3", {}, h("a", { href: `#view=${view}`, onclick: jump(view) }, title)), h("b", {}, value), h("p", {}, note));
   return h("div", { class: "cards" }, cards.map(card));
+}
+
+// The share of all workers' time in which they neither compute nor send nor reduce.
+function waitedOf(timeline) {
+  return causesOf(timeline).reduce((sum, [, part]) => sum + part, 0);
 }
 
 // The share of all workers' time that they wait, by cause, most first.

@@ -21,6 +21,7 @@ function complete(plan) {
   graph.wire_of = new Map(plan.wires.map((wire) => [wire[0], wire]));
   graph.ties = new Map();
   for (const tie of plan.ties) for (const op of tie[1]) graph.ties.set(op, [...(graph.ties.get(op) || []), tie]);
+  plan.pieces = Math.min(plan.rows, plan.microbatches * plan.replicas); // microbatches of a step, of all replicas
   plan.colour = (stage) => `c${stage % report.colours.length}`;
   plan.stagesOf = (worker) => plan.stages.map((_, stage) => stage).filter((n) => plan.stages[n].workers.includes(worker));
 }

@@ -13,9 +13,9 @@ function stagesView(plan) {
     const held = own.limit_bytes === null ? own.device_bytes / fullest : own.device_bytes / own.limit_bytes;
     const limit = own.limit_bytes === null ? ", no limit" : ` of ${size(own.limit_bytes)} (${share(held)})`;
     return {
-      attributes: choosable({ "data-stage": stage, class: plan.colour(stage) }, () => chooseStage(stage)),
+      attributes: { "data-stage": stage, class: plan.colour(stage), onclick: () => chooseStage(stage) },
       cells: [
-        h("span", { class: "chip" }, String(stage)),
+        h("button", { type: "button", class: "chip", "aria-label": `choose stage ${stage}` }, String(stage)),
         own.devices,
         String(plan.graph.stages.reduce((sum, at) => sum + (at === stage), 0)),
         duration(own.forward_s),
@@ -39,18 +39,18 @@ function wiresTable(plan) {
   if (!plan.wires.length) return h("p", {}, "Nothing crosses between stages.");
   const wires = [...plan.wires].sort((a, b) => b[5] * b[3].length - a[5] * a[3].length).slice(0, MAX_WIRES);
   const rows = wires.map(([op, value, source, targets, away, bytes, gradient]) => ({
-    attributes: choosable({ "data-stage": source, "data-to": targets.join(" ") }, () => (op >= 0 ? reveal(plan, op) : chooseStage(source))),
+    attributes: { "data-stage": source, "data-to": targets.join(" ") },
     cells: [
-      value,
+      op >= 0 ? h("button", { type: "button", class: "link", onclick: () => reveal(plan, op) }, value) : value,
       op >= 0 ? textOf(plan, "paths", op) : "",
       String(source),
       targets.map((to, index) => (away[index] ? `${to}${to > source + 1 ? " (skips)" : ""}` : `${to} (same device)`)).join(", "),
       size(bytes),
-      `${size(bytes * plan.microbatches)}`,
+      size(bytes * plan.pieces),
       gradient ? "yes" : "no",
     ],
   }));
-  const header = ["value", "module", "from", "to", "bytes", `× ${plan.microbatches}`, "gradient comes back"];
+  const header = ["value", "module", "from", "to", "bytes", `× ${plan.pieces}`, "gradient comes back"];
   const note = plan.wires.length > MAX_WIRES ? h("p", { class: "note" }, `The ${MAX_WIRES} largest of ${plan.wires.length} are listed.`) : null;
   return h("div", {}, h("div", { class: "wide" }, table(header, [false, false, true, true, true, true, false], rows)), note);
 }

@@ -27,7 +27,7 @@ function hashOf(current) {
     if (current[name] !== DEFAULTS[name] && current[name] !== null) parts.push(`${name}=${current[name]}`);
   }
   if (current.toggled.length) parts.push(`toggled=${current.toggled.join(".")}`);
-  if (current.from > 0 || current.to < 1) parts.push(`t=${digits(current.from, 4)}-${digits(current.to, 4)}`);
+  if (current.from > 0 || current.to < 1) parts.push(`t=${digits(current.from, 7)}-${digits(current.to, 7)}`);
   return parts.length ? `#${parts.join("&")}` : "#";
 }
 
@@ -45,13 +45,15 @@ function follow(follower) {
 function choose(patch) {
   const changed = Object.keys(patch).filter((name) => patch[name] !== state[name]);
   if (!changed.length) return;
+  say("");
   Object.assign(state, patch);
   writeHash(hashOf(state));
   for (const follower of followers) follower(new Set(changed));
 }
 
-function chooseStage(stage) {
-  choose({ stage: state.stage === stage ? null : stage, op: null, node: null });
+function chooseStage(stage, plan = state.plan) {
+  const same = plan === state.plan && state.stage === stage;
+  choose({ ...(plan === state.plan ? {} : { ...DEFAULTS, theme: state.theme, view: state.view, plan }), stage: same ? null : stage, op: null, node: null });
 }
 
 window.addEventListener("hashchange", () => {
@@ -70,7 +72,7 @@ function bounded(given) {
   return {
     ...given,
     plan,
-    view: VIEWS.some(([name]) => name === given.view) ? given.view : DEFAULTS.view,
+    view: views().some(([name]) => name === given.view) ? given.view : DEFAULTS.view,
     stage: within(given.stage, stages.length),
     op: within(given.op, graph.names.length),
     node: within(given.node, graph.nodes.length),

@@ -27,16 +27,21 @@ function zoomBar() {
 }
 
 function zoomBy(factor) {
-  const middle = (state.from + state.to) / 2;
-  const half = Math.min(0.5, Math.max(0.0005, ((state.to - state.from) / 2) * factor));
-  const from = Math.min(Math.max(0, middle - half), 1 - 2 * half);
-  choose({ from, to: from + 2 * half });
+  const half = ((state.to - state.from) / 2) * factor;
+  lookAt((state.from + state.to) / 2 - half, (state.from + state.to) / 2 + half);
+}
+
+// Show a part of the step, a thousandth of it at least.
+function lookAt(from, to) {
+  const length = Math.min(1, Math.max(0.001, to - from));
+  const start = Math.min(Math.max(0, (from + to - length) / 2), 1 - length);
+  choose({ from: start, to: Math.min(1, start + length) });
 }
 
 function shiftBy(part) {
   const length = state.to - state.from;
   const from = Math.min(Math.max(0, state.from + part * length), 1 - length);
-  choose({ from, to: from + length });
+  lookAt(from, from + length);
 }
 
 // Several timelines on one axis.
@@ -80,9 +85,10 @@ function drawLanes({ plan, timeline }, y, axis) {
 
 function laneParts(plan, timeline, worker, spans, critical, y, axis) {
   const own = plan.stagesOf(worker);
+  const here = plan === shown();
   const end = Math.min(axis.to, timeline.makespan_s);
   const parts = [
-    s("g", choosable({ class: own.length === 1 ? plan.colour(own[0]) : null, "data-stages": own.join(" "), "aria-label": `worker ${worker}` }, () => own.length && chooseStage(own[0])),
+    s("g", choosable({ class: own.length === 1 ? plan.colour(own[0]) : null, "data-stages": here ? own.join(" ") : null, "data-key": `lane ${plans.indexOf(plan)} ${timeline.source} ${worker}`, "aria-label": `worker ${worker}` }, () => own.length && chooseStage(own[0], plans.indexOf(plan))),
       label("b", 0, y + 11, `worker ${worker}`), label("dim s", 0, y + 22, shorten(`${stageName(plan, own)}, ${plan.devices[worker] || ""}`, 20))),
   ];
   if (end > axis.from) parts.push(s("rect", { class: "idle", x: LEFT, y, width: round(axis.x(end) - LEFT), height: LANE }));
@@ -148,7 +154,7 @@ function spanPart(plan, timeline, index, critical, y, axis) {
   const kind = op === "F" ? "fwd" : op === "W" ? "bwd weight" : "bwd";
   return s(
     "g",
-    { class: `span ${kind} ${plan.colour(stage)}${critical ? " critical" : ""}`, "data-stage": stage, "data-microbatch": m, onclick: () => chooseStage(stage) },
+    { class: `span ${kind} ${plan.colour(stage)}${critical ? " critical" : ""}`, "data-stage": plan === shown() ? stage : null, "data-microbatch": m, onclick: () => chooseStage(stage, plans.indexOf(plan)) },
     tip(text),
     s("rect", { x: round(x), y: y + 0.5, width: round(width), height: LANE - 1 }),
     width > String(m).length * DIGIT + 2 ? label("m", x + width / 2, y + 16, String(m)) : null,
@@ -179,12 +185,13 @@ function dragged(svg, down, width, axis, longest) {
     return axis.from + (Math.min(Math.max(0, x - LEFT), axis.width) / axis.width) * (axis.to - axis.from);
   };
   const start = at(down);
-  const up = (event) => {
-    window.removeEventListener("pointerup", up);
+  const end = (event) => {
+    if (event.pointerId !== down.pointerId) return;
+    for (const kind of ["pointerup", "pointercancel"]) window.removeEventListener(kind, end);
     const [from, to] = [start, at(event)].sort((a, b) => a - b).map((second) => second / longest);
-    if (to - from > (state.to - state.from) * 0.01) choose({ from, to: Math.min(1, to) });
+    if (event.type === "pointerup" && to - from > (state.to - state.from) * 0.01) lookAt(from, to);
   };
-  window.addEventListener("pointerup", up);
+  for (const kind of ["pointerup", "pointercancel"]) window.addEventListener(kind, end);
 }
 
 function timelineLegend(plan) {

@@ -51,8 +51,8 @@ function pareto(candidates) {
     const text = `${c.shape}, ${c.schedule}, ${count(c.microbatches, "microbatch", "microbatches")}: ${duration(c.step_s)}, ${size(c.memory_bytes)}${c.chosen ? " (chosen)" : ""}`;
     return s(
       "g",
-      choosable({ class: `point c${shapes.indexOf(c.shape) % report.colours.length}${c.chosen ? " own" : ""}`, transform: `translate(${x(c)} ${y(c)})`, "aria-label": text }, () => copy(c.call)),
-      tip(`${text}; click copies ${c.call}`),
+      choosable({ class: `point c${shapes.indexOf(c.shape) % report.colours.length}${c.chosen ? " own" : ""}`, transform: `translate(${x(c)} ${y(c)})`, "aria-label": text }, () => c.call && copy(c.call)),
+      tip(`${text}${c.call ? `; click copies ${c.call}` : ""}`),
       c.chosen ? s("circle", { r: 9, class: "ring" }) : null,
       s("path", { d: MARKS[schedules.indexOf(c.schedule) % MARKS.length] }),
     );
@@ -104,7 +104,7 @@ function candidatesTable(candidates) {
     cells: [
       c.shape, c.schedule, String(c.microbatches), duration(c.step_s), c.chosen ? "chosen" : change(c.step_s, own.step_s),
       c.memory_bytes ? size(c.memory_bytes) : "", c.memory_bytes && isBest(c, candidates) ? "best" : "",
-      h("button", { type: "button", title: c.call, "data-call": c.call, onclick: () => copy(c.call) }, "copy as compile(...)"),
+      c.call ? h("button", { type: "button", title: c.call, "data-call": c.call, onclick: () => copy(c.call) }, "copy as compile(...)") : "its order has no name",
     ],
   }));
   const header = ["stages x replicas", "schedule", "microbatches", "step", "against chosen", "memory", "", ""];
