@@ -35,7 +35,8 @@ def viz(*arguments: str) -> None:
 
 def shoot(browser: Any, page: Path, name: str, hash: str = "", view: str = "", **options: Any) -> None:
     """Take a picture of a page as it opens, or of one of its views."""
-    context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}, "offline": True, **options})
+    size = {"width": 1440, "height": 1800 if view else 900}  # a whole view, with nothing of the page's head over it
+    context = browser.new_context(**{"viewport": size, "offline": True, **options})
     tab = context.new_page()
     tab.goto(f"{page.as_uri()}{hash}")
     tab.wait_for_selector("#report header")

@@ -87,17 +87,19 @@ function arrowsOf(graph, boxes, boxOf) {
       const target = boxOf[op];
       if (source === target) continue;
       const key = source * boxes.length + target;
-      if (!arrows.has(key)) arrows.set(key, { source, target, values: new Set(), bytes: 0, skips: false });
+      if (!arrows.has(key)) arrows.set(key, { source, target, values: new Set(), bytes: 0, crosses: false, skips: false });
       const arrow = arrows.get(key);
       arrow.values.add(used);
-      if (boxes[source].stage === graph.stages[op] || crossed.has(`${used}/${graph.stages[op]}`)) continue;
-      crossed.add(`${used}/${graph.stages[op]}`);
+      const stage = graph.stages[op];
+      if (boxes[source].stage === stage) continue;
       const wire = graph.wire_of.get(used);
-      // A value that its user's stage makes again does not cross.
-      arrow.bytes += wire && wire[3].includes(graph.stages[op]) ? wire[5] : 0;
-      arrow.skips = graph.stages[op] > boxes[source].stage + 1;
+      if (!wire || !wire[3].includes(stage)) continue; // its user's stage makes it again
+      arrow.crosses = true;
+      arrow.skips = stage > boxes[source].stage + 1;
+      // A value crosses once for all of its users in a stage.
+      if (!crossed.has(`${used}/${stage}`)) arrow.bytes += wire[5];
+      crossed.add(`${used}/${stage}`);
     }
   });
-  for (const arrow of arrows.values()) arrow.copied = !arrow.bytes && boxes[arrow.source].stage !== boxes[arrow.target].stage;
   return [...arrows.values()];
 }

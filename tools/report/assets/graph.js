@@ -58,7 +58,7 @@ function graphView(plan) {
   const laid = layout(bands.map((band) => present.indexOf(band)), arrows.map((a) => [a.source, a.target]), room4, perLine);
   drawnGraph = { folded, laid, bands };
   const width = Math.max(laid.width, narrow ? 0 : 1180 - header);
-  const crosses = (arrow) => arrow.bytes > 0;
+  const crosses = (arrow) => arrow.crosses;
   const order = [...arrows.keys()].sort((a, b) => crosses(arrows[a]) - crosses(arrows[b]) || a - b);
   const longest = Math.max(0, ...boxes.map((box) => box.seconds));
   const drawing = s(
@@ -111,12 +111,12 @@ function laneOf(plan, stage, band, width, header) {
 
 function wireOf(plan, arrow, route, { boxes }) {
   const [from, to] = [boxes[arrow.source].stage, boxes[arrow.target].stage];
-  const crosses = from !== to && !arrow.copied;
+  const { crosses } = arrow;
   const names = [...arrow.values].slice(0, 12).map((used) => nameOf(plan, used)).join(", ");
   const points = route.points.map(([x, y]) => `${round(x)},${round(y)}`).join(" ");
   const [x, y] = route.points[route.points.length - 1];
   const kind = crosses ? (arrow.skips ? "wire skip" : "wire") : "edge";
-  const text = `${names}${arrow.values.size > 12 ? " …" : ""}${arrow.copied && from !== to ? `: made again in stage ${to}` : ""}${crosses ? `: stage ${from} to ${to}, ${size(arrow.bytes)} a microbatch` : ""}`;
+  const text = `${names}${arrow.values.size > 12 ? " …" : ""}${!crosses && from !== to ? `: made again in stage ${to}` : ""}${crosses ? `: stage ${from} to ${to}, ${size(arrow.bytes)} a microbatch` : ""}`;
   return s(
     "g",
     { class: kind, "data-from": from, "data-to": to },

@@ -32,7 +32,12 @@ function isBest(candidate, all) {
   return !all.some((o) => o.memory_bytes && (o.step_s < candidate.step_s || o.memory_bytes < candidate.memory_bytes) && o.step_s <= candidate.step_s && o.memory_bytes <= candidate.memory_bytes);
 }
 
-const MARKS = ["M-4 -4h8v8h-8z", "M0 -5l5 9h-10z", "M0 -5l5 5l-5 5l-5 -5z", "M-5 -1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z", "M0 5l5 -9h-10z"];
+// One shape for each schedule that the planner tries.
+const MARKS = [
+  "M-4 -4h8v8h-8z", "M0 -5l5 9h-10z", "M0 -5l5 5l-5 5l-5 -5z", "M-5 -1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z", "M0 5l5 -9h-10z",
+  "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0", "M-2.5 -4.5h5l2.5 4.5l-2.5 4.5h-5l-2.5 -4.5z", "M-5 0l9 -5v10z", "M5 0l-9 -5v10z",
+  "M-1.8 -5h3.6v10h-3.6z", "M-5 -1.8h10v3.6h-10z", "M-4.5 -4.5h9l-9 9z", "M4.5 4.5h-9l9 -9z",
+];
 
 function pareto(candidates) {
   const points = candidates.filter((c) => c.memory_bytes > 0 && c.step_s > 0);
@@ -78,7 +83,7 @@ function spread(values) {
 
 function linkChart(plan) {
   if (!plan.links.length) return null;
-  const [width, height, left, bottom] = [420, 260, 74, 40];
+  const [width, height, left, bottom] = [560, 260, 74, 40];
   const [, high] = spread(plan.links.map(([, seconds]) => seconds));
   const own = plan.links.find(([factor]) => factor === 1);
   const [f0, f1] = [Math.log(plan.links[0][0]), Math.log(plan.links[plan.links.length - 1][0])];
