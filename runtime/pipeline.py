@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from ..errors import ConstraintError, StagecutError, StageError
-from ..representation import html_of
 from ..structure import flatten, unflatten
 from .attach import Pending, attach
 from .batch import (
@@ -30,16 +29,15 @@ from .batch import (
 )
 from .build import Build
 from .engine import Engine
-from .gradients import clip, own_norm
+from .facade import Facade
 from .program import PipelineSpec, Timeline
 from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepRequest
 from .results import EvalResult, Profile, Startup, StepResult, timeline_of, total_loss
 from .surroundings import autocast_dtype
-from .unsplit import unsplit
 from .verify import VerifyReport, compare, gradients_of, preserved, reference_model, reference_step
 
 
-class Pipeline(nn.Module):
+class Pipeline(Facade):
     """A compiled model.
 
     Made by :func:`stagecut.compile`. Its parameters are the very objects of the model that it was made from; names,
@@ -85,12 +83,6 @@ class Pipeline(nn.Module):
         self._forgotten: list[int] = []
         self._told: set[int] = set()  # stages
         self.training = model.training
-
-    @property
-    def model(self) -> nn.Module:
-        """Return the model that was compiled; its parameters are this pipeline's."""
-        model: nn.Module = self.__dict__["_model"]
-        return model
 
     @property
     def plan(self) -> Any:
@@ -458,141 +450,21 @@ class Pipeline(nn.Module):
         self._run(replace(forward, kind=BACKWARD, want_outputs=False, inputs=nothing, output_gradients=gradients))
 
     def close(self) -> None:
-        """Let the workers go, to the next pipeline of this process; parameters stay usable."""
+        """Let the workers go, to the next pipeline of this process; parameters stay usable.
+
+        Raises:
+            CheckpointError: one that was being written in the background could not be.
+        """
         self._closed = True
         if self._engine is not None:
             self._engine.unsynced.drop()
             self._engine.close()
             self._engine = None
         self._release()
+        self._finish_saving()
 
     def __enter__(self) -> Pipeline:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    def train(self, mode: bool = True) -> Pipeline:
-        """Put the model into training (or evaluation) mode."""
-        self.training = mode
-        self.model.train(mode)
-        return self
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Iterate over the model's parameters under their own names."""
-        return self.model.named_parameters(prefix, recurse, remove_duplicate)
-
-    def named_buffers(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Iterate over the model's buffers under their own names."""
-        return self.model.named_buffers(prefix, recurse, remove_duplicate)
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """Iterate over the model's modules under their own names."""
-        yield from self.model.named_modules(memo, prefix, remove_duplicate)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """Return a module of the model by its path; ``get_parameter`` and ``get_buffer`` follow."""
-        return self.model.get_submodule(target)
-
-    def apply(self, fn: Callable[[nn.Module], None]) -> Pipeline:
-        """Apply ``fn`` to every module of the model."""
-        self.model.apply(fn)
-        return self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the model's state under its own names: it loads into the plain model, and the other way round.
-
-        Under torchrun this is a collective call: every rank receives the whole state.
-        """
-        state = {} if self._engine is None else self._engine.full_state()
-        own: dict[str, Any] = self.model.state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "")
-        for name in list(own):
-            found = state.get(name.removeprefix(prefix))
-            if found is not None:
-                own[name] = found.detach()
-        return own
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the model's state, from a pipeline or from the plain model."""
-        if assign:
-            raise StagecutError("assign=True would replace parameters that workers share", hint="leave assign=False")
-        load = getattr(self._engine, "load_state", None)
-        if load is not None:
-            return load(state_dict, strict)
-        return self.model.load_state_dict(state_dict, strict)
-
-    def clip_grad_norm_(
-        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
-    ) -> torch.Tensor:
-        """Scale all gradients, in place, so that the norm of the whole model's is at most ``max_norm``.
-
-        As ``torch.nn.utils.clip_grad_norm_`` on the unsplit model: one norm over all stages, in which tied parameters
-        count once, and replicas' too. Under torchrun this is a collective call; torch's own function would see the
-        rank's gradients alone there.
-
-        Returns:
-            The norm before, 0-dim.
-
-        Raises:
-            StagecutError: the norm is not finite, and ``error_if_nonfinite``.
-        """
-        engine, parameters = self._engine, list(self.model.parameters())
-        norm = own_norm(parameters, norm_type) if engine is None else engine.gradient_norm(norm_type)
-        return clip(parameters, norm, max_norm, norm_type, error_if_nonfinite)
-
-    def local_parameters(self) -> list[nn.Parameter]:
-        """List the parameters that this process holds: all of the model's, or those of a rank's stages under torchrun.
-
-        Sharded optimizers take these, with :attr:`replica_group`:
-        ``ZeroRedundancyOptimizer(pm.local_parameters(), torch.optim.AdamW, process_group=pm.replica_group, lr=3e-4)``.
-        """
-        self._require_plan()
-        own = getattr(self._engine, "local_parameters", None)
-        return list(self.model.parameters()) if own is None else own()
-
-    @property
-    def replica_group(self) -> Any:
-        """Return the process group of the ranks that hold the same stages as this one; None if there is no other."""
-        self._require_plan()
-        return getattr(self._engine, "replica_group", None)
-
-    def _require_plan(self) -> None:
-        if self._engine is None:
-            raise StagecutError(
-                "who holds what is known once the pipeline is planned, and it is not yet",
-                hint="stagecut.compile(..., example_inputs=(x,)) plans at once",
-            )
-
-    def to_module(self) -> nn.Module:
-        """Return the unsplit model as a module of its own, with the weights of now: to export, evaluate, or average.
-
-        Under torchrun this is a collective call, and every rank receives the whole model.
-        """
-        return unsplit(self.model, {} if self._engine is None else self._engine.full_state())
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Pipeline:
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        kinds = {(tensor.dtype, tensor.device): tensor for tensor in tensors}.values()
-        if all(fn(empty := torch.empty(0, dtype=t.dtype, device=t.device)) is empty for t in kinds):
-            return self  # trainers call .to(device) for good measure
-        raise StagecutError(
-            "a compiled pipeline cannot change its dtype or device: its workers own the placement",
-            hint="change the model first, then call stagecut.compile(model, devices=[...])",
-        )
-
-    def _repr_html_(self) -> str | None:
-        return html_of("Pipeline", self)
-
-    def extra_repr(self) -> str:
-        """Describe the pipeline in one line."""
-        where = (
-            "not planned yet" if self._spec is None else f"{self._spec.layout.n_stages} stages on {self._spec.devices}"
-        )
-        return f"{type(self.model).__name__}, {where}"

@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import CheckpointError, DeviceError, PlanError, ShapeError, StageError
 from ..structure import flatten, is_encodable, unflatten
 from .batchnorm import replicas_of, synced_stages
+from .checkpoint import Placement, users_by_name
 from .engine import Programs, fresh_gradients, model_state
 from .executor import Executor
 from .gradients import joined_norm, own_norm
@@ -27,7 +28,7 @@ from .program import PipelineSpec, Span
 from .replicate import DataParallelReducer, NoReduction, Reducer, Replicas
 from .requests import BACKWARD, TRAIN, StepReport, StepRequest
 from .sharded import ShardedReducer, adopt, dense, load
-from .stage import StageRuntime, settle_statistics
+from .stage import StageRuntime, isolated_randomness, settle_statistics
 from .synced import Rounds, rounds_of
 from .unsynced import Unsynced
 from .weights import Weights, materialised, names_of
@@ -125,7 +126,7 @@ class SpmdEngine:
         self._programs = Programs(spec, synced)
         self._names = {id(tensor): name for name, tensor in reversed(list(model_state(model).items()))}
         self._compare_fingerprints()
-        self._users = self._users_by_name()
+        self._users = users_by_name(spec, self._names)
         self._take_over_state(options.weights)
         own = [s for s, owners in enumerate(layout.workers) if self._worker in owners]
         rounds = {s: self._rounds(s) for s in sorted(synced)}
@@ -156,16 +157,6 @@ class SpmdEngine:
         dist.all_gather(everyone, mine, group=self._group)
         if any(not torch.equal(other, everyone[0]) for other in everyone):
             raise error
-
-    def _users_by_name(self) -> dict[str, list[int]]:
-        """List, per parameter or buffer, the stages that use it."""
-        users: dict[str, list[int]] = {name: [] for name in self._names.values()}
-        for stage in self._spec.stages:
-            tensors = [t for module in stage.modules.values() for t in (*module.parameters(), *module.buffers())]
-            tensors += [t for t in stage.attributes.values() if isinstance(t, torch.Tensor)]
-            for name in dict.fromkeys(self._names[id(t)] for t in tensors if id(t) in self._names):
-                users[name].append(stage.index)
-        return users
 
     def _take_over_state(self, weights: Weights | None) -> None:
         """Take rank 0's values, move what is used here to this rank's device, and release the rest.
@@ -276,7 +267,8 @@ class SpmdEngine:
         trains = request.kind in (TRAIN, BACKWARD)
         parameters = {name: tensor for name, tensor in self._owned if isinstance(tensor, nn.Parameter)}
         goes_on = self.unsynced.resume() if trains else frozenset()
-        with self._gathered_parameters(), fresh_gradients(list(parameters.values()) if trains else []):
+        filled = list(parameters.values()) if trains else []
+        with isolated_randomness(self._spec.random), self._gathered_parameters(), fresh_gradients(filled):
             for name in goes_on:
                 parameters[name].grad = self._parts[name]
             self._executor.begin(request, program.workers[self._worker])
@@ -473,6 +465,12 @@ class SpmdEngine:
                 if sources:
                     load(tensor, state_dict[sources[0]])
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    def placement(self) -> Placement:
+        """Say what this rank writes of a checkpoint: what it is the first to own; rank 0 what no stage uses."""
+        rank = self._worker
+        mine = [name for name, _ in self._owned if self._owner[name] == rank or (self._owner[name] < 0 and rank == 0)]
+        return Placement({f"rank-{rank:04d}": mine}, {name for name, _ in self._owned}.__contains__)
 
     def close(self) -> None:
         """Give up the channels; the ranks belong to torchrun."""

@@ -102,12 +102,13 @@ def test_the_commands_of_the_tools_page_run(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("document", ["planner.md", "schedules.md"])
+@pytest.mark.parametrize("document", ["planner.md", "schedules.md", "reliability.md"])
 def test_the_code_in_documents_runs(
-    document: str, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    document: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = "\n".join(re.findall(r"```python\n(.*?)```", (repository / "docs" / document).read_text(), re.DOTALL))
     (tmp_path / "code.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
         runpy.run_path(str(tmp_path / "code.py"))
     assert capsys.readouterr().out.strip()

@@ -11,6 +11,7 @@ import torch
 import stagecut
 from stagecut.partitioner.choice import Choice
 from stagecut.partitioner.ranking import rank
+from stagecut.partitioner.wording import ms
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +65,8 @@ def test_the_faster_is_taken_and_of_equal_ones_the_simpler(
     first, second = sorted(measured)
     assert plan.reasons[0].startswith("tried, as predictions are too close to tell: ")
     assert plan.reasons[0].endswith("(medians of 6 steps each)")
-    assert f"{first * 1e3:.3g} ms" in plan.reasons[0].partition(";")[0]
-    assert f"{second * 1e3:.3g} ms" in plan.reasons[0].partition(";")[2]
+    assert ms(first) in plan.reasons[0].partition(";")[0]
+    assert ms(second) in plan.reasons[0].partition(";")[2]
     assert not any("SHORTER" in line for line in plan.reasons)
     assert len(plan.alternatives) == 2
 

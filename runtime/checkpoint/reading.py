@@ -1,0 +1,171 @@
+"""Loading: the newest checkpoint that is whole, tensor by tensor, into whatever plan goes on from it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import CheckpointError
+from . import folder as folders
+from .folder import Manifest
+from .peers import Alone, Peers, together
+from .random_state import restore_random_state
+from .records import MODEL, RANDOM, Training
+from .state import restore_optimizer
+from .values import decoded
+
+
+class Reader:
+    """A checkpoint that was verified: tensors by key, one at a time, and what else it holds."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path, self.manifest = path, manifest
+        self.values = _values_of(manifest, path)
+        self._stack = ExitStack()
+        self._file_of: dict[str, Any] = {}
+        self.records: dict[str, Any] = {}
+        for record in manifest.files:
+            file = path / record.name
+            if file.suffix == ".json":
+                self.records[file.stem] = _json_object(file.read_text(encoding="utf-8"), file, ("states", RANDOM))
+                continue
+            try:
+                opened = self._stack.enter_context(safe_open(file, framework="pt"))
+            except SafetensorError as error:
+                raise CheckpointError(f"{file} is no whole safetensors file: {error}") from error
+            self._file_of.update(dict.fromkeys(opened.keys(), opened))
+            if file.stem.startswith("process-"):
+                self.records.setdefault(f"{file.stem} keys", list(opened.keys()))
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def names(self) -> set[str]:
+        """Return the names of the model's parameters and buffers that are there."""
+        found = {key.removeprefix(f"{MODEL}/") for key in self._file_of if key.startswith(f"{MODEL}/")}
+        return found | set(self.values["aliases"])
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read a parameter or buffer of the model."""
+        return self.read(f"{MODEL}/{self.values['aliases'].get(name, name)}")
+
+    def read(self, key: str) -> torch.Tensor:
+        """Read a tensor.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        if key not in self._file_of:
+            raise CheckpointError(f"{key} is not in {self.path}")
+        found: torch.Tensor = self._file_of[key].get_tensor(key)
+        return found
+
+    def states(self) -> dict[str, Any]:
+        """Return what optimizers keep beside tensors, by parameter."""
+        return {
+            name: kept
+            for record in self.records.values()
+            if isinstance(record, dict)
+            for name, kept in record["states"].items()
+        }
+
+    def restore_random(self, rank: int) -> None:
+        """Set this process's generators as those of the process of that rank were, or of the first one."""
+        process = f"process-{rank:04d}"
+        process = process if process in self.records else "process-0000"
+        keys = [key for key in self.records[f"{process} keys"] if key.startswith(f"{RANDOM}/")]
+        file = {key.removeprefix(f"{RANDOM}/"): self._process(process, key) for key in keys}
+        restore_random_state(file, self.records[process][RANDOM])
+
+    def _process(self, process: str, key: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.path / f"{process}.safetensors", framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(key)
+        return tensor
+
+
+def found(folder: str | Path, peers: Peers) -> tuple[Reader, list[str]]:
+    """Open the newest whole checkpoint of a folder, the same one on every process.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+
+    def look() -> bytes:
+        if peers.rank != 0:
+            return b""
+        path, _, passed = folders.newest(folder)
+        return json.dumps([str(path), passed]).encode()
+
+    path, passed = json.loads(together(peers, look)[0])
+    for reason in passed if peers.rank == 0 else ():
+        warnings.warn(f"stagecut: a checkpoint was passed over: {reason}", stacklevel=4)
+    manifest = folders.read_manifest(Path(path))
+    return Reader(Path(path), manifest), passed
+
+
+def read_state(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Return the model's state dict out of the newest whole checkpoint: it loads into the plain model.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    reader, _ = found(folder, Alone())
+    with reader:
+        return {name: reader.tensor(name) for name in sorted(reader.names())}
+
+
+def restore(
+    reader: Reader, training: Training, names: Mapping[int, str], holds: Callable[[str], bool], rank: int
+) -> Any:
+    """Give the rest of a training its state back, the random generators last; returns what ``data`` was saved as.
+
+    Raises:
+        CheckpointError: something is asked for that was not saved, or does not fit.
+    """
+    for name in ("scheduler", "scaler", "data"):
+        thing, kept = getattr(training, name), reader.values[name]
+        if thing is not None and not kept:
+            raise CheckpointError(f"{reader.path} was saved without a {name}", hint=f"leave {name}= out")
+        if thing is not None and hasattr(thing, "load_state_dict"):
+            thing.load_state_dict(decoded(kept[0]))
+    if training.optimizer is not None:
+        if not reader.values["has_optimizer"]:
+            raise CheckpointError(f"{reader.path} was saved without an optimizer", hint="leave optimizer= out")
+        groups = reader.values["groups"]
+        restore_optimizer(training.optimizer, names, groups, reader.states(), reader.read, holds)
+    reader.restore_random(rank)
+    kept = reader.values["data"]
+    return decoded(kept[0]) if kept else None
+
+
+def _values_of(manifest: Manifest, path: Path) -> dict[str, Any]:
+    lists = ("groups", "scheduler", "scaler", "data")
+    values = _json_object(manifest.values, path, ("aliases", "has_optimizer", *lists))
+    known = isinstance(values["aliases"], dict) and all(isinstance(values[name], list) for name in lists)
+    groups = values["groups"] if known else []
+    if not known or not all(isinstance(g, dict) and {"names", "settings"} == set(g) for g in groups):
+        raise CheckpointError(f"{path} holds values that are none of a checkpoint")
+    return values
+
+
+def _json_object(text: str, path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(value, dict) or set(value) != set(keys):
+        raise CheckpointError(f"{path} does not hold {', '.join(keys)}")
+    return value
