@@ -79,6 +79,8 @@ def _either(value: Any) -> tuple[Plan, MeasuredRun | None]:
     if isinstance(value, dict) and "plan" in value:
         run = parse_run(value)
         return run.plan, run
+    if isinstance(value, dict) and "nodes" in value and "format" not in value:
+        raise PlanError("$: this is a cost graph and no plan", hint="partition-viz solve graph.json cuts it")
     return parse(value), None
 
 

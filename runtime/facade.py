@@ -13,7 +13,7 @@ from ..errors import CheckpointError, StagecutError
 from ..representation import html_of
 from .checkpoint import Loaded, Placement, Saving, Training, by_stage
 from .checkpoint.peers import Alone, Peers, Ranks
-from .checkpoint.reading import Reader, found, restore
+from .checkpoint.reading import Reader, Tensors, found, restore
 from .checkpoint.saving import snapshot, taken_together, write
 from .engine import Engine
 from .gradients import clip, own_norm
@@ -225,17 +225,16 @@ class Facade(nn.Module):
             )
         fill = getattr(self._engine, "load_state", None)
         if fill is not None:
-            fill({name: reader.tensor(name) for name in state}, True)
+            fill(Tensors(reader), True)
             return
-        values = {name: reader.tensor(name) for name in state if name not in reader.values["aliases"]}
-        for name, value in values.items():
-            if value.shape != state[name].shape:
+        for name, tensor in state.items():
+            if reader.shape(name) != tuple(tensor.shape):
                 raise CheckpointError(
-                    f"{name}: expected shape {tuple(state[name].shape)}, got {tuple(value.shape)} in {reader.path}"
+                    f"{name}: expected shape {tuple(tensor.shape)}, got {reader.shape(name)} in {reader.path}"
                 )
         with torch.no_grad():
-            for name, value in values.items():
-                state[name].copy_(value)
+            for name in set(state) - set(reader.values["aliases"]):
+                state[name].copy_(reader.tensor(name))
 
     def _writers(self) -> tuple[Peers, Placement]:
         """Return who writes a checkpoint, and what of it this process does."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,15 @@ class Reader:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read a parameter or buffer of the model."""
-        return self.read(f"{MODEL}/{self.values['aliases'].get(name, name)}")
+        return self.read(self._key(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter or buffer without reading it."""
+        key = self._key(name)
+        return tuple(self._file_of[key].get_slice(key).get_shape())
+
+    def _key(self, name: str) -> str:
+        return f"{MODEL}/{self.values['aliases'].get(name, name)}"
 
     def read(self, key: str) -> torch.Tensor:
         """Read a tensor.
@@ -94,6 +102,22 @@ class Reader:
         with safe_open(self.path / f"{process}.safetensors", framework="pt") as opened:
             tensor: torch.Tensor = opened.get_tensor(key)
         return tensor
+
+
+class Tensors(Mapping[str, torch.Tensor]):
+    """The model's tensors by name, each read when it is asked for: no process holds all of them."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._reader.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._reader.names()))
+
+    def __len__(self) -> int:
+        return len(self._reader.names())
 
 
 def found(folder: str | Path, peers: Peers) -> tuple[Reader, list[str]]:

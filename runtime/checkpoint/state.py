@@ -89,18 +89,24 @@ def restore_optimizer(
         for parameter in group["params"]:
             name = _name_of(parameter, names)
             if name in states and mine(name):
-                optimizer.state[parameter] = _state(parameter, name, states[name], read)
+                counts_there = bool(group.get("capturable") or group.get("fused"))
+                optimizer.state[parameter] = _state(parameter, name, states[name], read, counts_there)
 
 
-def _state(parameter: nn.Parameter, name: str, record: Mapping[str, Any], read: Read) -> dict[str, Any]:
+def _state(
+    parameter: nn.Parameter, name: str, record: Mapping[str, Any], read: Read, counts_there: bool
+) -> dict[str, Any]:
+    """Read a parameter's state; ``counts_there``: what has another shape lies on its device too."""
     found: dict[str, Any] = {}
     for key, value in record.items():
         if value is not None:
             found[key] = decoded(value[0])
             continue
         tensor = read(f"{_STATE}/{name}/{key}")
-        # What has the parameter's shape lies where it lies; counts of steps stay on the CPU, as torch makes them.
-        found[key] = _placed(tensor, parameter) if tensor.shape == parameter.shape else tensor
+        if tensor.shape == parameter.shape:
+            found[key] = _placed(tensor, parameter)
+        else:  # counts of steps are on the CPU, unless a kernel counts (as torch's own load_state_dict has it)
+            found[key] = tensor.to(parameter.device) if counts_there else tensor
     return found
 
 

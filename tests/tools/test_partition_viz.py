@@ -271,6 +271,12 @@ def test_what_cannot_be_written_is_refused_before_anything_is_planned(arguments,
     assert said in capsys.readouterr().err
 
 
+def test_a_cost_graph_is_told_from_a_plan(tmp_path, capsys):
+    (tmp_path / "graph.json").write_text('{"nodes": [], "edges": [], "graph": {}}')
+    assert main(["show", str(tmp_path / "graph.json")]) == 2
+    assert "partition-viz solve" in capsys.readouterr().err
+
+
 def test_a_page_of_several_plans_does_not_say_where_they_were(saved, tmp_path, capsys):
     (tmp_path / "secret").mkdir()
     other = tmp_path / "secret" / "other.json"

@@ -287,6 +287,14 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tmp_path: Path) -
             pm.save(tmp_path, 2, optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(2))], 0.1))
         with pytest.raises(CheckpointError, match=r"scheduler\.f is a builtin_function_or_method"):
             pm.save(tmp_path, 2, scheduler={"f": print})
+    wide = Net().double()
+    wide.frozen = nn.Linear(6, 6, bias=True, dtype=torch.float64)
+    wide.unused = nn.Linear(3, 2, dtype=torch.float64)
+    pm = stagecut.compile(wide, ["cpu"], loss_fn=F.mse_loss, example_inputs=(batch(0)[0],), **INLINE)
+    before = wide.first.weight.detach().clone()
+    with pm, pytest.raises(CheckpointError, match=r"unused.weight: expected shape \(2, 3\), got \(2, 2\)"):
+        pm.load(tmp_path / "bare")
+    assert torch.equal(wide.first.weight, before)
     other = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
     pm = stagecut.compile(other, ["cpu"], loss_fn=F.mse_loss, example_inputs=(batch(0)[0],), **INLINE)
     with pm, pytest.raises(CheckpointError, match=r"is of another model \(Net\): missing \['0.bias'"):
