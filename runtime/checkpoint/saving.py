@@ -107,8 +107,8 @@ def snapshot(
     groups: list[Any] = []
     if training.optimizer is not None:
         tensors, records["states"] = optimizer_states(training.optimizer, names, file_of.__contains__)
-        for key, tensor in tensors.items():
-            files[file_of[key.split("/")[1]]][key] = tensor
+        for name, own_tensors in tensors.items():
+            files[file_of[name]].update(own_tensors)
         settings, groups = optimizer_groups(training.optimizer, names)
         if rank == 0:
             files.setdefault("process-0000", {}).update(settings)

@@ -18,14 +18,14 @@ Read = Callable[[str], torch.Tensor]
 
 def optimizer_states(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str], mine: Callable[[str], bool]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the state of those parameters for which ``mine`` holds: tensors by key, and what else there is by name.
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """Return the state of those parameters for which ``mine`` holds, by name: tensors by key, and what else there is.
 
     Raises:
         CheckpointError: state is spread over ranks by the optimizer itself, or holds what no checkpoint can.
     """
     _check_kind(optimizer)
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
     values: dict[str, Any] = {}
     for parameter, state in optimizer.state.items():
         name = _name_of(parameter, names)
@@ -34,7 +34,7 @@ def optimizer_states(
             if isinstance(value, torch.Tensor):
                 whole = dense(value.detach())  # gathers shares: every replica has to come here
                 if mine(name):
-                    tensors[f"{_STATE}/{name}/{key}"] = whole
+                    tensors.setdefault(name, {})[f"{_STATE}/{name}/{key}"] = whole
                 kept[key] = None
             else:
                 kept[key] = [encoded(value, f"optimizer state {key!r} of {name}")]

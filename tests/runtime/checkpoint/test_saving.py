@@ -136,6 +136,22 @@ def test_the_state_loads_into_the_plain_model(tmp_path: Path) -> None:
     assert plain.last.weight is plain.first.weight
 
 
+def test_names_may_hold_what_separates_other_names(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
+    model.add_module("a/b optimizer/c", nn.Linear(6, 6).double())
+    with stagecut.compile(model, ["cpu"], loss_fn=F.mse_loss, example_inputs=(batch(0)[0],), **INLINE) as pm:
+        optimizer = torch.optim.AdamW(pm.parameters(), 1e-2)
+        x, y = batch(0)
+        pm.step(x, target=y)
+        optimizer.step()
+        pm.save(tmp_path, 1, optimizer=optimizer)
+        wanted = [value["exp_avg"].clone() for value in optimizer.state.values()]
+        again = torch.optim.AdamW(pm.parameters(), 1.0)
+        pm.load(tmp_path, optimizer=again)
+        assert again.param_groups[0]["lr"] == 1e-2
+        assert all(torch.equal(a, b["exp_avg"]) for a, b in zip(wanted, again.state.values(), strict=True))
+
+
 def test_every_stage_has_a_file_and_a_shared_weight_is_written_once(tmp_path: Path) -> None:
     with compiled() as pm:
         path = pm.save(tmp_path, 1).wait()
