@@ -13,7 +13,7 @@ from ..errors import CheckpointError, StagecutError
 from ..representation import html_of
 from .checkpoint import Loaded, Placement, Saving, Training, by_stage
 from .checkpoint.peers import Alone, Peers, Ranks
-from .checkpoint.reading import Reader, Tensors, found, restore
+from .checkpoint.reading import Reader, Tensors, check_fits, found, restore
 from .checkpoint.saving import snapshot, taken_together, write
 from .engine import Engine
 from .gradients import clip, own_norm
@@ -202,16 +202,17 @@ class Facade(nn.Module):
             data: what has a ``load_state_dict()``, to be set too; anything else that was saved is in ``loaded.data``.
 
         Raises:
-            CheckpointError: there is none, or it does not fit the model or the optimizer; nothing was changed then, but
-                for what is named.
+            CheckpointError: there is none, or it does not fit the model or the optimizer; nothing was changed then.
         """
         self._finish_saving()
         peers, placement = self._writers()
         reader, passed = found(folder, peers)
         with reader:
-            self._fill(reader)
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-            kept = restore(reader, Training(optimizer, scheduler, scaler, data), names, placement.holds, peers.rank)
+            training = Training(optimizer, scheduler, scaler, data)
+            check_fits(reader, training, names)
+            self._fill(reader)
+            kept = restore(reader, training, names, placement.holds, peers.rank)
             return Loaded(reader.path, reader.manifest.step, kept, tuple(passed))
 
     def _fill(self, reader: Reader) -> None:
@@ -233,8 +234,8 @@ class Facade(nn.Module):
                     f"{name}: expected shape {tuple(tensor.shape)}, got {reader.shape(name)} in {reader.path}"
                 )
         with torch.no_grad():
-            for name in set(state) - set(reader.values["aliases"]):
-                state[name].copy_(reader.tensor(name))
+            for name, tensor in state.items():  # under all names: what was shared then need not be shared here
+                tensor.copy_(reader.tensor(name))
 
     def _writers(self) -> tuple[Peers, Placement]:
         """Return who writes a checkpoint, and what of it this process does."""

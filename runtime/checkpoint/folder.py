@@ -13,6 +13,9 @@ import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,7 @@ class Manifest:
         model: class of the model; fingerprint: of its graph, or "" if it was not captured yet.
         stages, replicas: of the pipeline that wrote it; any other can read it.
         files: every other file of the folder.
-        values: the rest, as JSON text: groups of the optimizer, scheduler, scaler, position in the data, random state.
+        values: the rest, as JSON text: groups of the optimizer, scheduler, scaler, position in the data.
     """
 
     format: int
@@ -73,7 +76,7 @@ def begin(folder: Path, step: int, writer: int) -> Path:
     """
     final = step_folder(folder, step)
     if final.exists():
-        raise CheckpointError(f"{final} exists, and no checkpoint is overwritten", hint="save another step, or move it")
+        _set_aside(final)
     unfinished = folder / f".tmp-{step:08d}-{writer}"
     with reported(unfinished):
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,6 +86,23 @@ def begin(folder: Path, step: int, writer: int) -> Path:
                 shutil.rmtree(other, ignore_errors=True)
         unfinished.mkdir()
     return unfinished
+
+
+def _set_aside(final: Path) -> None:
+    """Move a checkpoint away that is not whole: whoever went on from the one before comes to its step again.
+
+    Raises:
+        CheckpointError: it is whole, and no checkpoint is overwritten.
+    """
+    try:
+        verified(final)
+    except CheckpointError as error:
+        broken = final.with_name(f"broken-{final.name}-{os.getpid()}")
+        with reported(final):
+            final.rename(broken)
+        warnings.warn(f"stagecut: {error.message}; it is {broken.name} now", stacklevel=2)
+        return
+    raise CheckpointError(f"{final} exists, and no checkpoint is overwritten", hint="save another step, or move it")
 
 
 def _is_alive(pid: int) -> bool:
@@ -139,20 +159,27 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def keep_last(folder: Path, count: int) -> None:
-    """Remove all but the newest ``count`` checkpoints; what a removal that was cut short left is removed later."""
-    for path in checkpoints(folder)[count:]:
+def keep_last(folder: Path, step: int, count: int) -> None:
+    """Remove all but the newest ``count`` checkpoints up to a step; what a removal that was cut short left goes later.
+
+    Later ones neither count nor go: they were not whole if somebody went on from an earlier one.
+    """
+    earlier = [path for path in checkpoints(folder) if _step_of(path) <= step]
+    for path in earlier[count:]:
         removed = folder / f".tmp-{path.name.removeprefix('step-')}-{os.getpid()}"
         path.rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints of a folder that have a manifest, newest step first."""
+    """List the checkpoints of a folder, newest step first, whole or not."""
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), path) for path in folder.iterdir() if (m := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True) if (path / MANIFEST).is_file()]
+    return sorted((path for path in folder.iterdir() if _STEP.fullmatch(path.name)), key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def newest(folder: str | Path) -> tuple[Path, Manifest, list[str]]:
@@ -164,7 +191,7 @@ def newest(folder: str | Path) -> tuple[Path, Manifest, list[str]]:
         CheckpointError: there is none; or the one that was asked for is not whole.
     """
     folder = Path(folder)
-    if (folder / MANIFEST).is_file():
+    if _STEP.fullmatch(folder.name) or (folder / MANIFEST).is_file():
         return folder, verified(folder), []
     found = checkpoints(folder)
     passed: list[str] = []
@@ -236,22 +263,16 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-class reported:
+@contextmanager
+def reported(path: Path) -> Iterator[None]:
     """Turn what the system says of a file into a :class:`CheckpointError` with the path and the room that is left."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if not isinstance(error, OSError):
-            return
+    try:
+        yield
+    except OSError as error:
         hint = None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = f"free some room: {_free(self._path)} bytes are left there; earlier checkpoints are as they were"
-        raise CheckpointError(f"{self._path}: {error.strerror or error}", hint=hint) from error
+            hint = f"free some room: {_free(path)} bytes are left there; earlier checkpoints are as they were"
+        raise CheckpointError(f"{path}: {error.strerror or error}", hint=hint) from error
 
 
 def _free(path: Path) -> int:

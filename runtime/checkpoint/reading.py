@@ -17,7 +17,7 @@ from .folder import Manifest
 from .peers import Alone, Peers, together
 from .random_state import restore_random_state
 from .records import MODEL, RANDOM, Training
-from .state import restore_optimizer
+from .state import check_groups, restore_optimizer
 from .values import decoded
 
 
@@ -31,6 +31,7 @@ class Reader:
         self.values = _values_of(manifest, path)
         self._stack = ExitStack()
         self._file_of: dict[str, Any] = {}
+        self._files: dict[str, Any] = {}
         self.records: dict[str, Any] = {}
         for record in manifest.files:
             file = path / record.name
@@ -42,8 +43,7 @@ class Reader:
             except SafetensorError as error:
                 raise CheckpointError(f"{file} is no whole safetensors file: {error}") from error
             self._file_of.update(dict.fromkeys(opened.keys(), opened))
-            if file.stem.startswith("process-"):
-                self.records.setdefault(f"{file.stem} keys", list(opened.keys()))
+            self._files[file.stem] = opened
 
     def __enter__(self) -> Reader:
         return self
@@ -81,27 +81,16 @@ class Reader:
 
     def states(self) -> dict[str, Any]:
         """Return what optimizers keep beside tensors, by parameter."""
-        return {
-            name: kept
-            for record in self.records.values()
-            if isinstance(record, dict)
-            for name, kept in record["states"].items()
-        }
+        return {name: kept for record in self.records.values() for name, kept in record["states"].items()}
 
     def restore_random(self, rank: int) -> None:
         """Set this process's generators as those of the process of that rank were, or of the first one."""
         process = f"process-{rank:04d}"
         process = process if process in self.records else "process-0000"
-        keys = [key for key in self.records[f"{process} keys"] if key.startswith(f"{RANDOM}/")]
-        file = {key.removeprefix(f"{RANDOM}/"): self._process(process, key) for key in keys}
-        restore_random_state(file, self.records[process][RANDOM])
-
-    def _process(self, process: str, key: str) -> torch.Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self.path / f"{process}.safetensors", framework="pt") as opened:
-            tensor: torch.Tensor = opened.get_tensor(key)
-        return tensor
+        file = self._files[process]  # each process has keys of these names in a file of its own
+        keys = [key for key in file.keys() if key.startswith(f"{RANDOM}/")]  # noqa: SIM118 - no mapping
+        tensors = {key.removeprefix(f"{RANDOM}/"): file.get_tensor(key) for key in keys}
+        restore_random_state(tensors, self.records[process][RANDOM])
 
 
 class Tensors(Mapping[str, torch.Tensor]):
@@ -151,23 +140,36 @@ def read_state(folder: str | Path) -> dict[str, torch.Tensor]:
         return {name: reader.tensor(name) for name in sorted(reader.names())}
 
 
+_OTHERS = ("scheduler", "scaler", "data")
+
+
+def check_fits(reader: Reader, training: Training, names: Mapping[int, str]) -> None:
+    """Look that all that is asked for was saved, and that the optimizer has the groups that were.
+
+    Raises:
+        CheckpointError: it was not, or has others; nothing was changed.
+    """
+    for name in _OTHERS:
+        if getattr(training, name) is not None and not reader.values[name]:
+            raise CheckpointError(f"{reader.path} was saved without a {name}", hint=f"leave {name}= out")
+    if training.optimizer is not None:
+        if not reader.values["has_optimizer"]:
+            raise CheckpointError(f"{reader.path} was saved without an optimizer", hint="leave optimizer= out")
+        check_groups(training.optimizer, names, reader.values["groups"])
+
+
 def restore(
     reader: Reader, training: Training, names: Mapping[int, str], holds: Callable[[str], bool], rank: int
 ) -> Any:
     """Give the rest of a training its state back, the random generators last; returns what ``data`` was saved as.
 
-    Raises:
-        CheckpointError: something is asked for that was not saved, or does not fit.
+    It was looked at by :func:`check_fits`.
     """
-    for name in ("scheduler", "scaler", "data"):
-        thing, kept = getattr(training, name), reader.values[name]
-        if thing is not None and not kept:
-            raise CheckpointError(f"{reader.path} was saved without a {name}", hint=f"leave {name}= out")
+    for name in _OTHERS:
+        thing = getattr(training, name)
         if thing is not None and hasattr(thing, "load_state_dict"):
-            thing.load_state_dict(decoded(kept[0]))
+            thing.load_state_dict(decoded(reader.values[name][0]))
     if training.optimizer is not None:
-        if not reader.values["has_optimizer"]:
-            raise CheckpointError(f"{reader.path} was saved without an optimizer", hint="leave optimizer= out")
         groups = reader.values["groups"]
         restore_optimizer(training.optimizer, names, groups, reader.states(), reader.read, holds)
     reader.restore_random(rank)

@@ -212,5 +212,5 @@ def _write_own(unfinished: Path, taken: Snapshot, rank: int) -> bytes:
 def _finish(unfinished: Path, manifest: Manifest, keep: int | None) -> bytes:
     path = folders.finish(unfinished, manifest)
     if keep is not None:
-        folders.keep_last(path.parent, keep)
+        folders.keep_last(path.parent, manifest.step, keep)
     return str(path).encode()

@@ -63,6 +63,19 @@ def optimizer_groups(
     return tensors, groups
 
 
+def check_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str], groups: list[Any]) -> None:
+    """Look that an optimizer has the groups that were written.
+
+    Raises:
+        CheckpointError: it has others.
+    """
+    _check_kind(optimizer)
+    own = [[_name_of(p, names) for p in group["params"]] for group in optimizer.param_groups]
+    written = [group["names"] for group in groups]
+    if own != written:
+        raise CheckpointError(_difference(own, written))
+
+
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     names: Mapping[int, str],
@@ -73,14 +86,8 @@ def restore_optimizer(
 ) -> None:
     """Give an optimizer the settings and states that were written; its own parameters stay the objects that they are.
 
-    Raises:
-        CheckpointError: it has other groups than the one that was written.
+    Its groups were looked at by :func:`check_groups`.
     """
-    _check_kind(optimizer)
-    own = [[_name_of(p, names) for p in group["params"]] for group in optimizer.param_groups]
-    written = [group["names"] for group in groups]
-    if own != written:
-        raise CheckpointError(_difference(own, written))
     for index, (group, record) in enumerate(zip(optimizer.param_groups, groups)):
         for key, value in record["settings"].items():
             group[key] = _like(read(f"{_GROUP}/{index}/{key}"), group.get(key)) if value is None else decoded(value[0])

@@ -323,3 +323,54 @@ def test_nothing_is_said_where_nothing_was_passed_over(tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             pm.load(tmp_path)
+
+
+def test_what_was_shared_loads_where_it_is_not(tmp_path: Path) -> None:
+    with compiled() as pm:
+        pm.save(tmp_path, 1)
+        wanted = pm.model.first.weight.detach().clone()
+    apart = Net().double()
+    apart.last.weight = nn.Parameter(torch.zeros(6, 6, dtype=torch.float64))
+    pm = stagecut.compile(apart, ["cpu"], loss_fn=F.mse_loss, example_inputs=(batch(0)[0],), **INLINE)
+    with pm:
+        pm.load(tmp_path)
+    assert torch.equal(apart.last.weight, wanted)
+    assert torch.equal(apart.first.weight, wanted)
+
+
+def test_nothing_is_changed_where_something_does_not_fit(tmp_path: Path) -> None:
+    with compiled() as pm:
+        pm.save(tmp_path, 1, optimizer=torch.optim.SGD(pm.parameters(), 0.1))
+        with torch.no_grad():
+            pm.model.first.bias.fill_(3.0)
+        optimizer = torch.optim.SGD([{"params": list(pm.parameters()), "lr": 7.0}])
+        with pytest.raises(CheckpointError, match="was saved without a scheduler"):
+            pm.load(tmp_path, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1))
+        with pytest.raises(CheckpointError, match="group 0 of the optimizer has other parameters"):
+            pm.load(tmp_path, optimizer=torch.optim.SGD([pm.model.first.bias], 0.1))
+        assert bool((pm.model.first.bias == 3.0).all())
+        assert optimizer.param_groups[0]["lr"] == 7.0
+
+
+def test_a_run_that_goes_on_from_before_a_broken_one_saves_that_step_again(tmp_path: Path) -> None:
+    with compiled() as pm:
+        for step in (1, 2, 3):
+            pm.save(tmp_path, step)
+        for step in (2, 3):
+            damage_of("cut short", tmp_path / f"step-{step:08d}")
+        with pytest.warns(UserWarning, match="passed over"):
+            assert pm.load(tmp_path).step == 1
+        with pytest.warns(UserWarning, match="stage-0001.safetensors .* it is broken-step-00000002-"):
+            pm.save(tmp_path, 2, keep=1)  # what comes later is not whole, and must not push this one out
+        with pytest.warns(UserWarning, match="passed over: .*step-00000003"):
+            assert pm.load(tmp_path).step == 2
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000003", "step-00000002"]
+
+
+def test_a_folder_without_a_manifest_is_passed_over_and_named(tmp_path: Path) -> None:
+    with compiled() as pm:
+        pm.save(tmp_path, 1)
+        pm.save(tmp_path, 2)
+        (tmp_path / "step-00000002" / MANIFEST).unlink()
+        with pytest.warns(UserWarning, match="step-00000002"):
+            assert pm.load(tmp_path).step == 1
