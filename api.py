@@ -31,6 +31,7 @@ from .partitioner.plan import Plan, load
 from .partitioner.planner import make_plan
 from .progress import Progress, shown_progress
 from .runtime.batchnorm import MODES
+from .runtime.local import RAISE, RESTART
 from .runtime.options import Options, StageOptions
 from .runtime.pipeline import Pipeline
 from .runtime.replicate import CommHook
@@ -61,7 +62,8 @@ def compile(
     example_target: Any = None,
     launch: str = "auto",
     threads_per_worker: int | None = None,
-    timeout_s: float = 300.0,
+    timeout_s: float | None = None,
+    on_worker_lost: str = "restart",
     trial_s: float = 20.0,
     compile_stages: bool | str = False,
     batchnorm: str = "microbatch",
@@ -101,8 +103,13 @@ def compile(
         launch: ``"local"`` worker processes, ``"torchrun"`` ranks, ``"inline"`` in this process; ``"auto"`` notices
             torchrun.
         threads_per_worker: CPU threads of each worker; an equal share of the cores among those used if None.
-        timeout_s: seconds without any progress after which a step fails with :class:`StallError`; under torchrun,
-            seconds that a rank waits for one packet of another rank of its machine.
+        timeout_s: seconds without any progress after which a step fails with :class:`StallError`. If None, 20 times
+            the median step, at least 30; for the first step 60, or 20 times the predicted one (600 with
+            ``compile_stages``). Under torchrun, seconds that a rank waits for one packet of another rank of its
+            machine; 300 if None.
+        on_worker_lost: ``"restart"``: if a local worker's process is killed or exits, new workers do the step again,
+            once, with a warning and the same numbers; ``"raise"``: that is a :class:`WorkerLost`. Under torchrun it
+            is ``--max-restarts`` that starts ranks again.
         trial_s: where predictions are too close to tell which plan is fastest, run the closest ones in turn for some
             steps, about so many seconds, before the first step; 0 goes by the predictions. The model stays as it was.
             Local workers with measured costs only; ``pm.plan.reasons`` says what was tried.
@@ -133,6 +140,10 @@ def compile(
         raise ConstraintError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
     if launch not in LAUNCHES:
         raise ConstraintError(f"launch must be one of {', '.join(LAUNCHES)}, got {launch!r}")
+    if on_worker_lost not in (RESTART, RAISE):
+        raise ConstraintError(f"on_worker_lost must be {RESTART!r} or {RAISE!r}, got {on_worker_lost!r}")
+    if timeout_s is not None and not timeout_s > 0:
+        raise ConstraintError(f"timeout_s must be more than 0 seconds, got {timeout_s!r}", hint="leave it out")
     if not trial_s >= 0:
         raise ConstraintError(f"trial_s must be 0 seconds or more, got {trial_s!r}")
     check_threads(threads_per_worker)
@@ -149,7 +160,7 @@ def compile(
         _check_shard(launch, compile_stages, comm_hook)
     check_weights(model, weights is not None)
     filled = None if weights is None else weights_of(weights, model)
-    options = Options(StageOptions(_backend(compile_stages), batchnorm), comm_hook, shard, filled)
+    options = Options(StageOptions(_backend(compile_stages), batchnorm), comm_hook, shard, filled, on_worker_lost)
     known = load(plan) if isinstance(plan, (str, Path)) else plan
     cluster = describe(devices, replicas, memory_bytes)
     cluster = over_sockets(cluster) if launch == "torchrun" and not on_one_machine() else cluster

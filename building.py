@@ -36,6 +36,7 @@ from .runtime.spmd import SpmdEngine, ensure_process_group, share_text
 from .runtime.trials import LEAST_STEPS, try_steps
 from .structure import call_leaves
 
+_RANK_S = 300.0  # that a rank of torchrun waits for a packet, where nobody says
 _SHARE_OF_MEMORY = 0.8  # of what is free, that trials may take
 
 
@@ -248,7 +249,7 @@ class Launcher:
         loss_fn: Callable[..., Any] | None,
         launch: str,
         n_threads: int | None,
-        timeout_s: float,
+        timeout_s: float | None,
         n_workers: int,
         options: Options,
     ) -> None:
@@ -262,7 +263,7 @@ class Launcher:
         if self.launch == "inline":
             return InlineEngine(spec, self.model, self.loss_fn, self.options)
         if self.launch == "torchrun":
-            return SpmdEngine(spec, self.model, self.loss_fn, self.timeout_s, self.options)
+            return SpmdEngine(spec, self.model, self.loss_fn, self.timeout_s or _RANK_S, self.options)
         pool = self.pool if self.pool is not None else WorkerPool(spec.layout.n_workers, spec.n_threads)
         self.pool = None
         pool.keep(spec.layout.n_workers, spec.n_threads)

@@ -70,6 +70,8 @@ def split(capture: Capture, plan: Plan, random_ops: Mapping[str, bool]) -> Pipel
         f"{[stage.workers for stage in plan.stages]}/{plan.schedule}/{plan.orders}/{plan.n_microbatches}",
         n_threads=plan.n_threads,
         orders=actions_of(plan.orders),
+        step_s=plan.prediction.step_s,
+        worker_bytes=plan.worker_bytes,
     )
 
 

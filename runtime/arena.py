@@ -9,9 +9,11 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -73,6 +75,13 @@ class Arena:
         slot = self.slots[name]
         own = torch.frombuffer(self._map, dtype=torch.uint8, count=max(slot.n_bytes, 1), offset=slot.offset)
         return Slot(0, slot.n_bytes, slot.dtype, slot.shape, slot.strides).over(own).data
+
+    def bytes_of(self, names: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        """Return the memory of tensors that lie side by side, in that order."""
+        slots = [self.slots[name] for name in names]
+        assert all(first.end == second.offset for first, second in pairwise(slots))
+        start, end = (slots[0].offset, slots[-1].offset + slots[-1].n_bytes) if slots else (0, 0)
+        return np.frombuffer(self._map, dtype=np.uint8)[start:end]
 
     def close(self) -> None:
         """Give up the file; the memory lives as long as tensors over it do."""

@@ -246,7 +246,8 @@ class Executor:
             return
         path = _module_path(error.__traceback__, self.stages[i.stage])
         microbatch = i.microbatch if i.microbatch >= 0 else None
-        site = FailureSite(self.worker, i.stage, microbatch, str(i), path)
+        replica = self.layout.workers[i.stage].index(self.worker)
+        site = FailureSite(self.worker, i.stage, microbatch, str(i), path, replica, self.request.step)
         error.stagecut = site  # type: ignore[attr-defined]
         error.add_note(f"stagecut: in {site}")
 

@@ -22,8 +22,10 @@ from ..errors import WorkerLost
 from .local_messages import Claim, Release
 from .mailbox import Mailbox
 from .pickling import dumps, loads
+from .processes import STACK_SIGNAL, is_stopped, read_at_once, read_until_quiet, wait_for_exit
 
 STOP_S = 3.0
+STACK_S = 1.0
 IDLE_S = 300.0  # after which a worker that no pipeline wants leaves
 # Where files of packages lie that nobody edits and reloads; this package's may lie elsewhere, and torch's too.
 _INSTALLED = (
@@ -38,13 +40,14 @@ _BOOT = (
 
 @dataclass
 class WorkerProcess:
-    """One worker: its process, the socket to it, and the pipe whose closing tells it that the parent is gone."""
+    """One worker: its process, the socket to it, the pipe whose end tells it that the parent is gone, its stacks."""
 
     index: int
     process: subprocess.Popen[bytes]
     connection: Connection
     channel: socket.socket
     lifeline: int
+    stacks: int
     is_ready: bool = False
     owner: int = field(default_factory=os.getpid)
     modules: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -64,18 +67,36 @@ class WorkerProcess:
 
     def exit_error(self) -> WorkerLost:
         """Describe how the process ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=STOP_S)
+        peak_bytes = wait_for_exit(self.process, STOP_S)
         code = self.process.returncode
-        if code is not None and code < 0:
-            how = f"killed by {signal.Signals(-code).name}"
+        killed_by = -code if code is not None and code < 0 else None
+        if code is None:
+            how = "closed its connection, and has not exited"
         else:
-            how = f"exit code {code}"
-        return WorkerLost(
+            how = f"exit code {code}" if killed_by is None else f"killed by {_name_of(killed_by)}"
+        lost = WorkerLost(
             f"worker {self.index} (pid {self.process.pid}) ended: {how}",
             hint="pm.restart() starts the workers again with the parameters as they are; "
             "a SIGKILL nobody sent is usually the kernel running out of memory",
+            worker=self.index,
+            pid=self.process.pid,
+            signal=killed_by,
+            exit_code=None if killed_by is not None else code,
+            peak_bytes=peak_bytes,
         )
+        crash = read_at_once(self.stacks)
+        if crash:
+            lost.add_note(f"worker {self.index}'s last words:\n{crash}")
+        return lost
+
+    def stack(self) -> str:
+        """Ask the process where its threads are, and return the Python stacks; or why there are none."""
+        if is_stopped(self.process.pid):
+            return "its process is stopped (SIGSTOP, or a debugger)"
+        read_at_once(self.stacks)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, STACK_SIGNAL)
+        return read_until_quiet(self.stacks, STACK_S) or "its process does not answer signals"
 
 
 class WorkerPool:
@@ -217,6 +238,8 @@ atexit.register(end_workers)
 def _start(index: int, n_threads: int) -> WorkerProcess:
     ours, theirs = socket.socketpair()
     lifeline_read, lifeline_write = os.pipe()
+    stacks_read, stacks_write = os.pipe()
+    os.set_blocking(stacks_read, False)
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(n_threads),
@@ -225,17 +248,26 @@ def _start(index: int, n_threads: int) -> WorkerProcess:
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
     boot = _BOOT.format(module=f"{__package__}.worker")
-    arguments = [json.dumps(sys.path), str(theirs.fileno()), str(lifeline_read), str(os.getpid()), str(n_threads)]
+    fds = (theirs.fileno(), lifeline_read, stacks_write)
+    arguments = [json.dumps(sys.path), *map(str, fds), str(os.getpid()), str(n_threads)]
     process = subprocess.Popen(
         [sys.executable, "-c", boot, *arguments],
-        pass_fds=(theirs.fileno(), lifeline_read),
+        pass_fds=fds,
         stdin=subprocess.DEVNULL,
         env=environment,
         start_new_session=True,
     )
     theirs.close()
     os.close(lifeline_read)
-    return WorkerProcess(index, process, Connection(os.dup(ours.fileno())), ours, lifeline_write)
+    os.close(stacks_write)
+    return WorkerProcess(index, process, Connection(os.dup(ours.fileno())), ours, lifeline_write, stacks_read)
+
+
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _loopback() -> str:
@@ -244,7 +276,19 @@ def _loopback() -> str:
 
 
 def _kill_all(workers: list[WorkerProcess]) -> None:
-    """End the processes and close what belongs to them; a forked child of their owner must not do it."""
+    """End the processes and close what belongs to them; Ctrl-C meanwhile is heard when that is done."""
+    interrupted: KeyboardInterrupt | None = None
+    while workers:
+        try:
+            _end(workers)
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
+
+
+def _end(workers: list[WorkerProcess]) -> None:
+    """End the processes, those of another owner excepted: a forked child must not do it. It may be called again."""
     own = [worker for worker in workers if worker.owner == os.getpid()]
     for worker in own:
         if worker.process.poll() is None:
@@ -253,7 +297,8 @@ def _kill_all(workers: list[WorkerProcess]) -> None:
         worker.process.wait()
         worker.connection.close()
         worker.channel.close()
-        with contextlib.suppress(OSError):
-            os.close(worker.lifeline)
-        worker.lifeline = -1
+        for fd in (worker.lifeline, worker.stacks):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        worker.lifeline = worker.stacks = -1
     workers.clear()

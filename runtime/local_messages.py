@@ -49,7 +49,7 @@ class Run:
 
     ``instructions`` is None when ``program`` was sent before; ``trainable`` (parameters that require gradients) and
     ``modes`` (training flag per module) are None when they are as in the step before. ``goes_on`` names the parameters
-    whose gradients are added to those of the step before, which was not to be summed over replicas.
+    whose gradients are added to what lies in their slots, from steps before that were not summed over replicas.
     """
 
     program: tuple[str, int]
@@ -57,7 +57,7 @@ class Run:
     request: StepRequest
     trainable: frozenset[str] | None
     modes: dict[str, bool] | None
-    goes_on: frozenset[str] = frozenset()
+    goes_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,23 @@ class Ready:
 
 @dataclass(frozen=True)
 class Done:
-    """The step is complete. ``has_gradient`` names the parameters whose gradient slot was written."""
+    """The step is complete.
+
+    ``has_gradient`` names the parameters whose gradient the parent reads in this worker's slot; ``parts``, after a step
+    that was not summed over replicas, all that this worker has a part of.
+    """
 
     report: StepReport
     has_gradient: tuple[str, ...]
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Failed:
     """The step failed; ``error`` is the pickled exception, or None if it could not be pickled.
 
-    ``peer_gone`` says that it failed only because another worker's process has ended.
+    ``peer_gone`` says that it failed only because another worker's process has ended; ``used_bytes`` is the most
+    memory that the process had, where that ran out.
     """
 
     error: bytes | None
@@ -105,6 +111,7 @@ class Failed:
     traceback: str
     site: FailureSite | None
     peer_gone: bool = False
+    used_bytes: int | None = None
 
 
 Answer = Ready | Done | Failed

@@ -31,9 +31,11 @@ class Options:
         comm_hook: makes the communication hook for gradients of replicas under torchrun.
         shard: whether replicas under torchrun have a share of each parameter.
         weights: values for a model on the meta device.
+        on_worker_lost: ``"restart"`` replaces local workers that are lost, ``"raise"`` does not.
     """
 
     stage: StageOptions = field(default_factory=StageOptions)
     comm_hook: CommHook | None = None
     shard: bool = False
     weights: Weights | None = None
+    on_worker_lost: str = "restart"

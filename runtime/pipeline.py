@@ -77,6 +77,7 @@ class Pipeline(Facade):
         self._broken: BaseException | None = None
         self._closed = False
         self._n_calls = 0
+        self._n_steps = 0
         self._sync = True
         self._plan_s = self._workers_s = 0.0
         self._startup: Startup | None = None
@@ -387,6 +388,7 @@ class Pipeline(Facade):
         targets = None if target is None else split_target(target, rows, sizes)
         autocast = autocast_dtype(spec.devices[0])
         self._n_calls += 1
+        self._n_steps += kind in (TRAIN, FORWARD)
         request = StepRequest(
             kind=kind,
             call=self._n_calls,
@@ -400,6 +402,7 @@ class Pipeline(Facade):
             want_outputs=want_outputs,
             profile=profile,
             sync=self._sync,
+            step=self._n_steps,
         )
         return request, sizes
 

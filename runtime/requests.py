@@ -28,6 +28,7 @@ class StepRequest:
         output_gradients: per microbatch, gradients of the leaves of the result (``backward`` only).
         seed: base of the seeds of random ops.
         autocast: dtype of the caller's autocast region, or None outside of one.
+        step: which training step of the pipeline it is part of, counted from 1.
         sync: whether replicas sum their gradients in this step; else a later one sums these too.
     """
 
@@ -44,6 +45,7 @@ class StepRequest:
     want_outputs: bool = False
     profile: bool = False
     sync: bool = True
+    step: int = 0
 
     @property
     def n_microbatches(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import faulthandler
 import gc
 import os
 import select
@@ -27,7 +28,9 @@ from .executor import Executor
 from .instructions import Instruction
 from .local_messages import Claim, Done, Failed, Forget, Ready, Release, Run, Setup
 from .mailbox import Mailbox
+from .out_of_memory import is_out_of_memory, peak_bytes
 from .pickling import dumps, loads
+from .processes import STACK_SIGNAL
 from .replicate import NoReduction, Reducer
 from .requests import BACKWARD, TRAIN
 from .shared_gradients import CommonReducer, GradientSlots, SharedMemoryReducer, WithCommon, gradient_slot
@@ -38,8 +41,14 @@ from .synced import rounds_of
 _PARENT_POLL_S = 0.5
 
 
-def main(command_fd: int, lifeline_fd: int, parent_pid: int, n_threads: int) -> None:
-    """Serve commands until the parent closes the connection, or is gone, or has wanted nothing for long."""
+def main(command_fd: int, lifeline_fd: int, stack_fd: int, parent_pid: int, n_threads: int) -> None:
+    """Serve commands until the parent closes the connection, or is gone, or has wanted nothing for long.
+
+    Python stacks go to ``stack_fd``: of a crash, and whenever the parent sends SIGUSR2.
+    """
+    os.set_blocking(stack_fd, False)
+    faulthandler.enable(stack_fd)
+    faulthandler.register(STACK_SIGNAL, stack_fd)
     threading.Thread(target=_follow_parent, args=(lifeline_fd, parent_pid), daemon=True).start()
     keep_freed_memory()
     torch.set_num_threads(n_threads)
@@ -112,7 +121,13 @@ def _failure(error: Exception) -> Failed:
         loads(pickled)
     text = "".join(traceback.format_exception(error))
     site = getattr(error, "stagecut", None)
-    return Failed(pickled, type(error).__name__, str(error), text, site, isinstance(error, PeerGone))
+    used_bytes = peak_bytes() if is_out_of_memory(error) else None
+    return Failed(pickled, type(error).__name__, str(error), text, site, _lacks_a_peer(error), used_bytes)
+
+
+def _lacks_a_peer(error: Exception) -> bool:
+    """Say whether an error may only be that another worker is gone: gloo has words for it, and no type."""
+    return isinstance(error, (PeerGone, dist.DistError)) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _transport(setup: Setup, next_fd: Callable[[], int]) -> SharedMemoryTransport:
@@ -236,16 +251,20 @@ class _Server:
         self._prepare(command)
         self.executor.begin(command.request, self.programs[command.program])
         report = self.executor.run()
-        has_gradient = self._complete_gradients() if command.request.kind in (TRAIN, BACKWARD) else ()
+        trains = command.request.kind in (TRAIN, BACKWARD)
+        has_gradient = self._complete_gradients() if trains else ()
+        parts = self.gradients.written() if trains and not command.request.sync else ()
         settle_statistics(self.stages, self._gathered)
         self._hand_over_buffers()
-        return Done(report, has_gradient)
+        return Done(report, has_gradient, parts)
 
     def _prepare(self, command: Run) -> None:
         if command.request.kind in (TRAIN, BACKWARD):
             for name in self.setup.parameters:
                 if name not in command.goes_on:
                     self.state[name].grad = None
+                elif not self.gradients.has(name):
+                    self.gradients.take(name)  # it is what a worker had whose place this one took
         if command.trainable is not None:
             for name in self.setup.parameters:
                 self.state[name].requires_grad_(name in command.trainable)

@@ -197,6 +197,8 @@ class PipelineSpec:
         random: whether some op draws random numbers.
         fingerprint: equal for equal graphs and plans; ranks compare it before the first message.
         n_threads: CPU threads that each local worker computes with.
+        step_s: seconds of a step as the plan predicts them; 0 if nobody did.
+        worker_bytes: what the plan expects each local worker to hold at its fullest.
     """
 
     stages: tuple[StageSpec, ...]
@@ -210,3 +212,5 @@ class PipelineSpec:
     fingerprint: str
     n_threads: int = 1
     orders: tuple[tuple[Action, ...], ...] = ()
+    step_s: float = 0.0
+    worker_bytes: tuple[int, ...] = ()

@@ -198,7 +198,7 @@ def test_memory_for_packets_is_that_of_what_is_in_flight() -> None:
             for _ in range(4):
                 pm.step(x, target=x)
             assert isinstance(pm._engine, LocalEngine)
-            processes = [psutil.Process(worker.process.pid) for worker in pm._engine._pool.workers]
+            processes = [psutil.Process(worker.process.pid) for worker in pm._engine.pool.workers]
             maps = [known for process in processes for known in process.memory_maps() if "packets" in known.path]
             held[n] = sum(known.rss for known in maps)
     packet_bytes = min(4 * 64 * 4, 4 * 4096 * 4)

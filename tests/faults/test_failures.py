@@ -73,7 +73,7 @@ class Model(nn.Module):
         return self.last(self.inner["trap"](self.first(x)))
 
 
-def pipeline(kind: str, timeout_s: float = 60.0) -> stagecut.Pipeline:
+def pipeline(kind: str, timeout_s: float | None = 60.0) -> stagecut.Pipeline:
     torch.manual_seed(0)
     return stagecut.compile(
         Model(kind),
@@ -83,6 +83,7 @@ def pipeline(kind: str, timeout_s: float = 60.0) -> stagecut.Pipeline:
         schedule="1f1b",
         costs="analytic",
         timeout_s=timeout_s,
+        on_worker_lost="raise",
     )
 
 
@@ -175,6 +176,12 @@ def test_a_worker_that_ends_is_named(workers: list[psutil.Process], kind: str, w
     failure = fail(kind, workers, stagecut.WorkerLost)
     assert f"worker {failure.trapped_stage} " in str(failure.error)
     assert words in str(failure.error)
+    lost = failure.error
+    assert isinstance(lost, stagecut.WorkerLost)
+    assert (lost.stage, lost.replica, lost.microbatch, lost.step) == (failure.trapped_stage, 0, 2, 2)
+    assert (lost.signal, lost.exit_code) == ((signal.SIGKILL, None) if kind == "kill" else (None, 0))
+    assert lost.peak_bytes is not None
+    assert lost.peak_bytes > 2**24
 
 
 def test_a_hang_ends_at_the_timeout_and_says_who_waits_where(workers: list[psutil.Process]) -> None:
@@ -182,6 +189,12 @@ def test_a_hang_ends_at_the_timeout_and_says_who_waits_where(workers: list[psuti
     assert failure.seconds >= 4.0
     stage = failure.trapped_stage
     assert f"worker {stage} is at F(stage {stage}, microbatch 2)" in str(failure.error)
+    assert isinstance(failure.error, stagecut.StallError)
+    busy, *waiting = sorted(failure.error.waiting, key=lambda each: len(each.waits_for))
+    assert (busy.worker, busy.waits_for) == (stage, ())
+    assert all(stage in each.waits_for for each in waiting)
+    assert "in forward" in busy.stack
+    assert "threading.py" in busy.stack
 
 
 def raising_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -211,7 +224,9 @@ def test_what_cannot_be_sent_to_a_worker_is_named(workers: list[psutil.Process])
     model = nn.Sequential(nn.Linear(4, 4), Locked(), nn.Linear(4, 2))
     with stagecut.compile(model, [["cpu"], ["cpu"]], loss_fn=F.cross_entropy, costs="analytic") as pm:
         x, y = batch(poisoned=False)
-        with pytest.raises(stagecut.StageError, match="module '1' cannot be sent to a worker"):
+        with pytest.raises(
+            stagecut.StageError, match=r"module '1', attribute 'guard' \(lock\), cannot be sent to a worker"
+        ):
             pm.step(x, target=y)
 
 

@@ -36,7 +36,7 @@ def used(devices: list[list[str]], model: nn.Module | None = None) -> tuple[list
         loss = pm.step(x, target=torch.zeros(4, 2)).loss
         assert isinstance(pm._engine, LocalEngine)
         assert pm.startup.total_s > 0
-        return [worker.process.pid for worker in pm._engine._pool.workers], loss
+        return [worker.process.pid for worker in pm._engine.pool.workers], loss
 
 
 def test_the_next_pipeline_gets_the_workers_of_the_last_one() -> None:
@@ -84,7 +84,7 @@ def test_what_surrounds_the_model_is_the_parents(tmp_path: Path, monkeypatch: py
         with stagecut.compile(model, ["cpu"], launch="local", opaque=["1"], costs="analytic") as pm:
             result = pm.evaluate(x).output
             assert isinstance(pm._engine, LocalEngine)
-            assert [worker.process.pid for worker in pm._engine._pool.workers] == before
+            assert [worker.process.pid for worker in pm._engine.pool.workers] == before
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(result, model(x.float().double()).detach())
@@ -97,7 +97,7 @@ warnings.simplefilter("ignore")
 import torch, stagecut
 from pathlib import Path
 from torch import nn
-def pids(pm): return [w.process.pid for w in pm._engine._pool.workers]
+def pids(pm): return [w.process.pid for w in pm._engine.pool.workers]
 def run(module):
     with stagecut.compile(module.Scale(), ["cpu"], opaque=[""], costs="analytic") as pm:
         return pm.evaluate(torch.ones(2, 2)).output[0, 0].item(), pids(pm)

@@ -1,0 +1,82 @@
+"""What the system says of a child process: how it ended, whether it is stopped, what it last said."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+STACK_SIGNAL = signal.SIGUSR2  # tells a worker to write its Python stacks
+_QUIET_S = 0.1
+_MOST_BYTES = 1 << 16
+
+
+def wait_for_exit(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
+    """Wait for the end of a process, and return the most memory that it had; None if the system does not say.
+
+    ``process.returncode`` is set then, and None if it goes on after ``timeout_s``.
+    """
+    if process.returncode is not None or not _ends_within(process, timeout_s):
+        return None
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except ChildProcessError:  # it was waited for elsewhere
+        process.poll()
+        return None
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
+
+
+def _ends_within(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
+    """Wait until a process has ended, without taking its exit status where the system allows that."""
+    if not hasattr(os, "pidfd_open"):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=timeout_s)
+        return process.returncode is not None
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return _readable(descriptor, timeout_s)
+    finally:
+        os.close(descriptor)
+
+
+def _readable(descriptor: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1e3))
+
+
+def is_stopped(pid: int) -> bool:
+    """Say whether a process is stopped by a signal or a debugger, where the system says so (Linux)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state in "Tt"
+
+
+def read_at_once(descriptor: int) -> str:
+    """Return what lies in a pipe that does not block."""
+    found = b""
+    with contextlib.suppress(OSError):
+        while len(found) < _MOST_BYTES and (part := os.read(descriptor, _MOST_BYTES)):
+            found += part
+    return found.decode(errors="replace")
+
+
+def read_until_quiet(descriptor: int, timeout_s: float) -> str:
+    """Return what comes from a pipe, which begins within ``timeout_s``; empty if nothing does."""
+    found, wait_s = "", timeout_s
+    while len(found) < _MOST_BYTES and _readable(descriptor, wait_s):
+        part = read_at_once(descriptor)
+        if not part:
+            break
+        found, wait_s = found + part, _QUIET_S
+    return found
