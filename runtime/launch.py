@@ -22,6 +22,7 @@ from ..errors import WorkerLost
 from .local_messages import Claim, Release
 from .mailbox import Mailbox
 from .pickling import dumps, loads
+from .watch.logs import WORKERS
 
 STOP_S = 3.0
 IDLE_S = 300.0  # after which a worker that no pipeline wants leaves
@@ -71,6 +72,7 @@ class WorkerProcess:
             how = f"killed by {signal.Signals(-code).name}"
         else:
             how = f"exit code {code}"
+        WORKERS.warning("worker %d (pid %d) lost: %s", self.index, self.process.pid, how)
         return WorkerLost(
             f"worker {self.index} (pid {self.process.pid}) ended: {how}",
             hint="pm.restart() starts the workers again with the parameters as they are; "
@@ -92,6 +94,8 @@ class WorkerPool:
         self._finalizer = weakref.finalize(self, _kill_all, self.workers)
         for index in range(n_workers):
             parked = _unparked()
+            if parked:
+                WORKERS.info("worker %d: pid %d, which waited for a pipeline", index, parked.process.pid)
             self.workers.append(replace(parked, index=index) if parked else _start(index, n_threads))
 
     def keep(self, n_workers: int, n_threads: int) -> None:
@@ -113,6 +117,7 @@ class WorkerPool:
                 raise WorkerLost(f"worker {worker.index} was not ready after {timeout_s:.0f} s")
             self.receive(worker)
             worker.is_ready = True
+            WORKERS.info("worker %d (pid %d) is ready", worker.index, worker.process.pid)
 
     def receive(self, worker: WorkerProcess, mailbox: Mailbox | None = None) -> Any:
         """Return the next answer of ``worker``, whose large tensors are in ``mailbox``.
@@ -235,6 +240,7 @@ def _start(index: int, n_threads: int) -> WorkerProcess:
     )
     theirs.close()
     os.close(lifeline_read)
+    WORKERS.info("worker %d started: pid %d", index, process.pid)
     return WorkerProcess(index, process, Connection(os.dup(ours.fileno())), ours, lifeline_write)
 
 

@@ -26,12 +26,14 @@ from .local_messages import Failed, Forget, Run, Setup
 from .mailbox import Mailbox
 from .options import Options
 from .pickling import dumps, loads
-from .program import PipelineSpec, StageSpec
+from .program import PipelineSpec, Program, StageSpec
 from .requests import BACKWARD, TRAIN, StepReport, StepRequest
 from .shared_gradients import gradient_slot
 from .shared_memory import ChannelFiles, channels_of
 from .surroundings import Surroundings
 from .unsynced import Unsynced
+from .watch import logs
+from .watch.residents import Resident, resident
 from .weights import materialised, names_of
 
 START_S = 60.0
@@ -178,6 +180,7 @@ class LocalEngine:
             options=self._options.stage,
             synced=self._synced,
             surroundings=Surroundings.here(),
+            logs=os.environ.get(logs.VARIABLE, ""),
         )
         worker.may_import()
         worker.connection.send_bytes(dumps(setup))
@@ -349,6 +352,22 @@ class LocalEngine:
     def gradient_norm(self, norm_type: float) -> torch.Tensor:
         """Return the norm of the model's own gradients; the workers have handed them over."""
         return own_norm(self._model.parameters(), norm_type)
+
+    def program_of(self, request: StepRequest) -> Program:
+        """Return the program that a request runs."""
+        return self._programs.get(self._programs.key_of(request))
+
+    def positions(self) -> dict[int, int]:
+        """Return the instruction that each worker began last; after a failure, where they were ended."""
+        return dict(enumerate(self._progress.tolist()))
+
+    def residents(self) -> dict[int, Resident]:
+        """Return the workers' processes; none after they were ended."""
+        return {w.index: resident(self._spec.devices[w.index], w.process.pid) for w in self._pool.workers}
+
+    def gathered(self, text: str) -> list[str]:
+        """Return the text: this process knows of all workers."""
+        return [text]
 
     def close(self, *, kill: bool = False) -> None:
         """Let the workers go; with ``kill`` end them, whatever they do."""

@@ -34,6 +34,7 @@ from .shared_gradients import CommonReducer, GradientSlots, SharedMemoryReducer,
 from .shared_memory import Inbox, Outbox, PeerGone, SharedMemoryTransport, channels_of
 from .stage import StageRuntime, settle_statistics
 from .synced import rounds_of
+from .watch import logs
 
 _PARENT_POLL_S = 0.5
 
@@ -131,6 +132,7 @@ class _Server:
     def __init__(self, setup: Setup, next_fd: Callable[[], int]) -> None:
         """Take the descriptors that follow ``setup`` from ``next_fd``."""
         self.setup = setup
+        logs.configure(setup.logs, f"worker {setup.worker}")
         setup.surroundings.take_over()
         torch.set_num_threads(setup.n_threads)
         self.arena = Arena(next_fd(), setup.arena_bytes, setup.slots)
@@ -162,6 +164,7 @@ class _Server:
             stage.explicit.slots = {id(self.state[name]): slot for name, slot in own.items()}
         self.programs: dict[tuple[str, int], tuple[Instruction, ...]] = {}
         self.executor = self._make_executor()
+        logs.WORKERS.info("set up: stages %s on %s, %d threads", sorted(self.stages), setup.device, setup.n_threads)
 
     def _owns_private_buffers(self) -> bool:
         """Replicas change buffers side by side, so each works on its own copy; the first one's are kept."""
@@ -193,8 +196,9 @@ class _Server:
         def tick(position: int) -> None:
             progress[worker] = position
 
-        coupled = bool(self.setup.synced)
-        return Executor(worker, layout, self.stages, self.transport, reducers, tick, coupled=coupled)
+        coupled, look = bool(self.setup.synced), self.setup.options.check_boundaries
+        stages, transport = self.stages, self.transport
+        return Executor(worker, layout, stages, transport, reducers, tick, coupled=coupled, check_boundaries=look)
 
     def _reducer(self, s: int, owners: tuple[int, ...], group: Any) -> Reducer:
         """Sum what only this stage adds to when it is through, what others of this worker add to when all are."""
