@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ConstraintError,
         DeviceError,
         InfeasibleError,
+        NonFiniteError,
         OutOfMemoryError,
         PlanError,
         ShapeError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .runtime.program import Timeline
     from .runtime.results import EvalResult, Profile, Startup, StepResult
     from .runtime.verify import VerifyReport
+    from .runtime.watch.stats import Stats, WorkerStats
 
 __version__ = "0.1.0"
 
@@ -51,6 +53,7 @@ __all__ = [
     "EvalResult",
     "Hidden",
     "InfeasibleError",
+    "NonFiniteError",
     "OpaqueCall",
     "OutOfMemoryError",
     "Pipeline",
@@ -62,10 +65,12 @@ __all__ = [
     "StagecutError",
     "StallError",
     "Startup",
+    "Stats",
     "StepResult",
     "Timeline",
     "VerifyReport",
     "WorkerLost",
+    "WorkerStats",
     "capture",
     "compile",
     "end_workers",
@@ -86,6 +91,7 @@ _HOMES = {
     "runtime.program": ("Timeline",),
     "runtime.results": ("EvalResult", "Profile", "Startup", "StepResult"),
     "runtime.verify": ("VerifyReport",),
+    "runtime.watch.stats": ("Stats", "WorkerStats"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -36,6 +36,9 @@ from .runtime.options import Options, StageOptions
 from .runtime.pipeline import Pipeline
 from .runtime.replicate import CommHook
 from .runtime.spmd import on_one_machine, under_torchrun
+from .runtime.watch.finding import ACTIONS, BOUNDARIES, CHECKS
+from .runtime.watch.logs import configure
+from .runtime.watch.watching import Watch
 from .runtime.weights import check_weights, weights_of
 
 LAUNCHES = ("auto", "local", "torchrun", "inline")
@@ -70,6 +73,8 @@ def compile(
     weights: str | Path | None = None,
     comm_hook: CommHook | None = None,
     shard: bool = False,
+    check_finite: str | None = None,
+    on_nonfinite: str = "error",
 ) -> Pipeline:
     """Compile ``model`` into a pipelined, replicated training program.
 
@@ -128,16 +133,23 @@ def compile(
         shard: let each of a stage's replicas under torchrun keep a share of its parameters, gradients and optimizer
             state (FSDP2's ``fully_shard``); the stage gathers its parameters for the step. Parameters are DTensors from
             then on: give ``example_inputs``, and make the optimizer afterwards.
+        check_finite: ``"loss"`` looks at the loss of every microbatch, ``"boundaries"`` also at every value and
+            gradient that leaves a stage, and names the first stage that made one that is not finite
+            (docs/reliability.md).
+        on_nonfinite: ``"error"`` raises :class:`NonFiniteError` after the step, which the pipeline survives; ``"warn"``
+            warns.
 
     Raises:
         DeviceError: a device does not exist or cannot be used.
-        ConstraintError: arguments contradict each other.
+        ConstraintError: arguments contradict each other, or ``STAGECUT_LOGS`` in the environment cannot be read.
         PlanError: the plan does not fit the model, or no plan exists.
         CaptureError: the example inputs cannot be used.
         CheckpointError: ``weights`` are not there, or do not fit.
     """
     if loss_reduction not in ("mean", "sum"):
         raise ConstraintError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+    configure()
+    _check_finite(check_finite, on_nonfinite)
     if launch not in LAUNCHES:
         raise ConstraintError(f"launch must be one of {', '.join(LAUNCHES)}, got {launch!r}")
     if on_worker_lost not in (RESTART, RAISE):
@@ -160,7 +172,8 @@ def compile(
         _check_shard(launch, compile_stages, comm_hook)
     check_weights(model, weights is not None)
     filled = None if weights is None else weights_of(weights, model)
-    options = Options(StageOptions(_backend(compile_stages), batchnorm), comm_hook, shard, filled, on_worker_lost)
+    stage = StageOptions(_backend(compile_stages), batchnorm, check_finite == BOUNDARIES)
+    options = Options(stage, comm_hook, shard, filled, on_worker_lost)
     known = load(plan) if isinstance(plan, (str, Path)) else plan
     cluster = describe(devices, replicas, memory_bytes)
     cluster = over_sockets(cluster) if launch == "torchrun" and not on_one_machine() else cluster
@@ -182,6 +195,7 @@ def compile(
         loss_weight=loss_weight,
         loss_reduction=loss_reduction,
         release=launcher.release,
+        watch=Watch(check_finite, on_nonfinite, launch),
     )
     if example_inputs is not None or example_kwargs is not None:
         try:
@@ -217,6 +231,7 @@ def plan(
     ``optimizer="adamw"`` (or ``"sgd"``, ``"momentum"``) its step is part of the predicted one: replicas all step the
     whole model, the stages of a pipeline a part each.
     """
+    configure()
     check_threads(threads_per_worker)
     kwargs = example_kwargs or {}
     cluster = describe(devices, replicas, memory_bytes)
@@ -252,6 +267,18 @@ def _backend(compile_stages: bool | str) -> str | None:
     if compile_stages not in known:
         raise ConstraintError(f"compile_stages={compile_stages!r} is no backend of torch.compile: {', '.join(known)}")
     return compile_stages
+
+
+def _check_finite(check_finite: str | None, on_nonfinite: str) -> None:
+    """Refuse other words than those that are known.
+
+    Raises:
+        ConstraintError: see above.
+    """
+    if check_finite is not None and check_finite not in CHECKS:
+        raise ConstraintError(f"check_finite must be None or one of {', '.join(CHECKS)}, got {check_finite!r}")
+    if on_nonfinite not in ACTIONS:
+        raise ConstraintError(f"on_nonfinite must be one of {', '.join(ACTIONS)}, got {on_nonfinite!r}")
 
 
 def _check_shard(launch: str, compile_stages: bool | str, comm_hook: CommHook | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +35,7 @@ from .runtime.options import Options
 from .runtime.program import PipelineSpec, Timeline
 from .runtime.spmd import SpmdEngine, ensure_process_group, share_text
 from .runtime.trials import LEAST_STEPS, try_steps
+from .runtime.watch.logs import PLAN
 from .structure import call_leaves
 
 _RANK_S = 300.0  # that a rank of torchrun waits for a packet, where nobody says
@@ -133,6 +135,11 @@ class Builder:
         else:
             plans = self._plans(captured, tensors)
         self.current, self.target = plans[0], None
+        for plan in plans:
+            first, *table = str(plan).splitlines()
+            PLAN.info("planned %s", first)
+            for line in table:
+                PLAN.debug("%s", line)
         return [(self._split(captured, tensors, plan), plan) for plan in plans]
 
     def try_out(self, steps: Sequence[Callable[[], None]]) -> tuple[int, Plan]:
@@ -192,7 +199,13 @@ class Builder:
         return None if self.n_threads is None else constant(self.n_threads)
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
-        return capture(self.model, args, kwargs, opaque=self.opaque)
+        begin = time.perf_counter()
+        captured = capture(self.model, args, kwargs, opaque=self.opaque)
+        what = type(self.model).__name__, len(captured.graph.nodes), len(captured.opaque), time.perf_counter() - begin
+        PLAN.info("captured %s: %d ops, %d of them opaque, in %.2f s", *what)
+        for call in captured.opaque:
+            PLAN.debug("opaque: %s", call)
+        return captured
 
     def _split(self, captured: Capture, tensors: list[torch.Tensor], chosen: Plan) -> PipelineSpec:
         facts = analyse(captured, tensors, tensors[0].shape[0] if tensors[0].dim() else 1)

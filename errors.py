@@ -44,6 +44,24 @@ class StageError(StagecutError):
     """A stage failed in a way that could not be re-raised as the original exception."""
 
 
+class NonFiniteError(StageError):
+    """A loss, or what crosses stages, is not finite (``check_finite``); the pipeline goes on all the same.
+
+    Attributes:
+        stage, microbatch: where the first such value came up.
+        phase: ``"forward"``, ``"loss"``, ``"backward"``, or ``"input"`` where the batch itself holds it.
+        value, module_path: the op that made it, and the module of the model that the op belongs to.
+        stagecut: the same as a :class:`FailureSite`, as other errors have it.
+    """
+
+    stage: int
+    microbatch: int
+    phase: str
+    value: str
+    module_path: str
+    stagecut: FailureSite
+
+
 class WorkerLost(StagecutError):
     """A worker process ended without being asked to.
 

@@ -15,12 +15,13 @@ from .executor import Executor
 from .gradients import own_norm
 from .options import Options
 from .program import PipelineSpec, Program, check, lower
-from .replicate import NoReduction
+from .replicate import NoReduction, Reducer
 from .requests import BACKWARD, PROGRAM_OF, TRAIN, StepReport, StepRequest
 from .schedules import Orders, of_columns, of_part, shortened
 from .stage import StageRuntime, isolated_randomness
 from .transport import InlineTransport, MessageKey
 from .unsynced import Unsynced
+from .watch.residents import Resident, resident
 from .weights import fill_in
 
 
@@ -49,6 +50,18 @@ class Engine(Protocol):
 
     def gradient_norm(self, norm_type: float) -> torch.Tensor:
         """Return the norm of all gradients of the model as one vector."""
+
+    def program_of(self, request: StepRequest) -> Program:
+        """Return the program that a request runs."""
+
+    def positions(self) -> dict[int, int]:
+        """Return where each worker is among its instructions, or was when a request failed: those that are known."""
+
+    def residents(self) -> dict[int, Resident]:
+        """Return the process of each worker that this one can ask the system about."""
+
+    def gathered(self, text: str) -> list[str]:
+        """Return this text from every process that holds such an engine."""
 
     def close(self) -> None:
         """End what the engine started; safe to call twice."""
@@ -121,6 +134,7 @@ class InlineEngine:
             )
         self._model = model
         self._programs = Programs(spec)
+        self._devices = spec.devices
         self._random = spec.random
         fill_in(model, options.weights)
         mailbox: dict[MessageKey, torch.Tensor] = {}
@@ -131,8 +145,10 @@ class InlineEngine:
             own = [s for s, owners in enumerate(layout.workers) if worker in owners]
             device = torch.device(spec.devices[worker])
             stages = {s: StageRuntime(spec.stages[s], device, loss_fn, options.stage) for s in own}
-            reducers = {s: NoReduction() for s in own}
-            self._executors.append(Executor(worker, layout, stages, InlineTransport(mailbox), dict(reducers)))
+            reducers: dict[int, Reducer] = {s: NoReduction() for s in own}
+            look = options.stage.check_boundaries
+            transport = InlineTransport(mailbox)
+            self._executors.append(Executor(worker, layout, stages, transport, reducers, check_boundaries=look))
 
     def run(self, request: StepRequest) -> StepReport:
         """Carry out one request, always advancing the first worker that can move."""
@@ -187,6 +203,22 @@ class InlineEngine:
     def gradient_norm(self, norm_type: float) -> torch.Tensor:
         """Return the norm of the model's own gradients; they live here."""
         return own_norm(self._model.parameters(), norm_type)
+
+    def program_of(self, request: StepRequest) -> Program:
+        """Return the program that a request runs."""
+        return self._programs.get(self._programs.key_of(request))
+
+    def positions(self) -> dict[int, int]:
+        """Return where each worker is among its instructions."""
+        return {executor.worker: executor.position for executor in self._executors}
+
+    def residents(self) -> dict[int, Resident]:
+        """Return this process for every worker."""
+        return {worker: resident(device) for worker, device in enumerate(self._devices)}
+
+    def gathered(self, text: str) -> list[str]:
+        """Return the text: there is one process."""
+        return [text]
 
     def close(self) -> None:
         """Drop the stages."""

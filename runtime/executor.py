@@ -14,7 +14,7 @@ import torch
 from ..errors import FailureSite
 from ..structure import flatten, map_leaves
 from .instructions import RECEIVES, Instruction, Layout, Op
-from .packets import decode, pack
+from .packets import Packed, decode, pack
 from .parts import FILE, OP
 from .program.timeline import Span
 from .replicate import Reducer
@@ -22,6 +22,8 @@ from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepReques
 from .sinks import Arm
 from .stage import StageRuntime
 from .transport import MessageKey, Transport
+from .watch.counts import StepCounts
+from .watch.finite import Boundaries
 
 
 class Executor:
@@ -29,7 +31,7 @@ class Executor:
 
     ``tick`` is called with the index of each instruction before it runs, so that somebody else can watch progress.
     ``coupled`` says that microbatches of a round depend on each other's statistics, somewhere in the pipeline: none of
-    their backwards is left out.
+    their backwards is left out. With ``check_boundaries`` it looks at what leaves its stages.
     """
 
     def __init__(
@@ -42,14 +44,17 @@ class Executor:
         tick: Callable[[int], None] = lambda position: None,
         *,
         coupled: bool = False,
+        check_boundaries: bool = False,
     ) -> None:
         self.coupled = coupled
+        self.boundaries = Boundaries() if check_boundaries else None
         self.worker = worker
         self.layout = layout
         self.stages = stages
         self.transport = transport
         self.reducers = reducers
         self.tick = tick
+        self.position = 0
         self._local: dict[MessageKey, tuple[list[Any], list[bool]]] = {}
         self._calls: dict[int, dict[int, dict[int, Any]]] = {}
 
@@ -59,6 +64,10 @@ class Executor:
         self.instructions = instructions
         self.position = 0
         self.report = StepReport()
+        self.counts = StepCounts()
+        self._began = time.perf_counter()
+        if self.boundaries is not None:
+            self.boundaries.begin()
         self._local.clear()
         self._backwards_left = {s: self._count(s, Op.BACKWARD, Op.BACKWARD_WEIGHT) for s in self.stages}
         held = self._calls.pop(request.call) if request.kind == BACKWARD else {s: {} for s in self.stages}
@@ -92,20 +101,32 @@ class Executor:
         """Run one instruction; an exception leaves with its place attached as ``error.stagecut``."""
         i = self.instructions[self.position]
         self.tick(self.position)
-        self._started = time.perf_counter()
+        begin = self._started = time.perf_counter()
         try:
             self._execute(i)
         except Exception as error:
             self._attach_site(error, i)
             raise
+        end = time.perf_counter()
+        counts = self.counts
+        if i.op is Op.REDUCE:
+            counts.reduce_s += end - begin
+        else:
+            counts.waiting_s += self._started - begin
+            counts.busy_s += end - self._started
         if self.request.profile:
-            end = time.perf_counter()
             self.report.spans.append(Span(self.worker, i.op.value, i.stage, i.microbatch, self._started, end))
         self.position += 1
 
     def end(self) -> StepReport:
         """Complete the step: every packet has left."""
+        begin = time.perf_counter()
         self.transport.end()
+        end = time.perf_counter()
+        self.counts.waiting_s += end - begin
+        self.counts.step_s = end - self._began
+        self.report.counts[self.worker] = self.counts
+        self.report.nonfinite = None if self.boundaries is None else self.boundaries.found
         because = {s: stage.whole_because for s, stage in self.stages.items()}
         self.report.whole_because.update({s: why for s, why in because.items() if why is not None})
         return self.report
@@ -123,16 +144,21 @@ class Executor:
             self._backward_weight(i)
         elif i.op is Op.SEND_ACT:
             values, wanted = self._activations(i.stage, i.microbatch, i.peer_stage)
-            self.transport.send(i, pack(values, wanted))
+            self._send(i, pack(values, wanted))
         elif i.op is Op.SEND_GRAD:
             gradients = self.stages[i.stage].input_gradients(i.microbatch, i.peer_stage)
-            self.transport.send(i, pack(gradients, [False] * len(gradients)))
+            self._send(i, pack(gradients, [False] * len(gradients)))
         elif i.op in RECEIVES:
             self.transport.post(i)
         elif i.op is Op.FREE:
             self._free(i)
         elif i.op is Op.REDUCE and self.request.sync:
             self.reducers[i.stage].complete()
+
+    def _send(self, i: Instruction, packed: Packed) -> None:
+        self.counts.sent_bytes += packed.n_bytes
+        self.counts.n_sent += 1
+        self.transport.send(i, packed)
 
     def _awaited(self, i: Instruction) -> list[MessageKey]:
         s, m = i.stage, i.microbatch
@@ -148,7 +174,10 @@ class Executor:
         key = (gradient, origin, target, m)
         if self.layout.worker_of(origin, m) == self.worker:
             return self._local.pop(key)
-        return decode(self.transport.take(key), self.stages[target].device)
+        packet = self.transport.take(key)
+        self.counts.received_bytes += packet.numel()
+        self.counts.n_received += 1
+        return decode(packet, self.stages[target].device)
 
     def _activations(self, s: int, m: int, consumer: int) -> tuple[list[Any], list[bool]]:
         stage = self.stages[s]
@@ -173,6 +202,8 @@ class Executor:
                     self.report.losses[m] = stage.compute_loss(m, target).detach()
                 if request.want_outputs:
                     self.report.outputs[m] = map_leaves(_detached, held.output)
+        if self.boundaries is not None:
+            self.boundaries.forward(stage, m, request)
         for consumer in self.layout.consumers(i.stage):
             if self.layout.worker_of(consumer, m) == self.worker:
                 values, wanted = self._activations(i.stage, m, consumer)
@@ -202,6 +233,8 @@ class Executor:
             stage.backward_input(m, roots, gradients)
         else:
             stage.backward(m, roots, gradients, self._arm(i))
+        if self.boundaries is not None:
+            self.boundaries.backward(stage, m)
         for producer in self.layout.producers(i.stage, gradients=True):
             if self.layout.worker_of(producer, m) == self.worker:
                 values = stage.input_gradients(m, producer)

@@ -20,6 +20,8 @@ from .gradients import clip, own_norm
 from .program import PipelineSpec
 from .spmd import under_torchrun
 from .unsplit import unsplit
+from .watch.logs import CHECKPOINTS
+from .watch.owner import Owner
 
 
 class Facade(nn.Module):
@@ -29,6 +31,10 @@ class Facade(nn.Module):
     _spec: PipelineSpec | None
     _saving: Saving | None = None
     _peers: Peers | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._owner = Owner()
 
     @property
     def model(self) -> nn.Module:
@@ -166,6 +172,7 @@ class Facade(nn.Module):
         Raises:
             CheckpointError: it could not be written; earlier checkpoints are as they were.
         """
+        self._owner.check("pm.save()")
         if step < 0 or (keep is not None and keep < 1):
             raise CheckpointError(f"a step is 0 or more and keep 1 or more, got step={step} and keep={keep}")
         self._finish_saving()
@@ -204,6 +211,7 @@ class Facade(nn.Module):
         Raises:
             CheckpointError: there is none, or it does not fit the model or the optimizer; nothing was changed then.
         """
+        self._owner.check("pm.load()")
         self._finish_saving()
         peers, placement = self._writers()
         reader, passed = found(folder, peers)
@@ -213,6 +221,7 @@ class Facade(nn.Module):
             check_fits(reader, training, names)
             self._fill(reader)
             kept = restore(reader, training, names, placement.holds, peers.rank)
+            CHECKPOINTS.info("loaded %s", reader.path)
             return Loaded(reader.path, reader.manifest.step, kept, tuple(passed))
 
     def _fill(self, reader: Reader) -> None:

@@ -22,7 +22,8 @@ from ..errors import WorkerLost
 from .local_messages import Claim, Release
 from .mailbox import Mailbox
 from .pickling import dumps, loads
-from .processes import STACK_SIGNAL, is_stopped, read_at_once, read_until_quiet, wait_for_exit
+from .processes import STACK_SIGNAL, is_stopped, peak_bytes, read_at_once, read_until_quiet, wait_for_exit
+from .watch.logs import WORKERS
 
 STOP_S = 3.0
 STACK_S = 1.0
@@ -48,6 +49,7 @@ class WorkerProcess:
     channel: socket.socket
     lifeline: int
     stacks: int
+    inherited_bytes: int  # the peak of memory that the system counts on from
     is_ready: bool = False
     owner: int = field(default_factory=os.getpid)
     modules: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -67,13 +69,14 @@ class WorkerProcess:
 
     def exit_error(self) -> WorkerLost:
         """Describe how the process ended."""
-        peak_bytes = wait_for_exit(self.process, STOP_S)
+        most_bytes = wait_for_exit(self.process, STOP_S)
         code = self.process.returncode
         killed_by = -code if code is not None and code < 0 else None
         if code is None:
             how = "closed its connection, and has not exited"
         else:
             how = f"exit code {code}" if killed_by is None else f"killed by {_name_of(killed_by)}"
+        WORKERS.warning("worker %d (pid %d) lost: %s", self.index, self.process.pid, how)
         lost = WorkerLost(
             f"worker {self.index} (pid {self.process.pid}) ended: {how}",
             hint="pm.restart() starts the workers again with the parameters as they are; "
@@ -82,7 +85,7 @@ class WorkerProcess:
             pid=self.process.pid,
             signal=killed_by,
             exit_code=None if killed_by is not None else code,
-            peak_bytes=peak_bytes,
+            peak_bytes=None if most_bytes is None or most_bytes <= self.inherited_bytes else most_bytes,
         )
         crash = read_at_once(self.stacks)
         if crash:
@@ -113,6 +116,8 @@ class WorkerPool:
         self._finalizer = weakref.finalize(self, _kill_all, self.workers)
         for index in range(n_workers):
             parked = _unparked()
+            if parked:
+                WORKERS.info("worker %d: pid %d, which waited for a pipeline", index, parked.process.pid)
             self.workers.append(replace(parked, index=index) if parked else _start(index, n_threads))
 
     def keep(self, n_workers: int, n_threads: int) -> None:
@@ -134,6 +139,7 @@ class WorkerPool:
                 raise WorkerLost(f"worker {worker.index} was not ready after {timeout_s:.0f} s")
             self.receive(worker)
             worker.is_ready = True
+            WORKERS.info("worker %d (pid %d) is ready", worker.index, worker.process.pid)
 
     def receive(self, worker: WorkerProcess, mailbox: Mailbox | None = None) -> Any:
         """Return the next answer of ``worker``, whose large tensors are in ``mailbox``.
@@ -260,7 +266,10 @@ def _start(index: int, n_threads: int) -> WorkerProcess:
     theirs.close()
     os.close(lifeline_read)
     os.close(stacks_write)
-    return WorkerProcess(index, process, Connection(os.dup(ours.fileno())), ours, lifeline_write, stacks_read)
+    WORKERS.info("worker %d started: pid %d", index, process.pid)
+    return WorkerProcess(
+        index, process, Connection(os.dup(ours.fileno())), ours, lifeline_write, stacks_read, peak_bytes()
+    )
 
 
 def _name_of(number: int) -> str:

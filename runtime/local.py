@@ -19,10 +19,12 @@ from .launch import WorkerPool
 from .local_messages import Done
 from .local_workers import Conditions, LocalWorkers
 from .options import Options
-from .program import PipelineSpec
+from .program import PipelineSpec, Program
 from .requests import BACKWARD, FORWARD, TRAIN, StepReport, StepRequest
 from .shared_model import Before, SharedModel
 from .unsynced import Unsynced
+from .watch.logs import WORKERS
+from .watch.residents import Resident, resident
 
 RESTART, RAISE = "restart", "raise"
 
@@ -55,7 +57,6 @@ class LocalEngine:
     ) -> None:
         self.n_threads = pool.n_threads
         self.unsynced = Unsynced()
-        self.n_restarts = 0
         self._spec = spec
         self._model = model
         self._loss_fn = loss_fn
@@ -96,17 +97,21 @@ class LocalEngine:
             self._shared.release_gradient_slots()
         conditions = Conditions(self._shared.trainable(), modes_of(self._model))
         before = self._shared.before_a_step([(worker, name) for worker, own in goes_on.items() for name in own])
+        restarts = 0
         try:
             done = self._attempt(request, conditions, goes_on)
         except WorkerLost as lost:
             if self._options.on_worker_lost != RESTART:
                 raise
+            restarts = 1
             done = self._again(_Open(request, before, conditions), goes_on, lost)
         if request.kind == FORWARD:
             self._open[request.call] = _Open(request, before, conditions)
         elif request.kind == BACKWARD:
             self._open.pop(request.call, None)
-        return self._accepted(request, done)
+        report = self._accepted(request, done)
+        report.n_restarts = restarts
+        return report
 
     def _attempt(
         self, request: StepRequest, conditions: Conditions, goes_on: dict[int, tuple[str, ...]]
@@ -123,7 +128,7 @@ class LocalEngine:
         warnings.warn(
             f"stagecut: {lost.message}; all workers are started anew, and the step is done again", stacklevel=6
         )
-        self.n_restarts += 1
+        WORKERS.warning("step %d is done again by new workers", interrupted.request.step)
         self._workers.close(kill=True)
         try:
             self._workers = self._started(WorkerPool(self._spec.layout.n_workers, self.n_threads))
@@ -162,6 +167,22 @@ class LocalEngine:
     def gradient_norm(self, norm_type: float) -> torch.Tensor:
         """Return the norm of the model's own gradients; the workers have handed them over."""
         return own_norm(self._model.parameters(), norm_type)
+
+    def program_of(self, request: StepRequest) -> Program:
+        """Return the program that a request runs."""
+        return self._programs.get(self._programs.key_of(request))
+
+    def positions(self) -> dict[int, int]:
+        """Return the instruction that each worker began last; after a failure, where they were ended."""
+        return dict(enumerate(self._shared.progress.tolist()))
+
+    def residents(self) -> dict[int, Resident]:
+        """Return the workers' processes; none after they were ended."""
+        return {w.index: resident(self._spec.devices[w.index], w.process.pid) for w in self.pool.workers}
+
+    def gathered(self, text: str) -> list[str]:
+        """Return the text: this process knows of all workers."""
+        return [text]
 
     def close(self) -> None:
         """Let the workers go; those of a step that failed have been ended."""

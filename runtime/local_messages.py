@@ -23,7 +23,7 @@ class Setup:
     ``torchvision`` says that the parent uses it, so that the payload may refer to it.
     ``n_threads`` is how many CPU threads the worker computes with; ``options`` say how its stages run; replicas of the
     stages in ``synced`` exchange statistics; ``surroundings`` is what else of the parent's process changes what a
-    model computes.
+    model computes; ``logs`` is the parent's ``STAGECUT_LOGS``.
     """
 
     worker: int
@@ -41,6 +41,7 @@ class Setup:
     options: StageOptions
     synced: frozenset[int]
     surroundings: Surroundings
+    logs: str
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from .shared_memory import ChannelFiles, channels_of
 from .shared_model import SharedModel
 from .surroundings import Surroundings
 from .waiting import at_position, waiting
+from .watch import logs
 
 _POLL_S = 0.2
 _BEREFT_S = 5.0  # for a lost process to be noticed, once another says that it is alone
@@ -117,6 +118,7 @@ class LocalWorkers:
             options=self._options.stage,
             synced=self._synced,
             surroundings=Surroundings.here(),
+            logs=os.environ.get(logs.VARIABLE, ""),
         )
         worker.may_import()
         worker.connection.send_bytes(dumps(setup))

@@ -16,10 +16,12 @@ class StageOptions:
     Attributes:
         compiler: a backend of ``torch.compile`` for it.
         batchnorm: where its BatchNorms take their statistics from, one of :data:`batchnorm.MODES`.
+        check_boundaries: whether what crosses stages is looked at for values that are not finite.
     """
 
     compiler: str | None = None
     batchnorm: str = MICROBATCH
+    check_boundaries: bool = False
 
 
 @dataclass(frozen=True)

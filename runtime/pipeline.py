@@ -35,6 +35,9 @@ from .requests import BACKWARD, EVALUATE, FORWARD, TRAIN, StepReport, StepReques
 from .results import EvalResult, Profile, Startup, StepResult, timeline_of, total_loss
 from .surroundings import autocast_dtype
 from .verify import VerifyReport, compare, gradients_of, preserved, reference_model, reference_step
+from .watch.logs import WORKERS
+from .watch.stats import Stats
+from .watch.watching import Watch
 
 
 class Pipeline(Facade):
@@ -62,6 +65,7 @@ class Pipeline(Facade):
         loss_weight: Callable[[Any], float] | None,
         loss_reduction: str,
         release: Callable[[], None],
+        watch: Watch,
     ) -> None:
         super().__init__()
         self.__dict__["_model"] = model
@@ -83,6 +87,7 @@ class Pipeline(Facade):
         self._startup: Startup | None = None
         self._forgotten: list[int] = []
         self._told: set[int] = set()  # stages
+        self._watch = watch
         self.training = model.training
 
     @property
@@ -281,6 +286,14 @@ class Pipeline(Facade):
             self.prepare(*args, **kwargs)
         return self.plan
 
+    def stats(self) -> Stats:
+        """Return what every worker did since the present plan began to run: a table when printed, JSON by its fields.
+
+        Workers count as they go, and are not asked. Under torchrun this is a collective call, as ``state_dict()`` is.
+        """
+        self._owner.check("pm.stats()")
+        return self._watch.stats(self._engine)
+
     @contextmanager
     def _complete(self, what: str) -> Iterator[None]:
         """Let steps of the pipeline's own sum their gradients; refuse them while the user's have yet to be summed.
@@ -306,6 +319,7 @@ class Pipeline(Facade):
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Capture, plan and start the workers for calls like this one, without running it."""
+        self._owner.check("this pipeline")
         if self._closed:
             raise StageError("this pipeline is closed", hint="call stagecut.compile(...) again")
         if self._broken is not None:
@@ -323,6 +337,8 @@ class Pipeline(Facade):
             planned = time.perf_counter()
             self._engine = self._launch(self._spec)
             self._plan_s, self._workers_s = planned - begin, time.perf_counter() - planned
+            self._watch.planned(self._spec, self._plan)
+            WORKERS.info("all workers set up in %.2f s", self._workers_s)
 
     def _try(
         self, contenders: Sequence[tuple[PipelineSpec, Any]], args: tuple[Any, ...], kwargs: dict[str, Any], target: Any
@@ -360,6 +376,8 @@ class Pipeline(Facade):
 
     def restart(self) -> None:
         """Start the workers again after an error; parameters and buffers are kept as they are."""
+        self._owner.check("pm.restart()")
+        self._watch.restarted()
         self.close()
         self._closed = False
         self._broken = None
@@ -424,6 +442,8 @@ class Pipeline(Facade):
             report = self._engine.run(request)
         except BaseException as error:
             self._broken = error
+            if isinstance(error, Exception):
+                self._watch.failed(error, request, self._engine)
             self._engine.unsynced.drop()
             self._engine.close()
             self._engine = None
@@ -433,6 +453,7 @@ class Pipeline(Facade):
             if sys.stderr.isatty():
                 print(f"stagecut: {self._startup}", file=sys.stderr)
         self._tell_whole(report)
+        self._watch.ran(request, report, time.perf_counter() - begin, self._engine)
         return report
 
     def _tell_whole(self, report: StepReport) -> None:
@@ -447,6 +468,7 @@ class Pipeline(Facade):
                 )
 
     def _run_backward(self, engine: Engine | None, forward: StepRequest, gradients: tuple[list[Any], ...]) -> None:
+        self._owner.check("this pipeline's backward")
         if engine is None or engine is not self._engine:
             raise StageError("the workers that hold this result's activations are gone", hint="run the forward again")
         nothing: tuple[dict[str, Any], ...] = ({},) * forward.n_microbatches
@@ -458,6 +480,8 @@ class Pipeline(Facade):
         Raises:
             CheckpointError: one that was being written in the background could not be.
         """
+        if not self._closed:
+            WORKERS.info("closed")
         self._closed = True
         if self._engine is not None:
             self._engine.unsynced.drop()

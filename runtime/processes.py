@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -15,8 +16,19 @@ _QUIET_S = 0.1
 _MOST_BYTES = 1 << 16
 
 
+def peak_bytes() -> int:
+    """Return the most memory that this process has had, or the one that started it had then."""
+    return _bytes_of(resource.getrusage(resource.RUSAGE_SELF))
+
+
+def _bytes_of(usage: resource.struct_rusage) -> int:
+    return usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
+
+
 def wait_for_exit(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
     """Wait for the end of a process, and return the most memory that it had; None if the system does not say.
+
+    It is that of the process that started it, if that one had more (Linux counts on from there).
 
     ``process.returncode`` is set then, and None if it goes on after ``timeout_s``.
     """
@@ -28,7 +40,7 @@ def wait_for_exit(process: subprocess.Popen[bytes], timeout_s: float) -> int | N
         process.poll()
         return None
     process.returncode = os.waitstatus_to_exitcode(status)
-    return usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
+    return _bytes_of(usage)
 
 
 def _ends_within(process: subprocess.Popen[bytes], timeout_s: float) -> bool:

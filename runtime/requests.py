@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from .program.timeline import Span
+from .watch.counts import StepCounts
+from .watch.finding import NonFinite, first_of
 
 TRAIN, FORWARD, BACKWARD, EVALUATE = "train", "forward", "backward", "evaluate"
 PROGRAM_OF = {FORWARD: "forward-only", BACKWARD: "backward-only", EVALUATE: "forward-only"}
@@ -57,13 +59,20 @@ class StepRequest:
 class StepReport:
     """What workers answer: losses and results by microbatch, and the times of what they did.
 
-    ``whole_because`` says, by stage, why a backward ran whole that the schedule has in two parts.
+    ``whole_because`` says, by stage, why a backward ran whole that the schedule has in two parts. ``counts`` is what
+    the workers that answer counted, ``busy_s`` the busy seconds of all workers, where they are known; ``nonfinite`` is
+    the first value that is not finite, if boundaries are looked at; ``n_restarts`` is how often workers were lost and
+    replaced for it.
     """
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     whole_because: dict[int, str] = field(default_factory=dict)
+    counts: dict[int, StepCounts] = field(default_factory=dict)
+    busy_s: dict[int, float] = field(default_factory=dict)
+    nonfinite: NonFinite | None = None
+    n_restarts: int = 0
 
     def merge(self, other: StepReport) -> None:
         """Add what another worker reports."""
@@ -71,3 +80,6 @@ class StepReport:
         self.outputs.update(other.outputs)
         self.spans.extend(other.spans)
         self.whole_because.update(other.whole_because)
+        self.counts.update(other.counts)
+        self.busy_s.update({worker: counts.busy_s for worker, counts in other.counts.items()})
+        self.nonfinite = first_of([self.nonfinite, other.nonfinite])

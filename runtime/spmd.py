@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import CheckpointError, DeviceError, PlanError, ShapeError, StageError
+from ..records import from_json, to_json
 from ..structure import flatten, is_encodable, unflatten
 from .batchnorm import replicas_of, synced_stages
 from .checkpoint import Placement, users_by_name
@@ -24,13 +26,16 @@ from .instructions import Op
 from .neighbours import RoutedTransport, transport_of
 from .options import Options
 from .packets import decode, encode
-from .program import PipelineSpec, Span
+from .program import PipelineSpec, Program, Span
 from .replicate import DataParallelReducer, NoReduction, Reducer, Replicas
 from .requests import BACKWARD, TRAIN, StepReport, StepRequest
 from .sharded import ShardedReducer, adopt, dense, load
 from .stage import StageRuntime, isolated_randomness, settle_statistics
 from .synced import Rounds, rounds_of
 from .unsynced import Unsynced
+from .watch.finding import NonFinite, first_of
+from .watch.owner import Owner
+from .watch.residents import Resident, resident
 from .weights import Weights, materialised, names_of
 
 _SAMPLE_BYTES = 1 << 16
@@ -53,6 +58,20 @@ def ensure_process_group() -> None:
     """Join the process group that torchrun describes, unless the script has done so."""
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def gathered(text: str) -> list[str]:
+    """Return the text of every rank, in their order: a call that all ranks make."""
+    group = _gloo()
+    data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+    size = torch.tensor([data.numel()])
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size, group=group)
+    own = torch.zeros(max(int(other.item()) for other in sizes), dtype=torch.uint8)
+    own[: data.numel()] = data
+    everyone = [torch.empty_like(own) for _ in sizes]
+    dist.all_gather(everyone, own, group=group)
+    return [other[: int(n.item())].numpy().tobytes().decode() for other, n in zip(everyone, sizes)]
 
 
 def share_text(make: Callable[[], str]) -> str:
@@ -116,6 +135,8 @@ class SpmdEngine:
         self._spec = spec
         self._model = model
         self._group = _gloo()
+        self._process = Owner()
+        self._look = options.stage.check_boundaries
         self._worker = dist.get_rank()
         self.n_threads = torch.get_num_threads()
         self.unsynced = Unsynced("would keep whole gradients on every replica (shard=True)" if options.shard else None)
@@ -141,7 +162,9 @@ class SpmdEngine:
         self._sharding = [r for _, r in sorted(reducers.items()) if isinstance(r, ShardedReducer)]
         if self._sharding:
             self._adopt_shares(stages, reducers)
-        self._executor = Executor(self._worker, layout, stages, self._transport, reducers, coupled=bool(synced))
+        self._executor = Executor(
+            self._worker, layout, stages, self._transport, reducers, coupled=bool(synced), check_boundaries=self._look
+        )
         self._ties = self._tie_groups()
 
     def _compare_fingerprints(self) -> None:
@@ -355,19 +378,33 @@ class SpmdEngine:
     def _gather(self, report: StepReport, request: StepRequest) -> StepReport:
         """Give losses, results and times to every rank."""
         last = self._spec.layout.n_stages - 1
-        whole = StepReport(whole_because=report.whole_because)  # every rank speaks for its own stages
-        if request.want_loss:
-            losses = torch.zeros(request.n_microbatches, 2, dtype=torch.float64)
-            for m, loss in report.losses.items():
-                losses[m, 0], losses[m, 1] = loss.double().item(), _LOSS_DTYPES.index(loss.dtype)
-            dist.all_reduce(losses, group=self._group)
-            whole.losses = {m: losses[m, 0].to(_LOSS_DTYPES[int(losses[m, 1])]) for m in range(request.n_microbatches)}
+        # Every rank speaks for its own stages.
+        whole = StepReport(whole_because=report.whole_because, counts=report.counts)
+        if request.want_loss or self._look:
+            self._sum_up(report, request, whole)
         if request.want_outputs:
             for m in range(request.n_microbatches):
                 whole.outputs[m] = self._broadcast_output(report.outputs.get(m), self._spec.layout.worker_of(last, m))
         if request.profile:
             whole.spans = self._gather_spans(report)
         return whole
+
+    def _sum_up(self, report: StepReport, request: StepRequest, whole: StepReport) -> None:
+        """Give every rank the losses, how busy each was, and the first value that is not finite: in one message."""
+        n, n_workers = request.n_microbatches, self._spec.layout.n_workers
+        table = torch.zeros(2 * (n + n_workers), dtype=torch.float64)
+        losses, ranks = table[: 2 * n].view(n, 2), table[2 * n :].view(n_workers, 2)
+        for m, loss in report.losses.items():
+            losses[m, 0], losses[m, 1] = loss.double().item(), _LOSS_DTYPES.index(loss.dtype)
+        ranks[self._worker, 0] = report.counts[self._worker].busy_s
+        ranks[self._worker, 1] = float(report.nonfinite is not None)
+        dist.all_reduce(table, group=self._group)
+        if request.want_loss:
+            whole.losses = {m: losses[m, 0].to(_LOSS_DTYPES[int(losses[m, 1])]) for m in range(n)}
+        whole.busy_s = dict(enumerate(ranks[:, 0].tolist()))
+        if bool(ranks[:, 1].any()):
+            texts = gathered(json.dumps([] if report.nonfinite is None else [to_json(report.nonfinite)]))
+            whole.nonfinite = first_of(from_json(NonFinite, item) for text in texts for item in json.loads(text))
 
     def _broadcast_output(self, output: Any, owner: int) -> Any:
         _, structure = self._spec.stages[-1].result(self._model.training)
@@ -409,6 +446,7 @@ class SpmdEngine:
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """Collect every parameter and buffer on every rank (a collective call)."""
+        self._process.check("the whole model's state")
         state: dict[str, torch.Tensor] = {}
         for name, tensor in self._by_name.items():
             owner = self._owner[name]
@@ -423,6 +461,7 @@ class SpmdEngine:
 
     def gradient_norm(self, norm_type: float) -> torch.Tensor:
         """Return the norm of the gradients of all ranks, each parameter counted on one of them (a collective call)."""
+        self._process.check("the norm of all gradients")
         mine = [
             t
             for name, t in self._owned
@@ -471,6 +510,22 @@ class SpmdEngine:
         rank = self._worker
         mine = [name for name, _ in self._owned if self._owner[name] == rank or (self._owner[name] < 0 and rank == 0)]
         return Placement({f"rank-{rank:04d}": mine}, {name for name, _ in self._owned}.__contains__)
+
+    def program_of(self, request: StepRequest) -> Program:
+        """Return the program that a request runs."""
+        return self._programs.get(self._programs.key_of(request))
+
+    def positions(self) -> dict[int, int]:
+        """Return where this rank is among its instructions."""
+        return {self._worker: self._executor.position}
+
+    def residents(self) -> dict[int, Resident]:
+        """Return this process; other ranks know of theirs."""
+        return {self._worker: resident(self._spec.devices[self._worker])}
+
+    def gathered(self, text: str) -> list[str]:
+        """Return the text of every rank (a collective call)."""
+        return gathered(text)
 
     def close(self) -> None:
         """Give up the channels; the ranks belong to torchrun."""

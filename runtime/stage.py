@@ -261,6 +261,11 @@ class StageRuntime:
         leaves = [leaf.constant if leaf.node is None else known[leaf.node] for leaf in outputs]
         return unflatten(structure, leaves)
 
+    def named_output(self, m: int) -> list[tuple[str, Any]]:
+        """Pair each leaf of the model's result of microbatch ``m`` with the op that made it (last stage only)."""
+        outputs, _ = self.spec.result(self._modes[self._deciding.index("")])
+        return [(leaf.node or "output", value) for leaf, value in zip(outputs, flatten(self.held[m].output)[0])]
+
     def compute_loss(self, m: int, target: Any) -> torch.Tensor:
         """Compute the loss of microbatch ``m`` (last stage only)."""
         held = self.held[m]

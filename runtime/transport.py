@@ -140,7 +140,7 @@ class DistTransport:
         total = total_bytes(buffer)
         self._observe(key, total)
         if total <= buffer.numel():
-            return buffer
+            return buffer[:total]
         packet = torch.empty(total, dtype=torch.uint8)
         packet[: buffer.numel()] = buffer
         dist.recv(packet[buffer.numel() :], rank, group=self._group, tag=self._tag(key) + 1)

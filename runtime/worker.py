@@ -28,7 +28,7 @@ from .executor import Executor
 from .instructions import Instruction
 from .local_messages import Claim, Done, Failed, Forget, Ready, Release, Run, Setup
 from .mailbox import Mailbox
-from .out_of_memory import is_out_of_memory, peak_bytes
+from .out_of_memory import is_out_of_memory
 from .pickling import dumps, loads
 from .processes import STACK_SIGNAL
 from .replicate import NoReduction, Reducer
@@ -37,6 +37,8 @@ from .shared_gradients import CommonReducer, GradientSlots, SharedMemoryReducer,
 from .shared_memory import Inbox, Outbox, PeerGone, SharedMemoryTransport, channels_of
 from .stage import StageRuntime, settle_statistics
 from .synced import rounds_of
+from .watch import logs
+from .watch.residents import resident
 
 _PARENT_POLL_S = 0.5
 
@@ -121,7 +123,7 @@ def _failure(error: Exception) -> Failed:
         loads(pickled)
     text = "".join(traceback.format_exception(error))
     site = getattr(error, "stagecut", None)
-    used_bytes = peak_bytes() if is_out_of_memory(error) else None
+    used_bytes = resident("cpu").peak_memory_bytes if is_out_of_memory(error) else None
     return Failed(pickled, type(error).__name__, str(error), text, site, _lacks_a_peer(error), used_bytes)
 
 
@@ -146,6 +148,7 @@ class _Server:
     def __init__(self, setup: Setup, next_fd: Callable[[], int]) -> None:
         """Take the descriptors that follow ``setup`` from ``next_fd``."""
         self.setup = setup
+        logs.configure(setup.logs, f"worker {setup.worker}")
         setup.surroundings.take_over()
         torch.set_num_threads(setup.n_threads)
         self.arena = Arena(next_fd(), setup.arena_bytes, setup.slots)
@@ -177,6 +180,7 @@ class _Server:
             stage.explicit.slots = {id(self.state[name]): slot for name, slot in own.items()}
         self.programs: dict[tuple[str, int], tuple[Instruction, ...]] = {}
         self.executor = self._make_executor()
+        logs.WORKERS.info("set up: stages %s on %s, %d threads", sorted(self.stages), setup.device, setup.n_threads)
 
     def _owns_private_buffers(self) -> bool:
         """Replicas change buffers side by side, so each works on its own copy; the first one's are kept."""
@@ -208,8 +212,9 @@ class _Server:
         def tick(position: int) -> None:
             progress[worker] = position
 
-        coupled = bool(self.setup.synced)
-        return Executor(worker, layout, self.stages, self.transport, reducers, tick, coupled=coupled)
+        coupled, look = bool(self.setup.synced), self.setup.options.check_boundaries
+        stages, transport = self.stages, self.transport
+        return Executor(worker, layout, stages, transport, reducers, tick, coupled=coupled, check_boundaries=look)
 
     def _reducer(self, s: int, owners: tuple[int, ...], group: Any) -> Reducer:
         """Sum what only this stage adds to when it is through, what others of this worker add to when all are."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError
+from ..watch.logs import CHECKPOINTS
 from . import folder as folders
 from .folder import Manifest
 from .peers import Alone, Peers, together
@@ -124,6 +125,7 @@ def found(folder: str | Path, peers: Peers) -> tuple[Reader, list[str]]:
 
     path, passed = json.loads(together(peers, look)[0])
     for reason in passed if peers.rank == 0 else ():
+        CHECKPOINTS.warning("passed over: %s", reason)
         warnings.warn(f"stagecut: a checkpoint was passed over: {reason}", stacklevel=4)
     manifest = folders.read_manifest(Path(path))
     return Reader(Path(path), manifest), passed

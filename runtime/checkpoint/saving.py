@@ -16,6 +16,7 @@ from torch import nn
 
 from ...errors import CheckpointError
 from ..sharded import dense
+from ..watch.logs import CHECKPOINTS
 from . import folder as folders
 from .folder import FORMAT, FileRecord, Manifest
 from .peers import Peers, together
@@ -186,7 +187,9 @@ def write(folder: Path, taken: Snapshot, peers: Peers, keep: int | None) -> Path
         if rank == 0:
             folders.abandon(unfinished)
         raise
-    return Path(finished[0].decode())
+    path = Path(finished[0].decode())
+    CHECKPOINTS.info("saved %s", path)
+    return path
 
 
 def _write_own(unfinished: Path, taken: Snapshot, rank: int) -> bytes:

@@ -180,8 +180,7 @@ def test_a_worker_that_ends_is_named(workers: list[psutil.Process], kind: str, w
     assert isinstance(lost, stagecut.WorkerLost)
     assert (lost.stage, lost.replica, lost.microbatch, lost.step) == (failure.trapped_stage, 0, 2, 2)
     assert (lost.signal, lost.exit_code) == ((signal.SIGKILL, None) if kind == "kill" else (None, 0))
-    assert lost.peak_bytes is not None
-    assert lost.peak_bytes > 2**24
+    assert lost.peak_bytes is None or lost.peak_bytes > 2**24
 
 
 def test_a_hang_ends_at_the_timeout_and_says_who_waits_where(workers: list[psutil.Process]) -> None:

@@ -78,8 +78,7 @@ def test_a_step_that_lost_a_worker_is_done_again_with_the_same_numbers(
     with compiled(Injector(kind, tmp_path, backward=backward), devices) as pm:
         with pytest.warns(UserWarning, match=words):
             given = train(pm)
-        assert isinstance(pm._engine, LocalEngine)
-        assert pm._engine.n_restarts == 1
+        assert pm.stats().n_restarts == 1
     assert fired(tmp_path) == 1
     assert_equal(given, wanted)
 
