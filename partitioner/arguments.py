@@ -31,7 +31,7 @@ def input_spec(leaves: list[Any], structure: Structure, paths: list[str]) -> Inp
         name = _unused(re.sub(r"\W", "_", path), used)
         batched = leaf.dim() > 0 and leaf.shape[0] == rows
         shape = (None, *leaf.shape[1:]) if batched else tuple(leaf.shape)
-        known.append(InputLeaf(path, name, None, batched, shape, None if same == index else same))
+        known.append(InputLeaf(path, name, None, batched, shape, None if same == index else same, leaf.dtype))
     return InputSpec(structure, tuple(known))
 
 

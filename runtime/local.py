@@ -30,8 +30,8 @@ RESTART, RAISE = "restart", "raise"
 
 
 @dataclass(frozen=True)
-class _Open:
-    """A forward whose backward may come: what it takes to run it again."""
+class _Call:
+    """A request with what it takes to carry it out again, to the same numbers."""
 
     request: StepRequest
     before: Before
@@ -65,7 +65,7 @@ class LocalEngine:
         self._synced = synced_stages(spec.stages, spec.layout, options.stage.batchnorm)
         self.n_together = replicas_of(self._synced, spec.layout)
         self._programs = Programs(spec, self._synced)
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, _Call] = {}  # forwards whose backward may come
         self._parts: dict[int, tuple[str, ...]] = {}  # per worker, the gradients that no replica has summed
         try:
             self._shared = SharedModel(spec, model, options.weights)
@@ -97,29 +97,34 @@ class LocalEngine:
             self._shared.release_gradient_slots()
         conditions = Conditions(self._shared.trainable(), modes_of(self._model))
         before = self._shared.before_a_step([(worker, name) for worker, own in goes_on.items() for name in own])
-        restarts = 0
+        call = _Call(request, before, conditions)
         try:
-            done = self._attempt(request, conditions, goes_on)
-        except WorkerLost as lost:
-            if self._options.on_worker_lost != RESTART:
-                raise
-            restarts = 1
-            done = self._again(_Open(request, before, conditions), goes_on, lost)
+            done, n_restarts = self._carried_out(call, goes_on)
+        except BaseException:
+            self._shared.as_before(before)  # a step that failed changes nothing: it may be done again
+            raise
         if request.kind == FORWARD:
-            self._open[request.call] = _Open(request, before, conditions)
+            self._open[request.call] = call
         elif request.kind == BACKWARD:
             self._open.pop(request.call, None)
         report = self._accepted(request, done)
-        report.n_restarts = restarts
+        report.n_restarts = n_restarts
         return report
 
-    def _attempt(
-        self, request: StepRequest, conditions: Conditions, goes_on: dict[int, tuple[str, ...]]
-    ) -> dict[int, Done]:
-        key = self._programs.key_of(request)
-        return self._workers.run(request, key, self._programs.get(key), conditions, goes_on)
+    def _carried_out(self, call: _Call, goes_on: dict[int, tuple[str, ...]]) -> tuple[dict[int, Done], int]:
+        """Return what the workers answer, and how often they had to be replaced for it."""
+        try:
+            return self._attempt(call, goes_on), 0
+        except WorkerLost as lost:
+            if self._options.on_worker_lost != RESTART:
+                raise
+            return self._again(call, goes_on, lost), 1
 
-    def _again(self, interrupted: _Open, goes_on: dict[int, tuple[str, ...]], lost: WorkerLost) -> dict[int, Done]:
+    def _attempt(self, call: _Call, goes_on: dict[int, tuple[str, ...]]) -> dict[int, Done]:
+        key = self._programs.key_of(call.request)
+        return self._workers.run(call.request, key, self._programs.get(key), call.conditions, goes_on)
+
+    def _again(self, interrupted: _Call, goes_on: dict[int, tuple[str, ...]], lost: WorkerLost) -> dict[int, Done]:
         """Do a step again that lost a worker, with new ones; once.
 
         Raises:
@@ -134,9 +139,9 @@ class LocalEngine:
             self._workers = self._started(WorkerPool(self._spec.layout.n_workers, self.n_threads))
             for opened in self._open.values():
                 self._shared.as_before(opened.before)
-                self._attempt(opened.request, opened.conditions, {})
+                self._attempt(opened, {})
             self._shared.as_before(interrupted.before)
-            return self._attempt(interrupted.request, interrupted.conditions, goes_on)
+            return self._attempt(interrupted, goes_on)
         except WorkerLost as again:
             again.message += "; and so was the one before it, in the same step"
             raise again from lost

@@ -115,7 +115,7 @@ class InputLeaf:
     ``graph_input`` names the input of the graph, or is None for a leaf that is not a tensor; such a leaf keeps the
     value ``constant`` that it had when the model was captured. ``batched`` tensors are cut along dimension 0. ``shape``
     holds the sizes that a tensor must have, None where any size will do. ``same_as`` is the place, among the leaves, of
-    an earlier one that was the same tensor.
+    an earlier one that was the same tensor; ``dtype`` is what a tensor's must be, None where any will do.
     """
 
     path: str
@@ -124,6 +124,7 @@ class InputLeaf:
     batched: bool = False
     shape: tuple[int | None, ...] | None = None
     same_as: int | None = None
+    dtype: torch.dtype | None = None
 
     def mismatch(self, leaf: Any) -> str | None:
         """Say how ``leaf`` differs from what the model was captured for, or None."""
@@ -136,6 +137,8 @@ class InputLeaf:
             )
         if not isinstance(leaf, torch.Tensor):
             return f"argument {self.path!r} must be a tensor, got {type(leaf).__name__}"
+        if self.dtype is not None and leaf.dtype != self.dtype:
+            return f"argument {self.path!r} is {leaf.dtype}; the model was captured for {self.dtype}"
         if self.shape is None or _fits(self.shape, tuple(leaf.shape)):
             return None
         known = ", ".join("any" if size is None else str(size) for size in self.shape)

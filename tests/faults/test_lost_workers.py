@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from fault_rows.injector import Injector, Watched, batch, fired
+
 import stagecut
 from stagecut.runtime.local import LocalEngine
-from tests.support.injector import Injector, Watched, batch, fired
 
 pytestmark = pytest.mark.usefixtures("no_workers_left")
 STEPS, DISTURBED = 5, 3
