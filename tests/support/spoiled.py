@@ -17,8 +17,8 @@ ROWS, N_MICROBATCHES = 8, 4
 class Spoil(nn.Module):
     """Does what ``kind`` says to a row that has the mark.
 
-    ``"nan"`` and ``"inf"`` are made in the forward, ``"gradient"`` in the backward (that of a root of zero); ``"raise"``
-    raises; ``"spin"`` keeps the processor busy in every call but the first few.
+    ``"nan"`` and ``"inf"`` are made in the forward, ``"gradient"`` in the backward (that of a root of zero);
+    ``"raise"`` raises; ``"spin"`` keeps the processor busy in every call but the first few.
     """
 
     def __init__(self, kind: str) -> None:
@@ -46,9 +46,9 @@ class Spoil(nn.Module):
 class Chain(nn.Module):
     """Layers before and after what is spoiled; the first ones hand the mark on as it is."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, n_before: int = 2) -> None:
         super().__init__()
-        self.before = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
+        self.before = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(n_before))
         for layer in self.before:
             nn.init.eye_(layer.weight)
         self.spoil = Spoil(kind)
@@ -63,12 +63,13 @@ class Chain(nn.Module):
         return x
 
 
-def spoiled(kind: str, launch: str, n_stages: int = 3, **wishes: object) -> stagecut.Pipeline:
-    """Compile it; with three stages what is spoiled is behind a boundary, with two it may not be."""
+def spoiled(kind: str, launch: str, n_stages: int = 3, n_before: int = 2, **wishes: object) -> stagecut.Pipeline:
+    """Compile it; with three stages, or many layers before, what is spoiled is behind a boundary."""
     torch.manual_seed(0)
     return stagecut.compile(
-        Chain(kind), [["cpu"]] * n_stages, loss_fn=F.cross_entropy, microbatches=N_MICROBATCHES, schedule="1f1b",
-        costs="analytic", launch=launch, example_inputs=(torch.zeros(ROWS, 4),), opaque=("spoil",), **wishes,
+        Chain(kind, n_before), [["cpu"]] * n_stages, loss_fn=F.cross_entropy, microbatches=N_MICROBATCHES,
+        schedule="1f1b", costs="analytic", launch=launch, example_inputs=(torch.zeros(ROWS, 4),), opaque=("spoil",),
+        **wishes,
     )  # type: ignore[arg-type]  # fmt: skip
 
 
