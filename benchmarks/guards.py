@@ -1,11 +1,11 @@
 """What watching a run costs: steps with each guard beside steps without, in turn.
 
-Contestants are pipelines of the same plan in processes of their own: as it comes (counts, progress, the check for forks:
-always on), with ``check_finite="loss"`` and ``"boundaries"``, and with every step logged; and, with ``--baseline``, as it
-comes in another checkout, of a version without guards say. They make some steps each in turn, for many rounds. Reported
-is the quotient of the medians over all rounds, and the quartiles of the quotients by round. What counts is also timed by
-itself, which tells more than a quotient of two steps where that is below the noise. Two workers with one thread each;
-run on an otherwise idle machine:
+Contestants are pipelines of the same plan in processes of their own: as it comes (counts, progress, the check for
+forks: always on), with ``check_finite="loss"`` and ``"boundaries"``, and with every step logged; and, with
+``--baseline``, as it comes in another checkout, of a version without guards say. They make some steps each in turn, for
+many rounds. Reported is the quotient of the medians over all rounds, and the quartiles of the quotients by round. What
+counts is also timed by itself, which tells more than a quotient of two steps where that is below the noise. Two workers
+with one thread each; run on an otherwise idle machine:
 
     git worktree add /tmp/before/stagecut COMMIT
     python benchmarks/guards.py --model transformer --baseline /tmp/before
