@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from spoiled import MARK, N_MICROBATCHES, batch, spoiled, stage_of_spoil
+from torch.nn import functional as F
 
 import stagecut
 from stagecut.partitioner.plan import parse
@@ -86,6 +88,51 @@ def test_a_bundle_that_cannot_be_written_does_not_hide_the_error(
             pm.step(x, target=y)
     (note,) = [note for note in caught.value.__notes__ if "STAGECUT_TRACE" in note]
     assert "no crash bundle: NotADirectoryError" in note
+
+
+class Speechless(Exception):
+    """An exception whose text cannot be had."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def speechless_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    raise Speechless
+
+
+def test_an_error_without_a_text_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGECUT_TRACE", str(tmp_path))
+    x, y = batch(marked=False)
+    with (
+        stagecut.compile(
+            torch.nn.Linear(4, 4), ["cpu"], loss_fn=speechless_loss, launch="inline", example_inputs=(x,)
+        ) as pm,
+        pytest.raises(Speechless),
+    ):
+        pm.step(x, target=y)
+    assert only_bundle(tmp_path)["error"]["message"] == "(no text: RuntimeError in its __str__)"
+
+
+class Unsendable(torch.nn.Linear):
+    """A layer that cannot be sent to a worker."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.guard = threading.Lock()
+
+
+def test_workers_that_cannot_be_set_up_leave_one_without_a_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAGECUT_TRACE", str(tmp_path))
+    with pytest.raises(stagecut.StageError, match="cannot be sent to a worker"):
+        stagecut.compile(
+            torch.nn.Sequential(Unsendable()), ["cpu"], loss_fn=F.cross_entropy, costs="analytic", opaque=("0",),
+            example_inputs=(torch.zeros(8, 4),),
+        )  # fmt: skip
+    found = only_bundle(tmp_path)
+    assert (found["request"], found["workers"], found["plan"]["model"]) == (None, [], "Sequential")
 
 
 def test_without_the_variable_nothing_is_written_or_noted(monkeypatch: pytest.MonkeyPatch) -> None:
