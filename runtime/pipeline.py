@@ -335,9 +335,10 @@ class Pipeline(Facade):
                 settled = contenders[0] if len(contenders) == 1 else self._try(contenders, args, kwargs, target)
                 self._spec, self._plan = settled
             planned = time.perf_counter()
-            self._engine = self._launch(self._spec)
-            self._plan_s, self._workers_s = planned - begin, time.perf_counter() - planned
             self._watch.planned(self._spec, self._plan)
+            with self._watch.setting_up():
+                self._engine = self._launch(self._spec)
+            self._plan_s, self._workers_s = planned - begin, time.perf_counter() - planned
             WORKERS.info("all workers set up in %.2f s", self._workers_s)
 
     def _try(

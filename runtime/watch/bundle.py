@@ -40,8 +40,8 @@ class Scene:
     """What a step was, and how far it came.
 
     Attributes:
-        request: what was asked for.
-        plan: the plan that runs.
+        request: what was asked for; None if workers could not be set up.
+        plan: the plan that runs; None while several are tried.
         devices: per worker.
         n_threads: that each worker computes with.
         launch: where workers live.
@@ -50,10 +50,10 @@ class Scene:
         stats: what was counted until then.
     """
 
-    request: StepRequest
+    request: StepRequest | None
     plan: Any
     devices: tuple[str, ...]
-    n_threads: int
+    n_threads: int | None
     launch: str
     program: tuple[tuple[Instruction, ...], ...]
     positions: Mapping[int, int]
@@ -79,18 +79,11 @@ def keep(error: Exception, scene: Callable[[], Scene]) -> Path | None:
 
 def bundle(error: BaseException, scene: Scene) -> dict[str, Any]:
     """Return what the file holds."""
-    request = scene.request
     return {
         "format": FORMAT,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "error": _about(error),
-        "request": {
-            "kind": request.kind,
-            "call": request.call,
-            "n_microbatches": request.n_microbatches,
-            "autocast": None if request.autocast is None else str(request.autocast),
-            "sync": request.sync,
-        },
+        "request": None if scene.request is None else _request(scene.request),
         "workers": [_worker(w, own, scene) for w, own in enumerate(scene.program)],
         "launch": scene.launch,
         "devices": list(scene.devices),
@@ -102,11 +95,29 @@ def bundle(error: BaseException, scene: Scene) -> dict[str, Any]:
     }
 
 
+def _request(request: StepRequest) -> dict[str, Any]:
+    return {
+        "kind": request.kind,
+        "call": request.call,
+        "n_microbatches": request.n_microbatches,
+        "autocast": None if request.autocast is None else str(request.autocast),
+        "sync": request.sync,
+    }
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of an exception, whose class may be unable to make one."""
+    try:
+        return str(error)
+    except Exception as problem:
+        return f"(no text: {type(problem).__name__} in its __str__)"
+
+
 def _about(error: BaseException) -> dict[str, Any]:
     site = getattr(error, "stagecut", None)
     return {
         "type": f"{type(error).__module__}.{type(error).__qualname__}",
-        "message": str(error),
+        "message": text_of(error),
         "site": None if site is None else str(site),
         "traceback": "".join(traceback.format_exception(error)),  # notes included, those of the worker among them
     }

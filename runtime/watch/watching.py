@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ...errors import NonFiniteError
@@ -107,25 +109,33 @@ class Watch:
 
     def failed(self, error: Exception, request: StepRequest, engine: Engine) -> None:
         """Take note of a call that failed, before its engine is closed."""
-        message = str(error).partition("\n")[0]
-        STEPS.error("%s %d failed: %s: %s", request.kind, request.call, type(error).__name__, message)
-        if self._spec is None or self._plan is None:
-            return  # plans are being tried
+        first_line = bundle.text_of(error).partition("\n")[0]
+        STEPS.error("%s %d failed: %s: %s", request.kind, request.call, type(error).__name__, first_line)
+        bundle.keep(error, lambda: self._scene(request, engine))
 
-        def scene() -> bundle.Scene:
-            assert self._spec is not None
-            return bundle.Scene(
-                request=request,
-                plan=self._plan,
-                devices=self._spec.devices,
-                n_threads=engine.n_threads,
-                launch=self.launch,
-                program=engine.program_of(request).workers,
-                positions=engine.positions(),
-                stats=self.local_stats(engine),
-            )
+    @contextmanager
+    def setting_up(self) -> Iterator[None]:
+        """Take note if workers cannot be started or be given their stages."""
+        try:
+            yield
+        except Exception as error:
+            first_line = bundle.text_of(error).partition("\n")[0]
+            WORKERS.error("not set up: %s: %s", type(error).__name__, first_line)
+            bundle.keep(error, lambda: self._scene(None, None))
+            raise
 
-        bundle.keep(error, scene)
+    def _scene(self, request: StepRequest | None, engine: Engine | None) -> bundle.Scene:
+        program = engine.program_of(request).workers if request is not None and engine is not None else ()
+        return bundle.Scene(
+            request=request,
+            plan=self._plan,
+            devices=() if self._spec is None else self._spec.devices,
+            n_threads=None if engine is None else engine.n_threads,
+            launch=self.launch,
+            program=program,
+            positions={} if engine is None else engine.positions(),
+            stats=self.local_stats(engine),
+        )
 
     def local_stats(self, engine: Engine | None) -> Stats:
         """Return what this process knows, without asking others."""
