@@ -33,6 +33,7 @@ from .progress import Progress, shown_progress
 from .runtime.batchnorm import MODES
 from .runtime.options import Options, StageOptions
 from .runtime.pipeline import Pipeline
+from .runtime.rank_devices import RANKS, rank_devices
 from .runtime.replicate import CommHook
 from .runtime.spmd import on_one_machine, under_torchrun
 from .runtime.weights import check_weights, weights_of
@@ -79,6 +80,7 @@ def compile(
         devices: what may be used: ``[0, 1]``, ``["cpu", "cpu"]``, ``["cuda:0", "cpu"]``; the planner makes stages and
             replicas of them, or uses one alone if that is fastest. Nested they are the stages: ``[[0, 1], [2, 3]]``.
             Integers are accelerator indices, or CPU workers where there is no accelerator (docs/clusters.md has more).
+            ``"ranks"`` is one device for each rank that torchrun started, however many there are this time.
         loss_fn: called as ``loss_fn(output, target)`` on each microbatch; a mean over its rows. Without one, the loss
             is the model's own result (0-dim, or ``.loss``).
         stages: how many stages to make; chosen by the planner if None. With more than there are devices, every device
@@ -102,7 +104,7 @@ def compile(
             torchrun.
         threads_per_worker: CPU threads of each worker; an equal share of the cores among those used if None.
         timeout_s: seconds without any progress after which a step fails with :class:`StallError`; under torchrun,
-            seconds that a rank waits for one packet of another rank of its machine.
+            seconds that a rank waits for another one, in every process group that stagecut makes.
         trial_s: where predictions are too close to tell which plan is fastest, run the closest ones in turn for some
             steps, about so many seconds, before the first step; 0 goes by the predictions. The model stays as it was.
             Local workers with measured costs only; ``pm.plan.reasons`` says what was tried.
@@ -151,6 +153,8 @@ def compile(
     filled = None if weights is None else weights_of(weights, model)
     options = Options(StageOptions(_backend(compile_stages), batchnorm), comm_hook, shard, filled)
     known = load(plan) if isinstance(plan, (str, Path)) else plan
+    if devices == RANKS:
+        devices = _devices_of_ranks(launch, timeout_s)
     cluster = describe(devices, replicas, memory_bytes)
     cluster = over_sockets(cluster) if launch == "torchrun" and not on_one_machine() else cluster
     check_stages(cluster, stages)
@@ -160,7 +164,7 @@ def compile(
     wishes = Wishes(
         order.n_microbatches, order.name, costs, None, order.n_stages, recompute, launch == "torchrun", order.orders
     )
-    builder = Builder(model, cluster, wishes, known, opaque, threads_per_worker, launch, loss_fn, trial_s)
+    builder = Builder(model, cluster, wishes, known, opaque, threads_per_worker, launch, loss_fn, trial_s, timeout_s)
     builder.target, builder.can_step = example_target, None not in (loss_fn, example_target)
     launcher = Launcher(model, loss_fn, launch, threads_per_worker, timeout_s, cluster.n_devices, options)
     pipeline = Pipeline(
@@ -241,6 +245,20 @@ def _backend(compile_stages: bool | str) -> str | None:
     if compile_stages not in known:
         raise ConstraintError(f"compile_stages={compile_stages!r} is no backend of torch.compile: {', '.join(known)}")
     return compile_stages
+
+
+def _devices_of_ranks(launch: str, timeout_s: float) -> Devices:
+    """List the devices of the ranks there are.
+
+    Raises:
+        DeviceError: there are none, or one has no device.
+    """
+    if launch != "torchrun":
+        raise DeviceError(
+            f"devices='ranks' are those of torchrun's ranks, and launch={launch!r} has none",
+            hint="torchrun --nproc-per-node N train.py, or devices=['cpu', 'cpu']",
+        )
+    return rank_devices(timeout_s)
 
 
 def _check_shard(launch: str, compile_stages: bool | str, comm_hook: CommHook | None) -> None:
