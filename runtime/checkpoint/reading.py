@@ -88,9 +88,14 @@ class Reader:
         return {name: kept for record in self.records.values() for name, kept in record["states"].items()}
 
     def restore_random(self, rank: int) -> None:
-        """Set this process's generators as those of the process of that rank were, or of the first one."""
+        """Set this process's generators as those of the process of that rank were, or of the first one.
+
+        What came from elsewhere has none: they stay as they are.
+        """
         process = f"process-{rank:04d}"
         process = process if process in self.records else "process-0000"
+        if not self.records[process][RANDOM]:
+            return
         file = self._files[process]  # each process has keys of these names in a file of its own
         keys = [key for key in file.keys() if key.startswith(f"{RANDOM}/")]  # noqa: SIM118 - no mapping
         tensors = {key.removeprefix(f"{RANDOM}/"): file.get_tensor(key) for key in keys}
