@@ -31,9 +31,11 @@ from .partitioner.plan import Plan, load
 from .partitioner.planner import make_plan
 from .progress import Progress, shown_progress
 from .runtime.batchnorm import MODES
+from .runtime.deadlines import RANK_S
 from .runtime.local import RAISE, RESTART
 from .runtime.options import Options, StageOptions
 from .runtime.pipeline import Pipeline
+from .runtime.rank_devices import RANKS, rank_devices
 from .runtime.replicate import CommHook
 from .runtime.spmd import on_one_machine, under_torchrun
 from .runtime.watch.finding import ACTIONS, BOUNDARIES, CHECKS
@@ -86,6 +88,7 @@ def compile(
         devices: what may be used: ``[0, 1]``, ``["cpu", "cpu"]``, ``["cuda:0", "cpu"]``; the planner makes stages and
             replicas of them, or uses one alone if that is fastest. Nested they are the stages: ``[[0, 1], [2, 3]]``.
             Integers are accelerator indices, or CPU workers where there is no accelerator (docs/clusters.md has more).
+            ``"ranks"`` is one device for each rank that torchrun started, however many there are this time.
         loss_fn: called as ``loss_fn(output, target)`` on each microbatch; a mean over its rows. Without one, the loss
             is the model's own result (0-dim, or ``.loss``).
         stages: how many stages to make; chosen by the planner if None. With more than there are devices, every device
@@ -110,8 +113,8 @@ def compile(
         threads_per_worker: CPU threads of each worker; an equal share of the cores among those used if None.
         timeout_s: seconds without any progress after which a step fails with :class:`StallError`. If None, 20 times
             the median step, at least 30; for the first step 60, or 20 times the predicted one (600 with
-            ``compile_stages``). Under torchrun, seconds that a rank waits for one packet of another rank of its
-            machine; 300 if None.
+            ``compile_stages``). Under torchrun, seconds that a rank waits for another one, in every process
+            group that stagecut makes; 300 if None.
         on_worker_lost: ``"restart"``: if a local worker's process is killed or exits, new workers do the step again,
             once, with a warning and the same numbers; ``"raise"``: that is a :class:`WorkerLost`. Under torchrun it
             is ``--max-restarts`` that starts ranks again.
@@ -175,6 +178,8 @@ def compile(
     stage = StageOptions(_backend(compile_stages), batchnorm, check_finite == BOUNDARIES)
     options = Options(stage, comm_hook, shard, filled, on_worker_lost)
     known = load(plan) if isinstance(plan, (str, Path)) else plan
+    if devices == RANKS:
+        devices = _devices_of_ranks(launch, timeout_s)
     cluster = describe(devices, replicas, memory_bytes)
     cluster = over_sockets(cluster) if launch == "torchrun" and not on_one_machine() else cluster
     check_stages(cluster, stages)
@@ -184,7 +189,7 @@ def compile(
     wishes = Wishes(
         order.n_microbatches, order.name, costs, None, order.n_stages, recompute, launch == "torchrun", order.orders
     )
-    builder = Builder(model, cluster, wishes, known, opaque, threads_per_worker, launch, loss_fn, trial_s)
+    builder = Builder(model, cluster, wishes, known, opaque, threads_per_worker, launch, loss_fn, trial_s, timeout_s)
     builder.target, builder.can_step = example_target, None not in (loss_fn, example_target)
     launcher = Launcher(model, loss_fn, launch, threads_per_worker, timeout_s, cluster.n_devices, options)
     pipeline = Pipeline(
@@ -279,6 +284,20 @@ def _check_finite(check_finite: str | None, on_nonfinite: str) -> None:
         raise ConstraintError(f"check_finite must be None or one of {', '.join(CHECKS)}, got {check_finite!r}")
     if on_nonfinite not in ACTIONS:
         raise ConstraintError(f"on_nonfinite must be one of {', '.join(ACTIONS)}, got {on_nonfinite!r}")
+
+
+def _devices_of_ranks(launch: str, timeout_s: float | None) -> Devices:
+    """List the devices of the ranks there are.
+
+    Raises:
+        DeviceError: there are none, or one has no device.
+    """
+    if launch != "torchrun":
+        raise DeviceError(
+            f"devices='ranks' are those of torchrun's ranks, and launch={launch!r} has none",
+            hint="torchrun --nproc-per-node N train.py, or devices=['cpu', 'cpu']",
+        )
+    return rank_devices(timeout_s or RANK_S)
 
 
 def _check_shard(launch: str, compile_stages: bool | str, comm_hook: CommHook | None) -> None:

@@ -28,17 +28,18 @@ from .partitioner.split import split
 from .progress import shown_progress
 from .records import to_json
 from .runtime.batchnorm import check_reachable
+from .runtime.deadlines import RANK_S
 from .runtime.engine import Engine, InlineEngine
+from .runtime.groups import ensure_process_group
 from .runtime.launch import WorkerPool
 from .runtime.local import LocalEngine
 from .runtime.options import Options
 from .runtime.program import PipelineSpec, Timeline
-from .runtime.spmd import SpmdEngine, ensure_process_group, share_text
+from .runtime.spmd import SpmdEngine, share_text
 from .runtime.trials import LEAST_STEPS, try_steps
 from .runtime.watch.logs import PLAN
 from .structure import call_leaves
 
-_RANK_S = 300.0  # that a rank of torchrun waits for a packet, where nobody says
 _SHARE_OF_MEMORY = 0.8  # of what is free, that trials may take
 
 
@@ -110,12 +111,13 @@ class Builder:
         launch: str,
         loss_fn: Callable[..., Any] | None,
         trial_s: float = 0.0,
+        timeout_s: float | None = None,
     ) -> None:
         if known is not None and n_threads is not None:
             known = replace(known, n_threads=n_threads)
         self.model, self.cluster, self.wishes, self.known = model, cluster, wishes, known
         self.opaque, self.n_threads, self.launch, self.loss_fn = opaque, n_threads, launch, loss_fn
-        self.trial_s = trial_s
+        self.trial_s, self.timeout_s = trial_s, timeout_s or RANK_S
         self.target: Any = None  # an example of what the loss compares with
         self.can_step = False  # whether the arguments and the target at hand make a training step
         self.current: Plan | None = None
@@ -129,8 +131,8 @@ class Builder:
         captured = self._capture(args, kwargs)
         tensors = tensors_of(captured, args, kwargs)
         if self.launch == "torchrun":
-            ensure_process_group()
-            text = share_text(lambda: json.dumps(to_json(self._plans(captured, tensors)[0])))
+            ensure_process_group(self.timeout_s)
+            text = share_text(lambda: json.dumps(to_json(self._plans(captured, tensors)[0])), self.timeout_s)
             plans = [parse(json.loads(text))]
         else:
             plans = self._plans(captured, tensors)
@@ -276,7 +278,7 @@ class Launcher:
         if self.launch == "inline":
             return InlineEngine(spec, self.model, self.loss_fn, self.options)
         if self.launch == "torchrun":
-            return SpmdEngine(spec, self.model, self.loss_fn, self.timeout_s or _RANK_S, self.options)
+            return SpmdEngine(spec, self.model, self.loss_fn, self.timeout_s or RANK_S, self.options)
         pool = self.pool if self.pool is not None else WorkerPool(spec.layout.n_workers, spec.n_threads)
         self.pool = None
         pool.keep(spec.layout.n_workers, spec.n_threads)

@@ -8,6 +8,7 @@ from collections import deque
 START_S = 60.0  # imports, the first step
 COMPILE_S = 600.0  # the same, where torch.compile takes minutes
 LEAST_S = 30.0
+RANK_S = 300.0  # that a rank of torchrun waits for another one, where nobody says
 _TIMES_A_STEP = 20.0
 _REMEMBERED = 32
 

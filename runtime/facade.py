@@ -12,8 +12,8 @@ from torch import nn
 from ..errors import CheckpointError, StagecutError
 from ..representation import html_of
 from .checkpoint import Loaded, Placement, Saving, Training, by_stage
-from .checkpoint.peers import Alone, Peers, Ranks
-from .checkpoint.reading import Reader, Tensors, check_fits, found, restore
+from .checkpoint.peers import Alone, Peers, together
+from .checkpoint.reading import Reader, Tensors, check_fits, found, has_checkpoints, restore
 from .checkpoint.saving import snapshot, taken_together, write
 from .engine import Engine
 from .gradients import clip, own_norm
@@ -30,7 +30,6 @@ class Facade(nn.Module):
     _engine: Engine | None
     _spec: PipelineSpec | None
     _saving: Saving | None = None
-    _peers: Peers | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,11 +217,37 @@ class Facade(nn.Module):
         with reader:
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
             training = Training(optimizer, scheduler, scaler, data)
-            check_fits(reader, training, names)
+            together(peers, lambda: check_fits(reader, training, names))
             self._fill(reader)
             kept = restore(reader, training, names, placement.holds, peers.rank)
             CHECKPOINTS.info("loaded %s", reader.path)
             return Loaded(reader.path, reader.manifest.step, kept, tuple(passed))
+
+    def resume(
+        self,
+        folder: str | Path,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+        scaler: Any = None,
+        data: Any = None,
+    ) -> Loaded:
+        """Go on as :meth:`load` does, or begin, where there is no checkpoint yet: one script starts and starts again.
+
+        ``loaded.step`` is the step to go on from: 0, with ``loaded.path`` None and nothing changed, where the folder is
+        empty or not there. Checkpoints of which none is whole are an error, and no reason to begin again.
+
+        Args:
+            folder, optimizer, scheduler, scaler, data: as for :meth:`load`.
+
+        Raises:
+            CheckpointError: no checkpoint is whole, or the newest that is does not fit; the folder is a file, or not
+                the same one for all ranks.
+        """
+        self._finish_saving()
+        if has_checkpoints(folder, self._writers()[0]):
+            return self.load(folder, optimizer=optimizer, scheduler=scheduler, scaler=scaler, data=data)
+        return Loaded(None, 0, None, ())
 
     def _fill(self, reader: Reader) -> None:
         """Write a checkpoint's values into the model, after looking that all are there and fit."""
@@ -253,9 +278,8 @@ class Facade(nn.Module):
             if self._engine is None and under_torchrun():
                 self._require_plan()
             return Alone(), by_stage(self._spec, self.model)
-        if self._peers is None:
-            self._peers = Ranks()
-        return self._peers, own()
+        peers: Peers = self._engine.peers  # type: ignore[union-attr]  # which has a placement
+        return peers, own()
 
     def _finish_saving(self) -> None:
         """Wait for a checkpoint that is being written in the background; what it failed at is raised."""

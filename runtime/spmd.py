@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from ..records import from_json, to_json
 from ..structure import flatten, is_encodable, unflatten
 from .batchnorm import replicas_of, synced_stages
 from .checkpoint import Placement, users_by_name
+from .checkpoint.peers import Ranks
 from .engine import Programs, fresh_gradients, model_state
 from .executor import Executor
 from .gradients import joined_norm, own_norm
+from .groups import all_ranks, at_work, make_group, peers_told
 from .instructions import Op
 from .neighbours import RoutedTransport, transport_of
 from .options import Options
@@ -54,15 +57,9 @@ def on_one_machine() -> bool:
     return local is not None and local == world
 
 
-def ensure_process_group() -> None:
-    """Join the process group that torchrun describes, unless the script has done so."""
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-
-
-def gathered(text: str) -> list[str]:
+def gathered(text: str, timeout_s: float) -> list[str]:
     """Return the text of every rank, in their order: a call that all ranks make."""
-    group = _gloo()
+    group = all_ranks(timeout_s)
     data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
     size = torch.tensor([data.numel()])
     sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
@@ -74,19 +71,22 @@ def gathered(text: str) -> list[str]:
     return [other[: int(n.item())].numpy().tobytes().decode() for other, n in zip(everyone, sizes)]
 
 
-def share_text(make: Callable[[], str]) -> str:
+@peers_told("while rank 0 planned")
+def share_text(make: Callable[[], str], timeout_s: float) -> str:
     """Let rank 0 make a text and give it to every rank; its failure is every rank's failure.
 
-    The text travels as bytes, not as a pickled object.
+    The others wait as long as it takes, and ``timeout_s`` for a rank that is gone. The text travels as bytes, not as a
+    pickled object.
     """
-    group = _gloo()
+    group = all_ranks(timeout_s)
     error: Exception | None = None
     text = ""
-    if dist.get_rank() == 0:
-        try:
-            text = "+" + make()
-        except Exception as caught:
-            error, text = caught, f"-{type(caught).__name__}: {caught}"
+    with at_work(group, timeout_s):
+        if dist.get_rank() == 0:
+            try:
+                text = "+" + make()
+            except Exception as caught:
+                error, text = caught, f"-{type(caught).__name__}: {caught}"
     data = torch.frombuffer(bytearray(text.encode() or b"-"), dtype=torch.uint8)
     size = torch.tensor([data.numel()])
     dist.broadcast(size, 0, group=group)
@@ -99,16 +99,6 @@ def share_text(make: Callable[[], str]) -> str:
     if text[0] == "-":
         raise PlanError(f"rank 0 could not plan: {text[1:]}")
     return text[1:]
-
-
-_GROUPS: dict[str, Any] = {}
-
-
-def _gloo() -> Any:
-    """Return a CPU group of all ranks, made once per process group."""
-    if _GROUPS.get("world") is not dist.group.WORLD:
-        _GROUPS.update(world=dist.group.WORLD, gloo=dist.new_group(backend="gloo"))
-    return _GROUPS["gloo"]
 
 
 class SpmdEngine:
@@ -134,9 +124,10 @@ class SpmdEngine:
             )
         self._spec = spec
         self._model = model
-        self._group = _gloo()
         self._process = Owner()
         self._look = options.stage.check_boundaries
+        self._timeout_s = timeout_s
+        self._group = all_ranks(timeout_s)
         self._worker = dist.get_rank()
         self.n_threads = torch.get_num_threads()
         self.unsynced = Unsynced("would keep whole gradients on every replica (shard=True)" if options.shard else None)
@@ -217,7 +208,8 @@ class SpmdEngine:
         devices = self._spec.devices
         for s, owners in enumerate(self._spec.layout.workers):
             on_gpus = all(torch.device(devices[w]).type == "cuda" for w in owners)
-            group = dist.new_group(list(owners), backend="nccl" if on_gpus else "gloo") if len(owners) > 1 else None
+            backend = "nccl" if on_gpus else "gloo"
+            group = make_group(owners, backend, self._timeout_s) if len(owners) > 1 else None
             if s in stages:
                 module = stages[s].module
                 elsewhere = {id(p) for t, other in stages.items() if t != s for p in other.module.parameters()}
@@ -269,7 +261,7 @@ class SpmdEngine:
         groups = []
         for sharing, parameters in sorted(sets.items()):
             ranks = sorted({w for s in sharing for w in self._spec.layout.workers[s]})
-            group = dist.new_group(ranks, backend="gloo")
+            group = make_group(ranks, "gloo", self._timeout_s)
             own = [s for s in sharing if self._worker in self._spec.layout.workers[s]]
             if own:
                 # Of one stage here replicas have the sum already; of several each has what it computed.
@@ -278,7 +270,15 @@ class SpmdEngine:
         return groups
 
     def run(self, request: StepRequest) -> StepReport:
-        """Carry out this rank's part of a request; every rank must make the same call with the same batch."""
+        """Carry out this rank's part of a request; every rank must make the same call with the same batch.
+
+        Raises:
+            StallError, WorkerLost: a rank was silent for too long, or is gone.
+        """
+        with peers_told(f"in step {request.call}"):
+            return self._run(request)
+
+    def _run(self, request: StepRequest) -> StepReport:
         self._check_batch(request)
         program = self._programs.get(self._programs.key_of(request))
         modes = {path: module.training for path, module in self._model.named_modules(remove_duplicate=False)}
@@ -315,7 +315,7 @@ class SpmdEngine:
         """Make what replicas of a stage exchange statistics by; every rank does, in the same order."""
         owners = self._spec.layout.workers[stage]
         on_gpus = all(torch.device(self._spec.devices[w]).type == "cuda" for w in owners)
-        return rounds_of(owners, "nccl" if on_gpus else "gloo")
+        return rounds_of(owners, "nccl" if on_gpus else "gloo", self._timeout_s)
 
     @contextmanager
     def _gathered_parameters(self) -> Iterator[None]:
@@ -350,6 +350,7 @@ class SpmdEngine:
         )
         self._expect_equal(digest.digest(), error)
 
+    @peers_told("before a step")
     def common_seed(self, seed: int) -> int:
         """Return rank 0's ``seed`` on every rank."""
         shared = torch.tensor([seed])
@@ -403,7 +404,9 @@ class SpmdEngine:
             whole.losses = {m: losses[m, 0].to(_LOSS_DTYPES[int(losses[m, 1])]) for m in range(n)}
         whole.busy_s = dict(enumerate(ranks[:, 0].tolist()))
         if bool(ranks[:, 1].any()):
-            texts = gathered(json.dumps([] if report.nonfinite is None else [to_json(report.nonfinite)]))
+            texts = gathered(
+                json.dumps([] if report.nonfinite is None else [to_json(report.nonfinite)]), self._timeout_s
+            )
             whole.nonfinite = first_of(from_json(NonFinite, item) for text in texts for item in json.loads(text))
 
     def _broadcast_output(self, output: Any, owner: int) -> Any:
@@ -444,6 +447,7 @@ class SpmdEngine:
         """Drop the activations of a forward whose backward will not come."""
         self._executor.forget(call)
 
+    @peers_told("while it collected the model")
     def full_state(self) -> dict[str, torch.Tensor]:
         """Collect every parameter and buffer on every rank (a collective call)."""
         self._process.check("the whole model's state")
@@ -459,6 +463,7 @@ class SpmdEngine:
             state[name] = data
         return {name: state[self._names[id(tensor)]] for name, tensor in model_state(self._model).items()}
 
+    @peers_told("while it measured the gradients")
     def gradient_norm(self, norm_type: float) -> torch.Tensor:
         """Return the norm of the gradients of all ranks, each parameter counted on one of them (a collective call)."""
         self._process.check("the norm of all gradients")
@@ -505,6 +510,11 @@ class SpmdEngine:
                     load(tensor, state_dict[sources[0]])
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
+    @cached_property
+    def peers(self) -> Ranks:
+        """Return the ranks as those who write and read checkpoints; a call that all ranks make."""
+        return Ranks(self._timeout_s)
+
     def placement(self) -> Placement:
         """Say what this rank writes of a checkpoint: what it is the first to own; rank 0 what no stage uses."""
         rank = self._worker
@@ -525,7 +535,7 @@ class SpmdEngine:
 
     def gathered(self, text: str) -> list[str]:
         """Return the text of every rank (a collective call)."""
-        return gathered(text)
+        return gathered(text, self._timeout_s)
 
     def close(self) -> None:
         """Give up the channels; the ranks belong to torchrun."""

@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .groups import make_group
+
 Exchange = Callable[[torch.Tensor], list[torch.Tensor]]
 
 
@@ -44,14 +46,14 @@ class Rounds:
         return self._exchanges[n_present] if n_present > 1 else _alone
 
 
-def rounds_of(owners: Sequence[int], backend: str) -> Rounds:
+def rounds_of(owners: Sequence[int], backend: str, timeout_s: float | None = None) -> Rounds:
     """Make the process groups of the first two, three, ... of a stage's replicas; a call that all ranks make alike.
 
-    With a backend for CPUs statistics of other devices travel by way of the CPU.
+    With a backend for CPUs statistics of other devices travel by way of the CPU. A replica is waited for ``timeout_s``.
     """
     exchanges = {}
     for n in range(2, len(owners) + 1):
-        group = dist.new_group(list(owners[:n]), backend=backend)
+        group = make_group(owners[:n], backend, timeout_s)
         exchanges[n] = partial(_gathered, n, group, None if backend == "nccl" else torch.device("cpu"))
     return Rounds(len(owners), exchanges)
 

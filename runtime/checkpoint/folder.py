@@ -182,6 +182,11 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Say whether a path names one checkpoint, and not a folder of them."""
+    return bool(_STEP.fullmatch(path.name)) or (path / MANIFEST).is_file()
+
+
 def newest(folder: str | Path) -> tuple[Path, Manifest, list[str]]:
     """Return the newest checkpoint that is whole, its manifest, and why newer ones were passed over.
 
@@ -191,7 +196,7 @@ def newest(folder: str | Path) -> tuple[Path, Manifest, list[str]]:
         CheckpointError: there is none; or the one that was asked for is not whole.
     """
     folder = Path(folder)
-    if _STEP.fullmatch(folder.name) or (folder / MANIFEST).is_file():
+    if is_checkpoint(folder):
         return folder, verified(folder), []
     found = checkpoints(folder)
     passed: list[str] = []

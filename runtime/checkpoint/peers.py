@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from ...errors import CheckpointError
+from ..groups import at_work, make_group, peers_told
 
 
 class Peers(Protocol):
     """Who writes: one process, or the ranks of torchrun."""
 
     rank: int
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Wait until every process has done what it does inside, however long that takes; all of them call it."""
 
     def gather(self, mine: bytes) -> list[bytes]:
         """Return what every process gave, by rank; all of them call it."""
@@ -25,20 +30,36 @@ class Alone:
 
     rank = 0
 
+    def at_work(self) -> AbstractContextManager[None]:
+        """Wait for nobody."""
+        return nullcontext()
+
     def gather(self, mine: bytes) -> list[bytes]:
         """Return what this process gave."""
         return [mine]
 
 
 class Ranks:
-    """The ranks of torchrun, over a group of their own, so that a thread can use it beside training."""
+    """The ranks of torchrun, over a group of their own, so that a thread can use it beside training.
 
-    def __init__(self) -> None:
+    A rank that is gone or stopped is waited for ``timeout_s``; one that reads or writes, as long as it takes.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
         self.rank = dist.get_rank()
-        self._group: Any = dist.new_group(backend="gloo")
+        self._timeout_s = timeout_s
+        self._group: Any = make_group(None, "gloo", timeout_s)
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Wait for the ranks that are at work."""
+        return at_work(self._group, self._timeout_s)
 
     def gather(self, mine: bytes) -> list[bytes]:
         """Return what every rank gave."""
+        with peers_told("while ranks spoke of a checkpoint"):
+            return self._gather(mine)
+
+    def _gather(self, mine: bytes) -> list[bytes]:
         length = torch.tensor([len(mine)])
         lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
         dist.all_gather(lengths, length, group=self._group)
@@ -57,10 +78,11 @@ def together(peers: Peers, action: Callable[[], bytes]) -> list[bytes]:
         CheckpointError: it failed on one of them; everywhere, each with its own failure or with the first other one's.
     """
     failure: Exception | None = None
-    try:
-        mine = b"+" + action()
-    except Exception as error:
-        failure, mine = error, b"-" + str(error).encode()
+    with peers.at_work():
+        try:
+            mine = b"+" + action()
+        except Exception as error:
+            failure, mine = error, b"-" + str(error).encode()
     everyone = peers.gather(mine)
     if failure is not None:
         raise failure

@@ -50,6 +50,10 @@ class Reader:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the files go."""
         self._stack.close()
 
     def names(self) -> set[str]:
@@ -85,9 +89,14 @@ class Reader:
         return {name: kept for record in self.records.values() for name, kept in record["states"].items()}
 
     def restore_random(self, rank: int) -> None:
-        """Set this process's generators as those of the process of that rank were, or of the first one."""
+        """Set this process's generators as those of the process of that rank were, or of the first one.
+
+        What came from elsewhere has none: they stay as they are.
+        """
         process = f"process-{rank:04d}"
         process = process if process in self.records else "process-0000"
+        if not self.records[process][RANDOM]:
+            return
         file = self._files[process]  # each process has keys of these names in a file of its own
         keys = [key for key in file.keys() if key.startswith(f"{RANDOM}/")]  # noqa: SIM118 - no mapping
         tensors = {key.removeprefix(f"{RANDOM}/"): file.get_tensor(key) for key in keys}
@@ -127,8 +136,41 @@ def found(folder: str | Path, peers: Peers) -> tuple[Reader, list[str]]:
     for reason in passed if peers.rank == 0 else ():
         CHECKPOINTS.warning("passed over: %s", reason)
         warnings.warn(f"stagecut: a checkpoint was passed over: {reason}", stacklevel=4)
-    manifest = folders.read_manifest(Path(path))
-    return Reader(Path(path), manifest), passed
+    opened: list[Reader] = []
+
+    def open_it() -> bytes:
+        opened.append(Reader(Path(path), folders.read_manifest(Path(path))))
+        return b""
+
+    try:
+        together(peers, open_it)
+    except BaseException:
+        for reader in opened:
+            reader.close()
+        raise
+    return opened[0], passed
+
+
+def has_checkpoints(folder: str | Path, peers: Peers) -> bool:
+    """Say whether a folder has checkpoints, whole or not; the same on every process.
+
+    Raises:
+        CheckpointError: it is a file, or some processes see checkpoints that the first one does not.
+    """
+
+    def look() -> bytes:
+        path = Path(folder)
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"{path} is a file, and checkpoints are in a folder")
+        return str(int(folders.is_checkpoint(path) or bool(folders.checkpoints(path)))).encode()
+
+    seen = [given == b"1" for given in together(peers, look)]
+    if not seen[0] and any(seen):
+        raise CheckpointError(
+            f"rank {seen.index(True)} sees checkpoints in {folder}, and rank 0 sees none",
+            hint="save into a folder that all machines share",
+        )
+    return seen[0]
 
 
 def read_state(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -145,8 +187,8 @@ def read_state(folder: str | Path) -> dict[str, torch.Tensor]:
 _OTHERS = ("scheduler", "scaler", "data")
 
 
-def check_fits(reader: Reader, training: Training, names: Mapping[int, str]) -> None:
-    """Look that all that is asked for was saved, and that the optimizer has the groups that were.
+def check_fits(reader: Reader, training: Training, names: Mapping[int, str]) -> bytes:
+    """Look that all that is asked for was saved, and that the optimizer has the groups that were; there is no answer.
 
     Raises:
         CheckpointError: it was not, or has others; nothing was changed.
@@ -158,6 +200,7 @@ def check_fits(reader: Reader, training: Training, names: Mapping[int, str]) -> 
         if not reader.values["has_optimizer"]:
             raise CheckpointError(f"{reader.path} was saved without an optimizer", hint="leave optimizer= out")
         check_groups(training.optimizer, names, reader.values["groups"])
+    return b""
 
 
 def restore(

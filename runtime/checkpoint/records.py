@@ -35,9 +35,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was loaded: the checkpoint, its step, what ``data`` was given, and the newer ones that were not whole."""
+    """What was loaded: the checkpoint, its step, what ``data`` was given, and the newer ones that were not whole.
 
-    path: Path
+    ``path`` is None, and ``step`` 0, where :meth:`Pipeline.resume` found no checkpoint and changed nothing.
+    """
+
+    path: Path | None
     step: int
     data: Any
     passed_over: tuple[str, ...]

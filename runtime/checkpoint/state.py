@@ -12,7 +12,7 @@ from ...errors import CheckpointError
 from ..sharded import dense, load
 from .values import decoded, encoded
 
-_STATE, _GROUP = "optimizer", "optimizer group"
+STATE, GROUP = "optimizer", "optimizer group"
 Read = Callable[[str], torch.Tensor]
 
 
@@ -34,7 +34,7 @@ def optimizer_states(
             if isinstance(value, torch.Tensor):
                 whole = dense(value.detach())  # gathers shares: every replica has to come here
                 if mine(name):
-                    tensors.setdefault(name, {})[f"{_STATE}/{name}/{key}"] = whole
+                    tensors.setdefault(name, {})[f"{STATE}/{name}/{key}"] = whole
                 kept[key] = None
             else:
                 kept[key] = [encoded(value, f"optimizer state {key!r} of {name}")]
@@ -55,7 +55,7 @@ def optimizer_groups(
             if key == "params":
                 continue
             if isinstance(value, torch.Tensor):
-                tensors[f"{_GROUP}/{index}/{key}"] = value.detach()
+                tensors[f"{GROUP}/{index}/{key}"] = value.detach()
                 settings[key] = None
             else:
                 settings[key] = [encoded(value, f"{key!r} of the optimizer's group {index}")]
@@ -90,7 +90,7 @@ def restore_optimizer(
     """
     for index, (group, record) in enumerate(zip(optimizer.param_groups, groups)):
         for key, value in record["settings"].items():
-            group[key] = _like(read(f"{_GROUP}/{index}/{key}"), group.get(key)) if value is None else decoded(value[0])
+            group[key] = _like(read(f"{GROUP}/{index}/{key}"), group.get(key)) if value is None else decoded(value[0])
     optimizer.state.clear()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -109,7 +109,7 @@ def _state(
         if value is not None:
             found[key] = decoded(value[0])
             continue
-        tensor = read(f"{_STATE}/{name}/{key}")
+        tensor = read(f"{STATE}/{name}/{key}")
         if tensor.shape == parameter.shape:
             found[key] = _placed(tensor, parameter)
         else:  # counts of steps are on the CPU, unless a kernel counts (as torch's own load_state_dict has it)
