@@ -2,8 +2,8 @@
 
     python benchmarks/save_kills.py --kills 200
 
-A child (forked, so that a kill costs milliseconds) fills all parameters with the number of the step and saves, step
-after step, keeping three. It gets SIGKILL after a random time. Then the newest checkpoint is looked for as `pm.load`
+A child (forked, so that it need not import torch again) fills all parameters with the number of the step and saves,
+step after step, keeping three. It gets SIGKILL a random time after it began. Then the newest checkpoint is looked for as `pm.load`
 does: it has to be whole, newer than the last one or the same, and every value in it of its own step. Reported are bad
 loads, how many kills fell into the writing of a checkpoint (something unfinished lay there), and how many steps were
 saved in all.
@@ -29,8 +29,19 @@ from stagecut.runtime.checkpoint import read_state
 from stagecut.runtime.checkpoint.folder import newest
 
 
-def save_on(pm: stagecut.Pipeline, folder: Path, first: int, wait: bool) -> None:
-    """Save step after step until somebody ends it."""
+def compiled() -> stagecut.Pipeline:
+    """Compile two stages."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    x = torch.randn(8, 64)
+    return stagecut.compile(
+        model, [["cpu"], ["cpu"]], loss_fn=F.mse_loss, example_inputs=(x,), launch="inline", costs="analytic"
+    )
+
+
+def save_on(folder: Path, first: int, wait: bool, ready: int) -> None:
+    """Save step after step until somebody ends it; a byte to ``ready`` says that it begins."""
+    pm = compiled()
+    os.write(ready, b".")
     for step in range(first, first + 1_000_000):
         with torch.no_grad():
             for parameter in pm.parameters():
@@ -45,20 +56,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    x = torch.randn(8, 64)
-    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
-    pm = stagecut.compile(
-        model, [["cpu"], ["cpu"]], loss_fn=F.mse_loss, example_inputs=(x,), launch="inline", costs="analytic"
-    )
+    compiled().close()  # all is imported, and need not be in each child
     moments = random.Random(options.seed)
     bad = unfinished = reached = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        begun, ready = os.pipe()
         for index in range(options.kills):
             child = os.fork()
             if child == 0:
-                save_on(pm, folder, reached + 1, wait=index % 2 == 0)
+                save_on(folder, reached + 1, index % 2 == 0, ready)
                 os._exit(1)
+            os.read(begun, 1)
             time.sleep(moments.uniform(0.0, 0.15))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
