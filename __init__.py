@@ -30,9 +30,10 @@ if TYPE_CHECKING:
         StallError,
         WorkerLost,
     )
+    from .loading import load
     from .partitioner.capture import Capture, OpaqueCall, capture
     from .partitioner.hidden import Hidden
-    from .partitioner.plan import Plan, load
+    from .partitioner.plan import Plan
     from .partitioner.verification import CaptureCheck
     from .runtime.launch import end_workers
     from .runtime.pipeline import Pipeline
@@ -84,7 +85,8 @@ _HOMES = {
     "api": ("compile", "plan"),
     "partitioner.capture": ("Capture", "OpaqueCall", "capture"),
     "partitioner.hidden": ("Hidden",),
-    "partitioner.plan": ("Plan", "load"),
+    "loading": ("load",),
+    "partitioner.plan": ("Plan",),
     "partitioner.verification": ("CaptureCheck",),
     "runtime.launch": ("end_workers",),
     "runtime.pipeline": ("Pipeline",),

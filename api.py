@@ -127,9 +127,9 @@ def compile(
             same microbatches does; ``"deferred"`` once a step, with those of the whole batch: each microbatch is
             normalised by its own either way. ``"sync"`` normalises the microbatches that replicas have at the same time
             together, as the unsplit model run in ``microbatches`` pieces does, however many replicas there are.
-        weights: values for a model that was made on the meta device: a safetensors file, a folder of such files, or
-            ``"init"`` for what the modules' ``reset_parameters()`` make. Stages get memory where they run; under
-            torchrun no process ever holds the whole.
+        weights: values for a model that was made on the meta device: a safetensors file, a folder of such files or of
+            checkpoints, or ``"init"`` for what the modules' ``reset_parameters()`` make. Stages get memory where they
+            run; under torchrun no process ever holds the whole.
         comm_hook: a communication hook of DistributedDataParallel for gradients of replicas under torchrun: called with
             the process group of a stage's replicas, it returns (state, hook):
             ``lambda group: (group, default_hooks.fp16_compress_hook)``.

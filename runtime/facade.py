@@ -13,7 +13,7 @@ from ..errors import CheckpointError, StagecutError
 from ..representation import html_of
 from .checkpoint import Loaded, Placement, Saving, Training, by_stage
 from .checkpoint.peers import Alone, Peers, together
-from .checkpoint.reading import Reader, Tensors, check_fits, found, has_checkpoints, restore
+from .checkpoint.reading import Reader, Tensors, check_fits, check_names, found, has_checkpoints, restore
 from .checkpoint.saving import snapshot, taken_together, write
 from .engine import Engine
 from .gradients import clip, own_norm
@@ -252,21 +252,12 @@ class Facade(nn.Module):
     def _fill(self, reader: Reader) -> None:
         """Write a checkpoint's values into the model, after looking that all are there and fit."""
         state = self.model.state_dict(keep_vars=True)
-        missing, strange = sorted(set(state) - reader.names()), sorted(reader.names() - set(state))
-        if missing or strange:
-            raise CheckpointError(
-                f"{reader.path} is of another model ({reader.manifest.model}): missing {missing[:4]}, "
-                f"unknown {strange[:4]}"
-            )
         fill = getattr(self._engine, "load_state", None)
-        if fill is not None:
+        if fill is not None:  # which knows the shapes: a rank has no memory for what it does not own
+            check_names(reader, dict.fromkeys(state))
             fill(Tensors(reader), True)
             return
-        for name, tensor in state.items():
-            if reader.shape(name) != tuple(tensor.shape):
-                raise CheckpointError(
-                    f"{name}: expected shape {tuple(tensor.shape)}, got {reader.shape(name)} in {reader.path}"
-                )
+        check_names(reader, {name: tuple(tensor.shape) for name, tensor in state.items()})
         with torch.no_grad():
             for name, tensor in state.items():  # under all names: what was shared then need not be shared here
                 tensor.copy_(reader.tensor(name))

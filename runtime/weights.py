@@ -1,7 +1,7 @@
 """Weights of a model that was made on the meta device: filled in where each stage runs.
 
 A model under ``with torch.device("meta"):`` has shapes and no memory. Its tensors get memory when an engine knows who
-owns them, and their values from safetensors files, read one tensor at a time, or from the modules' own
+owns them, and their values from safetensors files or a checkpoint, read one tensor at a time, or from the modules' own
 ``reset_parameters``.
 """
 
@@ -41,14 +41,18 @@ class Weights(Protocol):
 
 
 def weights_of(source: str | Path, model: nn.Module) -> Weights:
-    """Return the weights that a user asked for: ``"init"``, a safetensors file, or a folder of such files.
+    """Return the weights that a user asked for: ``"init"``, a safetensors file, a folder of such, or of checkpoints.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: there is no such file, or the newest whole checkpoint is of another model.
     """
+    from .checkpoint.weights import CheckpointWeights, has_checkpoint  # workers need not know it
+
     if source == INIT:
         return Initialised(model, int(torch.randint(2**31, ()).item()))
     path = Path(source)
+    if has_checkpoint(path):
+        return CheckpointWeights(path, model)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise CheckpointError(f"no safetensors file at {path}", hint="weights='model.safetensors', or a folder of them")

@@ -92,6 +92,7 @@ def test_more_stages_than_ops_is_refused() -> None:
         ({"devices": ["cpu"] * 3, "replicas": 2}, stagecut.DeviceError, "do not divide"),
         ({"devices": ["cuda:99"]}, stagecut.DeviceError, "not there"),
         ({"devices": ["nonsense"]}, stagecut.DeviceError, "is no device"),
+        ({"devices": "ranks"}, stagecut.DeviceError, "those of torchrun's ranks, and launch='local' has none"),
         ({"devices": ["cpu"], "launch": "magic"}, stagecut.ConstraintError, "launch must be one of"),
         ({"devices": ["cpu"], "loss_reduction": "max"}, stagecut.ConstraintError, "loss_reduction must be"),
         ({"devices": ["cpu"], "shard": True}, stagecut.ConstraintError, "share one copy of the parameters already"),

@@ -191,7 +191,7 @@ def to_dcp(folder: str | Path, target: str | Path) -> Path:
     Raises:
         CheckpointError: there is no whole checkpoint, ``target`` exists, or it cannot be written; nothing is left then.
     """
-    from torch.distributed.checkpoint import save
+    from torch.distributed.checkpoint import save  # type: ignore[attr-defined]
 
     target = Path(target)
     if target.exists():

@@ -57,25 +57,42 @@ class _Inert:
         return state.get(name) if isinstance(state, dict) else None
 
 
-def _stand_in(name: str) -> type[_Inert]:
-    return type(name, (_Inert,), {})
+class _Metadata(_Inert):
+    """The whole."""
+
+
+class _Tensor(_Inert):
+    """A tensor of the state dict."""
+
+
+class _Bytes(_Inert):
+    """A value of the state dict."""
+
+
+class _Chunk(_Inert):
+    """A box of a tensor."""
+
+
+class _Properties(_Inert):
+    """A tensor's dtype, and what else there is to say."""
+
+
+class _Index(_Inert):
+    """The name of what is stored, and where it begins in its tensor."""
+
+
+class _Info(_Inert):
+    """Where it is stored."""
 
 
 _METADATA, _FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
-_Metadata, _Tensor, _Bytes, _Chunk, _Properties, _Index, _Info = map(
-    _stand_in,
-    (
-        "Metadata",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "MetadataIndex",
-        "_StorageInfo",
-    ),
-)
 _KNOWN: dict[tuple[str, str], Any] = {
-    **{(_METADATA, kind.__name__): kind for kind in (_Metadata, _Tensor, _Bytes, _Chunk, _Properties, _Index)},
+    (_METADATA, "Metadata"): _Metadata,
+    (_METADATA, "TensorStorageMetadata"): _Tensor,
+    (_METADATA, "BytesStorageMetadata"): _Bytes,
+    (_METADATA, "ChunkStorageMetadata"): _Chunk,
+    (_METADATA, "TensorProperties"): _Properties,
+    (_METADATA, "MetadataIndex"): _Index,
     (_FILESYSTEM, "_StorageInfo"): _Info,
     (_METADATA, "StorageMeta"): _Inert,
     (_METADATA, "_MEM_FORMAT_ENCODING"): _Inert,
@@ -174,6 +191,8 @@ def _stored(data: Any, folder: Path) -> dict[Any, Piece]:
         if not isinstance(index, _Index) or not isinstance(info, _Info):
             _refuse("it does not say where its entries are")
         name, offset = index.get("fqn"), index.get("offset")
+        if not isinstance(name, str):
+            _refuse(f"a place belongs to {name!r}")
         relative, start, length = (info.get(key) for key in ("relative_path", "offset", "length"))
         if info.get("transform_descriptors"):
             _refuse(f"{name} is stored with {info.get('transform_descriptors')}, which this version cannot undo")
@@ -184,7 +203,7 @@ def _stored(data: Any, folder: Path) -> dict[Any, Piece]:
         file = folder / relative
         if not file.is_file() or file.is_symlink() or file.stat().st_size < start + length:
             _refuse(f"{file} is missing, or shorter than {start + length} bytes")
-        key = (name, None if offset is None else _size(str(name), offset))
+        key = (name, None if offset is None else _size(name, offset))
         found[key] = Piece(file, start, length, (), ())
     return found
 

@@ -184,6 +184,22 @@ def read_state(folder: str | Path) -> dict[str, torch.Tensor]:
         return {name: reader.tensor(name) for name in sorted(reader.names())}
 
 
+def check_names(reader: Reader, expected: Mapping[str, tuple[int, ...] | None]) -> None:
+    """Hold a checkpoint against the names and shapes of a model; None for a shape that somebody else looks at.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    missing, strange = sorted(set(expected) - reader.names()), sorted(reader.names() - set(expected))
+    if missing or strange:
+        raise CheckpointError(
+            f"{reader.path} is of another model ({reader.manifest.model}): missing {missing[:4]}, unknown {strange[:4]}"
+        )
+    for name, shape in expected.items():
+        if shape is not None and reader.shape(name) != shape:
+            raise CheckpointError(f"{name}: expected shape {shape}, got {reader.shape(name)} in {reader.path}")
+
+
 _OTHERS = ("scheduler", "scaler", "data")
 
 

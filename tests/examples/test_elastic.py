@@ -80,12 +80,12 @@ def test_the_machine_that_is_left_goes_on_alone_and_loses_nothing(repository: Pa
         options = [*common, "--folder", str(tmp_path / "checkpoints"), "--losses", str(disturbed)]
         agents = [Agent(network, kept, script, *options) for network in (lost, kept)]
         cut_off, left = agents
-        together, _ = cut_off.wait_for(r"stages: 2, from step (\d+)", 120)
+        together, _ = cut_off.wait_for(r"stages: 2, from step (\d+)", 240)
         cut_off.wait_for(rf"^step {int(together[1]) + 5}: ", 60)
         cut_at = time.monotonic()
         lost.cut_off()
         _, noticed = left.wait_for(r"StallError: rank 1 heard nothing of another rank for too long", 60, cut_at)
-        assert noticed - cut_at < TIMEOUT_S + 10
+        assert noticed - cut_at < TIMEOUT_S + 20
         begun, _ = left.wait_for(r"stages: 1, from step (\d+)", 120, cut_at)
         assert left.process.wait(120) == 0, left.text()
         # Its checkpoint is there when a step is printed; what was cut short was not yet a step.

@@ -93,7 +93,21 @@ def main(first: list[list[str]], second: list[list[str]], shard: bool, folder: P
         dist.barrier()
     assert set(read_state(folder)) == set(whole)
     refused(first, shard, folder)
+    weights_alone(first, folder)
     print(f"rank {dist.get_rank()} goes on alike", flush=True)
+
+
+def weights_alone(devices: list[list[str]], folder: Path) -> None:
+    """Compile with the weights of the newest checkpoint: a model that has memory, and one that never had."""
+    expected = read_state(folder)
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model = Tied().double()
+        pm = stagecut.load(folder, model, devices, loss_fn=loss_fn, costs="analytic", example_inputs=(batch(0)[0],))
+        state = pm.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+        pm.close()
+        dist.barrier()
 
 
 def refused(devices: list[list[str]], shard: bool, folder: Path) -> None:

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 import stagecut
 from stagecut.errors import CheckpointError
+from stagecut.runtime.checkpoint.peers import Alone
+from stagecut.runtime.checkpoint.reading import has_checkpoints
 
 TIMEOUT_S = 240
 
@@ -67,7 +69,7 @@ def test_checkpoints_of_which_none_is_whole_are_no_reason_to_begin_again(tmp_pat
     pm = compiled()
     path = pm.save(tmp_path, 3).wait()
     (path / "manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
         compiled().resume(tmp_path)
 
 
@@ -80,3 +82,15 @@ def test_a_file_is_no_folder_of_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"plan\.json is a file, and checkpoints are in a folder"):
         compiled().resume(tmp_path / "plan.json")
+
+
+class Elsewhere(Alone):
+    """Another rank, to which the folder has checkpoints."""
+
+    def gather(self, mine: bytes) -> list[bytes]:
+        return [mine, b"+1"]
+
+
+def test_a_folder_that_rank_0_does_not_share_is_no_new_beginning(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"rank 1 sees checkpoints in .*, and rank 0 sees none\n.*all machines"):
+        has_checkpoints(tmp_path, Elsewhere())
