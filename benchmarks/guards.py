@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--baseline", type=Path, help="a folder in which another checkout lies as stagecut")
+    parser.add_argument("--without", action="append", default=[], choices=list(CONTESTANTS)[1:])
     parser.add_argument("--serve", nargs=2, metavar=("PLAN", "WISHES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -162,7 +163,7 @@ def main() -> None:
     import stagecut
 
     case = cases(options.model)
-    contestants = dict(CONTESTANTS)
+    contestants = {name: given for name, given in CONTESTANTS.items() if name not in options.without}
     if options.baseline is not None:
         contestants[BEFORE] = ({}, {"PYTHONPATH": str(options.baseline)})
     with tempfile.TemporaryDirectory() as folder:

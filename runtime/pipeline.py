@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConstraintError, StagecutError, StageError
+from ..errors import ConstraintError, NonFiniteError, StagecutError, StageError
 from ..structure import flatten, unflatten
 from .attach import Pending, attach
 from .batch import (
@@ -454,7 +454,12 @@ class Pipeline(Facade):
             if sys.stderr.isatty():
                 print(f"stagecut: {self._startup}", file=sys.stderr)
         self._tell_whole(report)
-        self._watch.ran(request, report, time.perf_counter() - begin, self._engine)
+        try:
+            self._watch.ran(request, report, time.perf_counter() - begin, self._engine)
+        except NonFiniteError:
+            if request.kind == FORWARD:
+                self._forgotten.append(request.call)  # nobody gets the result, so no backward of it will come
+            raise
         return report
 
     def _tell_whole(self, report: StepReport) -> None:

@@ -22,7 +22,8 @@ from .stats import Stats, Tally, WorkerStats
 if TYPE_CHECKING:
     from ..engine import Engine
 
-_LEVEL = 5  # of the caller of pm.step, above a warning from here
+_LEVELS = {TRAIN: 5}  # of the caller of pm.step, above a warning from here
+_LEVEL = 4  # of the caller of anything else
 _REPLAN = {
     True: "pm.replan(x, target=y) plans again with what is measured",
     False: "pm.save(...), start again and pm.load(...): stagecut.compile plans anew",
@@ -68,10 +69,10 @@ class Watch:
         if self._slow is not None and request.kind == TRAIN:
             figures = self._slow.look(report.busy_s, request.n_microbatches, seconds)
             if figures is not None:
-                STEPS.warning(figures)
+                STEPS.warning("%s", figures)
                 if self._speaks(report):
                     proposal = _REPLAN[self.launch != "torchrun"]
-                    warnings.warn(f"stagecut: {figures}\n  try: {proposal}", stacklevel=_LEVEL)
+                    warnings.warn(f"stagecut: {figures}\n  try: {proposal}", stacklevel=_LEVELS[TRAIN])
         if self.check_finite is None or self._spec is None:
             return
         error = self._nonfinite(self._spec, request, report)
@@ -80,7 +81,7 @@ class Watch:
             raise error
         if error is not None and not self._was_bad and self._speaks(report):
             once = "this is not said again until a call is finite"
-            warnings.warn(f"stagecut: {error.message} ({once})", stacklevel=_LEVEL)
+            warnings.warn(f"stagecut: {error.message} ({once})", stacklevel=_LEVELS.get(request.kind, _LEVEL))
         self._was_bad = error is not None
 
     def _speaks(self, report: StepReport) -> bool:

@@ -127,6 +127,10 @@ def test_a_warning_comes_once_for_a_run_of_bad_steps() -> None:
         assert [len(one) for one in told] == [0, 1, 0, 0, 1]
         assert told[1][0].filename == __file__, "it points at the line that called"
         assert pm.stats().n_nonfinite == 3
+        pm.step(batch(marked=False)[0], target=y)
+        with pytest.warns(UserWarning, match="NaN in the forward of microbatch 2") as evaluated:
+            pm.evaluate(x)
+        assert evaluated[0].filename == __file__
 
 
 def test_what_is_wrong_with_the_batch_is_not_blamed_on_a_stage() -> None:
@@ -143,6 +147,9 @@ def test_a_result_of_a_forward_and_its_backward_are_looked_at() -> None:
         x, y = batch(marked=True)
         with pytest.raises(stagecut.NonFiniteError, match="in the forward of microbatch 2"):
             pm(x)
+        pm.evaluate(batch(marked=False)[0])
+        executors = pm._engine._executors  # type: ignore[union-attr]
+        assert [executor._calls for executor in executors] == [{}] * 3, "no activations wait for a backward"
     with spoiled("gradient", "inline", check_finite="boundaries") as pm:
         loss = F.cross_entropy(pm(x), y)
         with pytest.raises(stagecut.NonFiniteError, match="in the backward of microbatch 2"):
