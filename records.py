@@ -15,6 +15,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from .errors import PlanError
 
 T = TypeVar("T")
+_MOST = 2**63 - 1
 
 
 def to_json(value: Any) -> Any:
@@ -156,17 +157,22 @@ def _read_scalar(kind: Any, value: Any, path: str) -> Any:
     if kind is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise PlanError(f"{path}: expected a number, got {_name(value)}")
-        number = _finite(value)
+        number = finite(value)
         if number is None:
             raise PlanError(f"{path}: expected a finite number, got {_name(value)}")
         return number
     if kind is int and isinstance(value, bool):
         raise PlanError(f"{path}: expected an integer, got {_name(value)}")
     _expect(value, kind, {int: "an integer", str: "a string", bool: "true or false"}.get(kind, str(kind)), path)
+    if kind is int and not -_MOST <= value <= _MOST:
+        raise PlanError(f"{path}: expected an integer of at most 64 bits, got {_name(value)}")
     return value
 
 
-def _finite(value: int | float) -> float | None:
+def finite(value: object) -> float | None:
+    """Return a number as a float; None if it is none, not finite, or an integer that no float holds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
     try:
         number = float(value)
     except OverflowError:

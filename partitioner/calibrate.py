@@ -103,7 +103,7 @@ def _keep(kind: DeviceKind, seconds: float) -> None:
     """Add the calibration to the file, in one step; a file that cannot be read is replaced."""
     path = calibration_file()
     known: dict[str, object] = {}
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text())
         known = found if isinstance(found, dict) else {}
     known[calibration_key()] = {

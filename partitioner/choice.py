@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .explain import describe_shape, reasons
-from .plan import Alternative, Plan
+from .plan import Plan
 from .ranking import rank, simplest_first, simplest_of_close
 
 _KEPT = 12
@@ -66,7 +66,7 @@ class Choice:
         taken = replace(
             taken,
             prediction=replace(taken.prediction, one_device_s=one_device_s),
-            alternatives=tuple(map(_alternative, _kept(sorted([*others, *self.rivals], key=rank)))),
+            alternatives=tuple(plan.as_alternative() for plan in _kept(sorted([*others, *self.rivals], key=rank))),
         )
         why = reasons(taken, others, self.rivals, self.failures, self.recompute_asked_for, tried, notes)
         return replace(taken, reasons=why)
@@ -84,15 +84,3 @@ def _kept(ranked: Sequence[Plan]) -> list[Plan]:
         if len(plan.stages) == 1 and all(describe_shape(plan) != describe_shape(other) for other in kept):
             kept.append(plan)
     return kept
-
-
-def _alternative(plan: Plan) -> Alternative:
-    return Alternative(
-        plan.schedule,
-        plan.n_microbatches,
-        plan.prediction.step_s,
-        len(plan.devices),
-        tuple(len(stage.devices) for stage in plan.stages),
-        tuple(stage.index for stage in plan.stages if stage.recompute),
-        max(stage.device_bytes for stage in plan.stages),
-    )

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ..errors import DeviceError
+from ..records import finite
 from .cluster import Cluster, DeviceKind, Link, slowest
-from .cluster_spec import Host, cluster_of_hosts, is_known
+from .cluster_spec import Host, check_count, cluster_of_hosts, is_known
 from .devices import GIB, KERNEL_OVERHEAD_S, NAMES, KnownDevice, known_device
 
 SUFFIX = ".toml"
@@ -32,7 +33,7 @@ def cluster_of_file(path: str) -> Cluster:
         raise DeviceError(f"{path} cannot be read: {error}") from error
     try:
         found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits and deep nesting too
         raise DeviceError(f"{path} is not TOML: {error}") from error
     return _cluster(_Table(path, "", found))
 
@@ -58,12 +59,12 @@ class _Table:
 
     def number(self, key: str, expected: str, default: float | None = None, *, zero: bool = False) -> float:
         """Return a finite number above zero, or zero where that makes sense."""
-        value = self.entries.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        value = finite(self.entries.get(key, default))
+        if value is None:
             raise self.wrong(key, expected)
         if value < 0 or (value == 0 and not zero):
             raise self.wrong(key, expected)
-        return float(value)
+        return value
 
     def text(self, key: str, default: str) -> str:
         value = self.entries.get(key, default)
@@ -119,9 +120,17 @@ def _kind(table: _Table, name: str) -> DeviceKind:
         {dtype: rates.number(dtype, "operations per second, above 0") for dtype in rates.entries},
         table.number("bytes_per_s", "bytes of memory traffic per second, above 0"),
         table.number("kernel_overhead_s", "seconds, 0 or more", KERNEL_OVERHEAD_S, zero=True),
-        table.number("memory_gib", "GiB of memory, above 0") * GIB,
+        _memory_bytes(table),
         table.text("source", f"{table.file}, {table.where}"),
     )
+
+
+def _memory_bytes(table: _Table) -> float:
+    expected = "GiB of memory, above 0"
+    n_bytes = table.number("memory_gib", expected) * GIB
+    if not math.isfinite(n_bytes):
+        raise table.wrong("memory_gib", expected)
+    return n_bytes
 
 
 def _hosts(table: _Table, kinds: Mapping[str, DeviceKind]) -> list[Host]:
@@ -141,11 +150,13 @@ def _hosts(table: _Table, kinds: Mapping[str, DeviceKind]) -> list[Host]:
                 f"{table.file}: {devices.name(name)} is no known device and no table of kinds; "
                 f"expected one of {', '.join([*kinds, *NAMES])}"
             )
+        check_count(f"{table.file}: {table.where}", len(mine) + count)
         mine += [known] * count
     link = table.table("link")
     if link is None and len(mine) > 1 and any(known.inside == _UNKNOWN for known in mine):
         raise table.wrong("link", "the link between its devices: { bytes_per_s = 200e9, latency_s = 10e-6 }")
     count = _count(table, "count") if "count" in table.entries else 1
+    check_count(f"{table.file}: {table.where}", len(mine) * count)
     inside = slowest(known.inside for known in mine) if link is None else _link(link)
     return [Host(tuple(known.kind for known in mine), inside, slowest(known.between for known in mine))] * count
 

@@ -12,7 +12,9 @@ from .cluster import Cluster, Device, DeviceKind, Link, slowest
 from .devices import NAMES, known_device
 
 PREFIX = "sim:"
-_PART = re.compile(r"(?:(?P<hosts>\d+)x)?(?P<count>\d+)x(?P<kind>[A-Za-z][A-Za-z0-9]*?)(?:-(?P<gib>\d+)GB)?$")
+_PART = re.compile(r"(?:(?P<hosts>\d+)x)?(?P<count>\d+)x(?P<kind>[A-Za-z][A-Za-z0-9]*?)(?:-(?P<gib>\d{1,6})GB)?$")
+_KINDS = frozenset(name.partition("-")[0] for name in NAMES)
+_MOST_DEVICES = 100_000  # what a mistyped count asks for would not fit into memory
 _HINT = "devices='sim:8xH100-80GB', 'sim:4x8xA100-80GB' for four hosts, 'sim:8xA100+8xV100-32GB' for a host of each"
 
 
@@ -38,7 +40,8 @@ def cluster_of_spec(text: str) -> Cluster:
             raise DeviceError(
                 f"{text!r} describes no cluster: {part!r} is not of the form [HOSTSx]COUNTxKIND[-MEMORYGB]", hint=_HINT
             )
-        n_hosts, count = int(match["hosts"] or 1), int(match["count"])
+        n_hosts, count = _whole(match["hosts"] or "1"), _whole(match["count"])
+        check_count(text, n_hosts * count + sum(len(host.kinds) for host in hosts))
         if n_hosts < 1 or count < 1:
             raise DeviceError(f"{text!r} describes no cluster: {part!r} has no devices", hint=_HINT)
         if not is_known(match["kind"]):
@@ -48,9 +51,23 @@ def cluster_of_spec(text: str) -> Cluster:
     return cluster_of_hosts(hosts)
 
 
+def check_count(where: str, n_devices: int) -> None:
+    """Look that a description is of a number of devices that can be planned for.
+
+    Raises:
+        DeviceError: it is of more.
+    """
+    if n_devices > _MOST_DEVICES:
+        raise DeviceError(f"{where} describes more than {_MOST_DEVICES:,} devices")
+
+
+def _whole(digits: str) -> int:
+    return int(digits) if len(digits) <= 9 else _MOST_DEVICES + 1
+
+
 def is_known(kind: str) -> bool:
     """Say whether the table of devices has ``kind``, whatever its memory."""
-    return kind.upper().partition("-")[0] in {name.partition("-")[0] for name in NAMES}
+    return kind.upper().partition("-")[0] in _KINDS
 
 
 def cluster_of_hosts(hosts: Sequence[Host], between: Link | None = None) -> Cluster:

@@ -112,7 +112,7 @@ def calibration_key() -> str:
 
 def kept_calibration() -> DeviceKind | None:
     """Return the calibration of this processor and torch version; None if there is none that can be read."""
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         found = json.loads(calibration_file().read_text())[calibration_key()]
         rates = {str(name): float(rate) for name, rate in found["flops_per_s"].items()}
         bytes_per_s, overhead_s = float(found["bytes_per_s"]), float(found["kernel_overhead_s"])

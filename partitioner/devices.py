@@ -72,6 +72,9 @@ class KnownDevice:
     between: Link
 
 
+_MOST_GIB = 999_999
+
+
 def known_device(name: str, memory_gib: int | None = None) -> KnownDevice:
     """Look up an accelerator: ``"A100-40GB"``, or ``"A100"`` with or without ``memory_gib``.
 
@@ -82,7 +85,9 @@ def known_device(name: str, memory_gib: int | None = None) -> KnownDevice:
     """
     plain, _, size = name.upper().partition("-")
     if size.endswith("GB") and size[:-2].isdecimal() and memory_gib is None:
-        memory_gib = int(size[:-2])
+        memory_gib = int(size[:-2]) if len(size) <= 8 else _MOST_GIB + 1
+    if memory_gib is not None and not 0 < memory_gib <= _MOST_GIB:
+        raise DeviceError(f"{name!r} has no such memory; expected 1 to {_MOST_GIB} GB", hint="sim:8xH100-80GB")
     found = next((key for key in _SHEETS if key.partition("-")[0] == plain), None)
     if found is None:
         raise DeviceError(f"{name!r} is no known device; known are {', '.join(NAMES)}", hint="sim:8xH100-80GB")

@@ -76,6 +76,8 @@ def explain(problem: Problem, proven: bool) -> InfeasibleError:
     if closest.solution is None:
         return _no_order(problem, closest.proven)
     miss = _miss(problem, _closest(problem, closest.solution, trials))
+    if miss is None:  # it uses devices without limits only: the search did not come to it
+        return _no_order(problem, False)
     certainty = "no cut fits in memory" if proven else "no cut that fits in memory was found (not proven: none exists)"
     message = (
         f"{certainty}: the closest one found puts {math.ceil(miss.needed_bytes):,} bytes on {miss.device.name!r}, "
@@ -117,7 +119,7 @@ def _with_more_bytes(slots: Slots, extra: float) -> Slots:
 
 def _closest(problem: Problem, solution: Solution, trials: _Trials) -> Solution:
     """Halve the bytes by which every limit is raised while a cut is still found."""
-    low, high = 0.0, _miss(problem, solution).excess_bytes
+    low, high = 0.0, _excess_bytes(problem, solution)
     for _ in range(_MAX_HALVINGS):
         if high - low <= 1.0:
             break
@@ -126,11 +128,17 @@ def _closest(problem: Problem, solution: Solution, trials: _Trials) -> Solution:
         if found is None:
             low = middle
         else:
-            solution, high = found, min(middle, _miss(problem, found).excess_bytes)
+            solution, high = found, min(middle, _excess_bytes(problem, found))
     return solution
 
 
-def _miss(problem: Problem, solution: Solution) -> _Miss:
+def _excess_bytes(problem: Problem, solution: Solution) -> float:
+    miss = _miss(problem, solution)
+    return 0.0 if miss is None else miss.excess_bytes
+
+
+def _miss(problem: Problem, solution: Solution) -> _Miss | None:
+    """Return by how much the fullest device exceeds its limit; None if none that is used has one."""
     dag, slots, options = problem.dag, problem.slots, problem.options
     node_of = {member: v for v, members in enumerate(dag.members) for member in members}
     to_end = sum(solution.replicas)
@@ -143,7 +151,7 @@ def _miss(problem: Problem, solution: Solution) -> _Miss:
             nodes = sorted({node_of[member] for member in stage})
             needed = bytes_of(dag, nodes, held, again=solution.recompute[s])
             misses.append(_Miss(slots.device(c), needed, needed - limit))
-    return max(misses, key=lambda miss: miss.excess_bytes)
+    return max(misses, key=lambda miss: miss.excess_bytes, default=None)
 
 
 def _too_large(problem: Problem) -> str:

@@ -283,6 +283,18 @@ class Plan:
         back = sorted({(wire.source, target) for wire in self.wires if wire.gradient for target in wire.targets})
         return Layout(workers, tuple(pairs), tuple(back))
 
+    def as_alternative(self) -> Alternative:
+        """Return what is remembered of this configuration where another one is chosen."""
+        return Alternative(
+            self.schedule,
+            self.n_microbatches,
+            self.prediction.step_s,
+            len(self.devices),
+            tuple(len(stage.devices) for stage in self.stages),
+            tuple(stage.index for stage in self.stages if stage.recompute),
+            max(stage.device_bytes for stage in self.stages),
+        )
+
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
         Path(path).write_text(json.dumps(to_json(self), indent=1) + "\n")

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConstraintError, PlanError
 from ..runtime.instructions import Action
-from ..runtime.schedules import GIVEN, IN_COLUMNS, SEARCH, TRAINING_SCHEDULES, Orders, of_part
+from ..runtime.schedules import GIVEN, SEARCH, TRAINING_SCHEDULES, Orders, of_part
 from ..runtime.schedules.tokens import actions_of, token
 
 if TYPE_CHECKING:
     from .plan import Plan
+
+_ROUNDED = 1 + 1e-9  # parts are sums of other numbers than the whole
 
 
 def validate(plan: Plan) -> None:
@@ -36,6 +38,7 @@ def validate(plan: Plan) -> None:
     _validate_ops(plan)
     _validate_wires(plan)
     _validate_ties(plan)
+    _validate_numbers(plan)
 
 
 def _validate_workers(plan: Plan) -> None:
@@ -65,11 +68,10 @@ def _validate_schedule(plan: Plan) -> None:
     if not plan.orders:
         if plan.schedule not in TRAINING_SCHEDULES:
             raise PlanError(f"$.schedule: unknown schedule {plan.schedule!r}; known: {', '.join(TRAINING_SCHEDULES)}")
-        if plan.schedule in IN_COLUMNS:
-            try:
-                of_part(plan.schedule, plan.layout(), plan.n_microbatches)
-            except ConstraintError as error:
-                raise PlanError(f"$.schedule: {error.message}") from error
+        try:
+            of_part(plan.schedule, plan.layout(), 1)  # what it allows does not depend on how many there are
+        except ConstraintError as error:
+            raise PlanError(f"$.schedule: {error.message}") from error
         return
     if plan.schedule not in (SEARCH, GIVEN):
         raise PlanError(f"$.schedule: orders are there, so it must be {SEARCH!r} or {GIVEN!r}, got {plan.schedule!r}")
@@ -192,5 +194,36 @@ def _validate_ties(plan: Plan) -> None:
             raise PlanError(f"{path}.ops: there is no op {unknown[0]!r}")
         if len({stage_of[name] for name in tie.ops}) < 2:
             raise PlanError(f"{path}.ops: expected ops of several stages, got {', '.join(tie.ops) or 'none'}")
-        if tie.n_bytes < 0:
-            raise PlanError(f"{path}.n_bytes: expected at least 0, got {tie.n_bytes}")
+
+
+def _validate_numbers(plan: Plan) -> None:
+    """Nothing takes less than no time or bytes, and what others are divided by is above 0."""
+    lists = {"ops": plan.ops, "stages": plan.stages, "wires": plan.wires, "ties": plan.ties}
+    lists |= {"alternatives": plan.alternatives, "timing.links": plan.timing.links}
+    for name, records in lists.items():
+        for index, record in enumerate(records):
+            _require_not_negative(f"$.{name}[{index}]", record)
+    _require_not_negative("$.timing", plan.timing)
+    _require_not_negative("$.prediction", plan.prediction)
+    timing = plan.timing
+    divisors = {f"timing.links[{i}].bytes_per_s": link.bytes_per_s for i, link in enumerate(timing.links)}
+    for name in ("split", "beside", "sharing", "pack_bytes_per_s", "n_cores"):
+        divisors[f"timing.{name}"] = getattr(timing, name)
+    divisors["n_threads"] = plan.n_threads
+    for name, number in divisors.items():
+        if number is not None and number <= 0:
+            raise PlanError(f"$.{name}: expected a number above 0, got {number}")
+    for index, stage in enumerate(plan.stages):
+        if stage.backward_weight_s > stage.backward_s * _ROUNDED:
+            raise PlanError(
+                f"$.stages[{index}].backward_weight_s: expected a part of backward_s ({stage.backward_s}), got "
+                f"{stage.backward_weight_s}"
+            )
+
+
+def _require_not_negative(path: str, record: object) -> None:
+    for name, value in vars(record).items():
+        for position, number in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(number, (int, float)) and number < 0:
+                place = f"{name}[{position}]" if isinstance(value, tuple) else name
+                raise PlanError(f"{path}.{place}: expected at least 0, got {number}")

@@ -17,7 +17,7 @@ from .options import Options
 from .program import PipelineSpec, Program, check, lower
 from .replicate import NoReduction, Reducer
 from .requests import BACKWARD, PROGRAM_OF, TRAIN, StepReport, StepRequest
-from .schedules import Orders, of_columns, of_part, shortened
+from .schedules import Orders, computed_by, of_columns, of_part, shortened
 from .stage import StageRuntime, isolated_randomness
 from .transport import InlineTransport, MessageKey
 from .unsynced import Unsynced
@@ -87,7 +87,7 @@ class Programs:
             program = lower(
                 name, self._spec.layout, self._orders(name, n_microbatches), n_microbatches, self._in_lockstep
             )
-            check(program, in_lockstep=self._in_lockstep)
+            check(program, computes=computed_by(name), in_lockstep=self._in_lockstep)
             self._known[key] = program
         return self._known[key]
 

@@ -112,6 +112,12 @@ def test_a_number_too_large_for_a_float_is_refused_with_its_path() -> None:
         from_json(Inner, {"name": "x", "weight": 10**400, "on": True})
 
 
+@pytest.mark.parametrize("number", [2**63, -(2**63), 10**400])
+def test_an_integer_that_no_machine_has_is_refused_with_its_path(number: int) -> None:
+    with pytest.raises(PlanError, match=r"^\$\[1\]: expected an integer of at most 64 bits"):
+        from_json(tuple[int, int], [2**63 - 1, number])
+
+
 def test_a_deeply_nested_value_is_refused_with_its_path() -> None:
     deep: Any = []
     for _ in range(100_000):

@@ -23,7 +23,8 @@ def check_files(options: argparse.Namespace) -> None:
         if output.is_dir():
             raise StagecutError(f"{output} is a folder", hint=f"-o {output / 'plan.html'}")
         if not output.parent.is_dir():
-            raise StagecutError(f"there is no folder {output.parent} to write {output.name} into")
+            missing = f"there is no folder {output.parent} to write {output.name} into"
+            raise StagecutError(missing, hint=f"mkdir -p {output.parent}")
         known = {"report": (*PAGES, *EXPORTS), "export": EXPORTS}.get(options.command, ())
         if known and output.suffix.lower() not in known:
             raise StagecutError(f"{output} ends in no format that is known", hint=f"one of {', '.join(known)}")

@@ -51,8 +51,17 @@ def _cell(metric: Metric | None, first: Metric | None, index: int) -> str:
     if metric.kind == COUNT:
         return str(metric)
     if metric.kind == SHARE:
-        return f"{metric} ({(metric.value - first.value) * 100:+.0f} points)"
-    return f"{metric} ({metric.value / first.value - 1:+.0%})" if first.value else str(metric)
+        return f"{metric} ({_signed((metric.value - first.value) * 100)} points)"
+    return f"{metric} ({_signed((metric.value / first.value - 1) * 100)}%)" if first.value else str(metric)
+
+
+def _signed(number: float) -> str:
+    """Write a change; one that is too small to see has no sign.
+
+    >>> _signed(12.4), _signed(-0.6), _signed(-0.3), _signed(0.3)
+    ('+12', '-1', '0', '0')
+    """
+    return f"{number:+.0f}" if round(number) else "0"
 
 
 def moves(first: Plan, other: Plan) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ..partitioner.plan import Plan
 from ..runtime.program import Span, Timeline
+from ..runtime.program.timeline import COMPUTE_NAMES
 from .draw_graph import HEADER
 from .style import stage_class
 from .svg_parts import Drawing, path, rect, text
@@ -20,7 +21,6 @@ _WAITS_TEXT = 84.0
 _HEAD, _FOOT = 24.0, 22.0
 _TICKS = 10
 _OTHER = ("reduce", "optimizer")
-_NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
 
 def draw_timelines(plan: Plan, timelines: Sequence[Timeline], width: float) -> Drawing:
@@ -86,11 +86,11 @@ def _owned(plan: Plan, worker: int) -> str:
 
 def _span(span: Span, y: float, scale: float) -> str:
     x, width = HEADER + span.start_s * scale, (span.end_s - span.start_s) * scale
-    what = _NAMES.get(span.op, span.op)
+    what = COMPUTE_NAMES.get(span.op, span.op)
     whose = f", microbatch {span.microbatch}" if span.microbatch >= 0 else ""
     whose += f", stage {span.stage}" if span.stage >= 0 else ""
     tip = f"{what}{whose}: {duration(span.end_s - span.start_s)}, from {duration(span.start_s)}"
-    if span.op not in _NAMES:
+    if span.op not in COMPUTE_NAMES:
         if span.op in _OTHER:
             return rect("other", x, y + 5, width, _LANE - 10, tip=tip)
         return rect("send", x, y + _LANE - 6, width, 5, tip=tip) if span.op.startswith("send") else ""

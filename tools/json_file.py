@@ -22,3 +22,5 @@ def read_json(path: Path) -> Any:
         raise StagecutError(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise StagecutError(f"{path}: byte {error.start}: not UTF-8 text: {error.reason}") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or deep nesting
+        raise StagecutError(f"{path}: not JSON that can be read: {error}") from error

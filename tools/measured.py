@@ -10,10 +10,9 @@ from typing import Any
 
 from ..partitioner.measured_run import MeasuredRun
 from ..runtime.program import Timeline
+from ..runtime.program.timeline import COMPUTE_NAMES
 from .tables import Table
 from .words import clean, count, duration, share
-
-_KINDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def comparisons(run: MeasuredRun, predicted: Timeline) -> list[Comparison]:
     expected, found = _seconds(predicted), _seconds(run.timeline)
     stages = [
         Comparison(
-            _KINDS[op],
+            COMPUTE_NAMES[op],
             stage,
             statistics.median(expected[stage, op]) if (stage, op) in expected else None,
             statistics.median(found[stage, op]),
@@ -49,7 +48,7 @@ def comparisons(run: MeasuredRun, predicted: Timeline) -> list[Comparison]:
             max(found[stage, op]),
         )
         for stage in range(len(run.plan.stages))
-        for op in _KINDS
+        for op in COMPUTE_NAMES
         if (stage, op) in found
     ]
     step_s = run.plan.prediction.step_s
@@ -59,7 +58,7 @@ def comparisons(run: MeasuredRun, predicted: Timeline) -> list[Comparison]:
 def _seconds(timeline: Timeline) -> dict[tuple[int, str], list[float]]:
     spans: dict[tuple[int, str], list[float]] = {}
     for span in timeline.spans:
-        if span.op in _KINDS:
+        if span.op in COMPUTE_NAMES:
             spans.setdefault((span.stage, span.op), []).append(span.end_s - span.start_s)
     return spans
 

@@ -44,7 +44,7 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse before anything takes long what cannot end well.
 
     Raises:
-        StagecutError: a plan instead of a model, devices that are only described, or no folder to write to.
+        StagecutError: a plan instead of a model, or devices that are only described.
     """
     from ..partitioner.cluster_file import SUFFIX
     from ..partitioner.cluster_spec import PREFIX
@@ -60,9 +60,6 @@ def _check(options: argparse.Namespace) -> None:
             f"{named} describes devices that need not exist, and nothing can be measured on those",
             hint="--devices cpu,cpu to measure here, or partition-viz show for what is predicted there",
         )
-    folder: Path = options.output.parent
-    if not folder.is_dir():
-        raise StagecutError(f"{options.output}: there is no folder {str(folder)!r}", hint=f"mkdir -p {folder}")
 
 
 def _plan_of(options: argparse.Namespace) -> Plan | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConstraintError, StagecutError
+from ..records import finite
 from .arguments import count, positive
 from .json_file import read_json
 
@@ -152,8 +153,13 @@ def _graph_faults(graph: dict[str, Any]) -> Iterable[str]:
             continue
         if set(device) - fields:
             yield f"{at} has unknown fields {sorted(set(device) - fields)}; there are {sorted(fields)}"
-        if device.get("memory_bytes") is not None and not _is_number(device["memory_bytes"]):
-            yield f"{at}: memory_bytes must be a number or null, but it is {_show(device['memory_bytes'])}"
+        limit = device.get("memory_bytes")
+        if limit is not None and not (_is_number(limit) and limit >= 0):
+            yield f"{at}: memory_bytes must be a number of at least 0 or null, but it is {_show(limit)}"
+    for key in ("transfers", "together"):
+        if not isinstance(graph.get(key, []), list):
+            yield f"graph.{key} must be a list, but it is {_show(graph[key])}"
+            return
     for place, net in enumerate(graph.get("transfers", [])):
         if not isinstance(net, dict) or not _names(net.get("nodes")) or not _is_number(net.get("seconds")):
             yield f"graph.transfers[{place}] needs nodes and seconds, but it is {_show(net)}"
@@ -167,7 +173,7 @@ def _names(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return finite(value) is not None
 
 
 def _is_list_of(value: Any, sort: type) -> bool:

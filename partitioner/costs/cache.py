@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from contextlib import suppress
@@ -28,10 +29,11 @@ class Cache:
         self.pace = pace
         self._kept: dict[str, list[float]] = {}
         self.known: dict[str, tuple[float, float, float]] = {}
-        with suppress(OSError, ValueError, TypeError, ZeroDivisionError):
+        with suppress(OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
             found = {key: list(map(float, entry)) for key, entry in json.loads(self.path.read_text()).items()}
-            self.known = {key: (f, b, w) for key, (f, b, w, *then) in found.items() if self._is_of_now(*then)}
-            self._kept = found
+            if all(0 <= number < math.inf for entry in found.values() for number in entry):
+                self.known = {key: (f, b, w) for key, (f, b, w, *then) in found.items() if self._is_of_now(*then)}
+                self._kept = found
 
     def _is_of_now(self, compute: float, bandwidth: float) -> bool:
         within = (_SAME_COMPUTE, _SAME_BANDWIDTH)

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from ...errors import ConstraintError
+from ...records import finite
 from ...runtime.instructions import Layout
 from ...runtime.schedules.tokens import from_token, token
 from .clock import Problem
@@ -61,9 +62,10 @@ def _numbers(data: dict[str, Any], name: str, empty: float | None = None) -> tup
 
 
 def _number(value: Any, path: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = finite(value)
+    if number is None:
         raise ConstraintError(f"{path}: expected a number, got {_show(value)}")
-    return float(value)
+    return number
 
 
 def _show(value: Any) -> str:

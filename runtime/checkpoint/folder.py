@@ -219,7 +219,9 @@ def verified(path: Path) -> Manifest:
     manifest = read_manifest(path)
     for record in manifest.files:
         file = path / record.name
-        if Path(record.name).name != record.name or not file.is_file() or file.is_symlink():
+        with reported(file):  # a name that no file can have
+            is_there = Path(record.name).name == record.name and file.is_file() and not file.is_symlink()
+        if not is_there:
             raise CheckpointError(f"{file} is missing")
         if file.stat().st_size != record.n_bytes:
             raise CheckpointError(f"{file} has {file.stat().st_size} bytes, and {record.n_bytes} were written")

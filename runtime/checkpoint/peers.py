@@ -82,7 +82,7 @@ def together(peers: Peers, action: Callable[[], bytes]) -> list[bytes]:
         try:
             mine = b"+" + action()
         except Exception as error:
-            failure, mine = error, b"-" + str(error).encode()
+            failure, mine = error, b"-" + str(error).encode(errors="backslashreplace")
     everyone = peers.gather(mine)
     if failure is not None:
         raise failure

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...errors import CheckpointError
 from .values import decoded, encoded
 
 
@@ -26,7 +27,15 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def restore_random_state(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-    """Set the generators to states that :func:`random_state` returned."""
+    """Set the generators to states that :func:`random_state` returned.
+
+    Raises:
+        CheckpointError: they are no states; then no generator was changed.
+    """
+    try:
+        _try_out(tensors, values)
+    except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"a checkpoint's state of random generators is none: {error!r}") from error
     torch.set_rng_state(tensors["torch"])
     devices = sorted(int(key.removeprefix("cuda/")) for key in tensors if key.startswith("cuda/"))
     if devices and torch.cuda.is_available() and torch.cuda.device_count() == len(devices):
@@ -35,5 +44,19 @@ def restore_random_state(tensors: dict[str, torch.Tensor], values: dict[str, Any
     if "numpy" in tensors:
         import numpy
 
-        kind, position, has_gauss, cached = decoded(values["numpy"])
-        numpy.random.set_state((kind, tensors["numpy"].numpy().astype("uint32"), position, has_gauss, cached))
+        numpy.random.set_state(_numpy_state(tensors, values))
+
+
+def _try_out(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    """Set generators that nobody uses."""
+    torch.Generator().set_state(tensors["torch"])
+    random.Random().setstate(decoded(values["python"]))
+    if "numpy" in tensors:
+        import numpy
+
+        numpy.random.RandomState().set_state(_numpy_state(tensors, values))
+
+
+def _numpy_state(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> tuple[Any, ...]:
+    kind, position, has_gauss, cached = decoded(values["numpy"])
+    return kind, tensors["numpy"].numpy().astype("uint32"), position, has_gauss, cached

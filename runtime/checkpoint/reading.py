@@ -37,7 +37,7 @@ class Reader:
         for record in manifest.files:
             file = path / record.name
             if file.suffix == ".json":
-                self.records[file.stem] = _json_object(file.read_text(encoding="utf-8"), file, ("states", RANDOM))
+                self.records[file.stem] = _record_of(file)
                 continue
             try:
                 opened = self._stack.enter_context(safe_open(file, framework="pt"))
@@ -68,7 +68,7 @@ class Reader:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter or buffer without reading it."""
         key = self._key(name)
-        return tuple(self._file_of[key].get_slice(key).get_shape())
+        return tuple(self._file(key).get_slice(key).get_shape())
 
     def _key(self, name: str) -> str:
         return f"{MODEL}/{self.values['aliases'].get(name, name)}"
@@ -79,10 +79,18 @@ class Reader:
         Raises:
             CheckpointError: it is not there.
         """
+        from safetensors import SafetensorError
+
+        try:
+            found: torch.Tensor = self._file(key).get_tensor(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{key} in {self.path} is no tensor: {error}") from error
+        return found
+
+    def _file(self, key: str) -> Any:
         if key not in self._file_of:
             raise CheckpointError(f"{key} is not in {self.path}")
-        found: torch.Tensor = self._file_of[key].get_tensor(key)
-        return found
+        return self._file_of[key]
 
     def states(self) -> dict[str, Any]:
         """Return what optimizers keep beside tensors, by parameter."""
@@ -95,8 +103,12 @@ class Reader:
         """
         process = f"process-{rank:04d}"
         process = process if process in self.records else "process-0000"
+        if process not in self.records:
+            raise CheckpointError(f"{self.path} holds no state of random generators")
         if not self.records[process][RANDOM]:
             return
+        if process not in self._files:
+            raise CheckpointError(f"{self.path} holds no state of random generators")
         file = self._files[process]  # each process has keys of these names in a file of its own
         keys = [key for key in file.keys() if key.startswith(f"{RANDOM}/")]  # noqa: SIM118 - no mapping
         tensors = {key.removeprefix(f"{RANDOM}/"): file.get_tensor(key) for key in keys}
@@ -241,11 +253,45 @@ def restore(
 def _values_of(manifest: Manifest, path: Path) -> dict[str, Any]:
     lists = ("groups", "scheduler", "scaler", "data")
     values = _json_object(manifest.values, path, ("aliases", "has_optimizer", *lists))
-    known = isinstance(values["aliases"], dict) and all(isinstance(values[name], list) for name in lists)
-    groups = values["groups"] if known else []
-    if not known or not all(isinstance(g, dict) and {"names", "settings"} == set(g) for g in groups):
+    aliases, groups = values["aliases"], values["groups"]
+    known = isinstance(aliases, dict) and all(isinstance(name, str) for name in aliases.values())
+    known = known and isinstance(groups, list) and all(map(_is_group, groups))
+    if not known or not all(_is_optional(values[name]) for name in lists[1:]):
         raise CheckpointError(f"{path} holds values that are none of a checkpoint")
     return values
+
+
+def _is_group(group: Any) -> bool:
+    if not isinstance(group, dict) or {"names", "settings"} != set(group) or not isinstance(group["names"], list):
+        return False
+    return all(isinstance(name, str) for name in group["names"]) and _is_settings(group["settings"])
+
+
+def _is_settings(settings: Any) -> bool:
+    """Say whether something has a value in a list of its own, or None for a tensor, under every key."""
+    kept = settings.values() if isinstance(settings, dict) else (0,)
+    return all(value is None or (_is_optional(value) and value) for value in kept)
+
+
+def _is_optional(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 1
+
+
+def _record_of(file: Path) -> dict[str, Any]:
+    """Read what a process wrote beside its tensors."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    record = _json_object(text, file, ("states", RANDOM))
+    states = record["states"]
+    if (
+        not isinstance(record[RANDOM], dict)
+        or not isinstance(states, dict)
+        or not all(map(_is_settings, states.values()))
+    ):
+        raise CheckpointError(f"{file} holds values that are none of a checkpoint")
+    return record
 
 
 def _json_object(text: str, path: Path, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -54,21 +54,29 @@ def decoded(value: Any) -> Any:
     Raises:
         CheckpointError: nothing that it wrote looks like this.
     """
+    try:
+        return _decoded(value)
+    except RecursionError as error:
+        raise CheckpointError(f"a checkpoint's values are nested too deeply: {error}") from error
+
+
+def _decoded(value: Any) -> Any:
     if isinstance(value, list):
-        return [decoded(item) for item in value]
+        return [_decoded(item) for item in value]
     if not isinstance(value, dict):
         return value
-    kind, items = value.get(_KIND), value.get("items")
+    kind, items = str(value.get(_KIND)), value.get("items")
     if kind == "float" and value.get("text") in ("inf", "-inf", "nan"):
         return float(value["text"])
-    if kind == "tensor" and value.get("dtype") in _DTYPES and isinstance(items, list):
-        return _tensor([decoded(item) for item in items], _DTYPES[value["dtype"]], value.get("shape"))
+    dtype = _DTYPES.get(str(value.get("dtype")))
+    if kind == "tensor" and dtype is not None and isinstance(items, list):
+        return _tensor([_decoded(item) for item in items], dtype, value.get("shape"))
     if kind == "tuple" and isinstance(items, list):
-        return tuple(decoded(item) for item in items)
-    makers: dict[Any, Any] = {"dict": dict, "ordered": OrderedDict, "counter": _counter}
+        return tuple(_decoded(item) for item in items)
+    makers: dict[str, Any] = {"dict": dict, "ordered": OrderedDict, "counter": _counter}
     if kind in makers and isinstance(items, list) and all(isinstance(i, list) and len(i) == 2 for i in items):
         try:
-            return makers[kind]([(decoded(key), decoded(item)) for key, item in items])
+            return makers[kind]([(_decoded(key), _decoded(item)) for key, item in items])
         except TypeError as error:
             raise CheckpointError(f"a checkpoint's values have a key that cannot be one: {error}") from error
     raise CheckpointError(f"a checkpoint's values hold a {kind!r} that this version does not know")
@@ -81,5 +89,5 @@ def _counter(items: list[tuple[Any, Any]]) -> Counter[Any]:
 def _tensor(numbers: list[Any], dtype: torch.dtype, shape: Any) -> torch.Tensor:
     try:
         return torch.tensor(numbers, dtype=dtype).reshape(shape)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"a checkpoint's values hold a tensor that is none: {error}") from error

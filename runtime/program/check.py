@@ -31,13 +31,19 @@ _COUPLED = _FORWARD | INPUT_GRADIENTS  # where replicas wait for each other's st
 
 
 def check(
-    program: Program, *, max_in_flight: tuple[int, ...] | None = None, in_lockstep: frozenset[int] = frozenset()
+    program: Program,
+    *,
+    computes: frozenset[Op] | None = None,
+    max_in_flight: tuple[int, ...] | None = None,
+    in_lockstep: frozenset[int] = frozenset(),
 ) -> None:
     """Prove that ``program`` runs every microbatch once everywhere, uses only what is there, and cannot deadlock.
 
-    ``max_in_flight`` bounds, per worker, the microbatches held at once. ``in_lockstep`` are the stages whose replicas
-    wait for each other inside of forwards and backwards: for those of the same round, which are as many consecutive
-    microbatches as there are replicas.
+    ``computes`` is what it is for: ``FORWARD``, ``BACKWARD`` (whole or in parts) or both; None takes it from what is
+    there, and then cannot tell a step that has lost all its backwards from an evaluation. ``max_in_flight`` bounds,
+    per worker, the microbatches held at once. ``in_lockstep`` are the stages whose replicas wait for each other inside
+    of forwards and backwards: for those of the same round, which are as many consecutive microbatches as there are
+    replicas.
 
     The deadlock check runs the program under the strictest rule: a send blocks until the peer reaches the matching
     receive, each ordered pair of workers has one channel that delivers in order (NCCL's rule), and a reduction blocks
@@ -46,9 +52,13 @@ def check(
     Raises:
         PlanError: naming the worker, the position and the instruction that breaks a rule.
     """
-    _check_complete(program)
+    found = {i.op for instructions in program.workers for i in instructions} & COMPUTE
+    forwards = Op.FORWARD in (found if computes is None else computes)
+    backwards = bool(found - _FORWARD if computes is None else computes - _FORWARD)
+    _check_owned(program, forwards, backwards)
+    _check_complete(program, forwards, backwards)
     for worker in range(len(program.workers)):
-        _check_values(program, worker, None if max_in_flight is None else max_in_flight[worker])
+        _check_values(program, worker, not forwards, None if max_in_flight is None else max_in_flight[worker])
     _check_rendezvous(program, in_lockstep)
 
 
@@ -57,38 +67,55 @@ def _refuse(program: Program, worker: int, position: int, why: str) -> None:
     raise PlanError(f"program {program.name!r}, worker {worker}, instruction {position}, {instruction}: {why}")
 
 
-def _check_complete(program: Program) -> None:
-    layout = program.layout
+def _check_owned(program: Program, forwards: bool, backwards: bool) -> None:
+    """Check that every worker only does what is there to be done by it, and nothing twice."""
     for worker, instructions in enumerate(program.workers):
-        count = Counter((i.op, i.stage, i.microbatch) for i in instructions if i.op in COMPUTE or i.op is Op.REDUCE)
+        count = Counter((i.op, i.stage, i.microbatch) for i in instructions if i.op not in SENDS | RECEIVES)
         for position, i in enumerate(instructions):
-            mine = i.op is Op.REDUCE or (
-                0 <= i.microbatch < program.n_microbatches and layout.worker_of(i.stage, i.microbatch) == worker
-            )
-            if not mine or worker not in layout.workers[i.stage]:
+            if not _owns(program, worker, i):
                 _refuse(program, worker, position, "this worker does not own that stage and microbatch")
-            if count[i.op, i.stage, i.microbatch] > 1:
+            if i.op is not Op.FREE and count[i.op, i.stage, i.microbatch] > 1:
                 _refuse(program, worker, position, "runs more than once")
-    kinds = {i.op for instructions in program.workers for i in instructions} & COMPUTE
+            if not forwards and i.op in _FORWARD:
+                _refuse(program, worker, position, "there are only backwards to do")
+            if not backwards and (i.op in COMPUTE - _FORWARD or i.op is Op.REDUCE):
+                _refuse(program, worker, position, "there are only forwards to do")
+
+
+def _owns(program: Program, worker: int, i: Instruction) -> bool:
+    layout = program.layout
+    if not 0 <= i.stage < layout.n_stages:
+        return False
+    if i.op is Op.REDUCE:
+        return i.microbatch == WHOLE_BATCH and worker in layout.workers[i.stage]
+    return 0 <= i.microbatch < program.n_microbatches and layout.worker_of(i.stage, i.microbatch) == worker
+
+
+def _check_complete(program: Program, forwards: bool, backwards: bool) -> None:
+    layout = program.layout
     done = {(i.op, i.stage, i.microbatch) for instructions in program.workers for i in instructions}
+    ops = {op for op, _, _ in done}
+    whole = Op.BACKWARD in ops or not ops & {Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT}
     for s in range(layout.n_stages):
         for m in range(program.n_microbatches):
-            missing = _missing_computes(kinds, {op for op in COMPUTE if (op, s, m) in done})
+            mine = {op for op in COMPUTE if (op, s, m) in done}
+            missing = Op.FORWARD if forwards and Op.FORWARD not in mine else None
+            missing = missing or (_missing_backward(mine - _FORWARD, whole) if backwards else None)
             if missing:
                 raise PlanError(f"program {program.name!r}: {Instruction(missing, s, m)} is missing")
     for s, owners in enumerate(layout.workers):
         for worker in owners:
-            if kinds - {Op.FORWARD} and Instruction(Op.REDUCE, s, WHOLE_BATCH) not in program.workers[worker]:
-                raise PlanError(f"program {program.name!r}, worker {worker}: stage {s} never completes its gradients")
+            reduce = Instruction(Op.REDUCE, s, WHOLE_BATCH)
+            if backwards and not any((i.op, i.stage) == (Op.REDUCE, s) for i in program.workers[worker]):
+                why = f"stage {s} never completes its gradients: {reduce} is missing"
+                raise PlanError(f"program {program.name!r}, worker {worker}: {why}")
 
 
-def _missing_computes(kinds: set[Op], mine: set[Op]) -> Op | None:
-    """Say what a stage lacks for a microbatch, in a program with computes of so many kinds."""
-    if Op.FORWARD in kinds and Op.FORWARD not in mine:
-        return Op.FORWARD
-    if not kinds - {Op.FORWARD} or Op.BACKWARD in mine:
+def _missing_backward(mine: set[Op], whole: bool) -> Op | None:
+    """Say what a stage lacks of a microbatch's backward, in a program that has whole ones or only parts."""
+    if Op.BACKWARD in mine:
         return None
-    if Op.BACKWARD in kinds and not mine - {Op.FORWARD}:
+    if whole and not mine:
         return Op.BACKWARD
     return next((op for op in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT) if op not in mine), None)
 
@@ -96,12 +123,11 @@ def _missing_computes(kinds: set[Op], mine: set[Op]) -> Op | None:
 class _Held:
     """What one worker has at a point of its program."""
 
-    def __init__(self, program: Program, worker: int) -> None:
+    def __init__(self, program: Program, worker: int, starts_with_activations: bool) -> None:
         self.layout = program.layout
         self.worker = worker
-        ops = {i.op for instructions in program.workers for i in instructions}
-        self.starts_with_activations = Op.FORWARD not in ops
-        self.received: set[tuple[Op, int, int, int]] = set()
+        self.starts_with_activations = starts_with_activations
+        self.transferred: set[tuple[Op, int, int, int]] = set()
         self.done: set[tuple[Op, int, int]] = set()
         self.freed: set[tuple[int, int]] = set()
 
@@ -120,9 +146,27 @@ class _Held:
             return self._missing_inputs(Op.RECV_GRAD, INPUT_GRADIENTS, s, m, self.layout.consumers(s, gradients=True))
         if i.op is Op.BACKWARD_WEIGHT:
             return None if (Op.BACKWARD_INPUT, s, m) in self.done else "its input gradient has not run"
+        if i.op in SENDS | RECEIVES:
+            strange = self._strange_transfer(i)
+            if strange:
+                return strange
         if i.op in SENDS:
             source = _FORWARD if i.op is Op.SEND_ACT else INPUT_GRADIENTS
             return None if self._ran(source, s, m) else "sends what has not been computed"
+        return None
+
+    def _strange_transfer(self, i: Instruction) -> str | None:
+        """Say why a transfer is none of those that the layout asks for, each once, or None."""
+        sends, gradients = i.op in SENDS, i.op in (Op.SEND_GRAD, Op.RECV_GRAD)
+        to_consumer = sends is not gradients
+        peers = (self.layout.consumers if to_consumer else self.layout.producers)(i.stage, gradients=gradients)
+        if i.peer_stage not in peers:
+            return f"no wire carries that from stage {i.stage if sends else i.peer_stage}"
+        owner = self.layout.worker_of(i.peer_stage, i.microbatch)
+        if i.peer_worker != owner or owner == self.worker:
+            return f"worker {owner} owns the other end"
+        if (i.op, i.stage, i.microbatch, i.peer_stage) in self.transferred:
+            return "moves the same packet again"
         return None
 
     def _ran(self, ops: frozenset[Op], s: int, m: int) -> bool:
@@ -133,7 +177,7 @@ class _Held:
     ) -> str | None:
         for peer in peers:
             local = self.layout.worker_of(peer, m) == self.worker
-            here = self._ran(computes, peer, m) if local else (receive, s, m, peer) in self.received
+            here = self._ran(computes, peer, m) if local else (receive, s, m, peer) in self.transferred
             if not here:
                 return f"needs the packet of stage {peer}, which is not there"
         return None
@@ -142,14 +186,14 @@ class _Held:
         """Take the effect of ``i`` into account."""
         if i.op in COMPUTE:
             self.done.add((i.op, i.stage, i.microbatch))
-        elif i.op in RECEIVES:
-            self.received.add((i.op, i.stage, i.microbatch, i.peer_stage))
+        elif i.op in SENDS | RECEIVES:
+            self.transferred.add((i.op, i.stage, i.microbatch, i.peer_stage))
         elif i.op is Op.FREE:
             self.freed.add((i.stage, i.microbatch))
 
 
-def _check_values(program: Program, worker: int, max_in_flight: int | None) -> None:
-    held = _Held(program, worker)
+def _check_values(program: Program, worker: int, starts_with_activations: bool, max_in_flight: int | None) -> None:
+    held = _Held(program, worker, starts_with_activations)
     alive: set[tuple[int, int]] = set()
     for position, i in enumerate(program.workers[worker]):
         missing = held.missing(i)
@@ -164,7 +208,8 @@ def _check_values(program: Program, worker: int, max_in_flight: int | None) -> N
             alive.discard((i.stage, i.microbatch))
     ran = {(i.stage, i.microbatch) for i in program.workers[worker] if i.op in COMPUTE}
     for s, m in sorted(ran - held.freed):
-        raise PlanError(f"program {program.name!r}, worker {worker}: stage {s}, microbatch {m} is never freed")
+        why = f"stage {s}, microbatch {m} is never freed: {Instruction(Op.FREE, s, m)} is missing"
+        raise PlanError(f"program {program.name!r}, worker {worker}: {why}")
     _check_reduced_last(program, worker)
 
 
@@ -208,6 +253,8 @@ def _check_rendezvous(program: Program, in_lockstep: frozenset[int]) -> None:
                 if i.op not in SENDS | RECEIVES:
                     if any((head.op, head.stage) != (i.op, i.stage) for head in heads):
                         break
+                    if any(_party(program, w, head) != party for w, head in zip(party, heads)):
+                        break  # the last round, which lacks some replicas, is a group of its own
                     if len({program.layout.round_of(i.stage, head.microbatch) for head in heads}) > 1:
                         _refuse(program, worker, position, f"replicas are at {', '.join(map(str, heads))}")
                 elif not _meet(worker, i, heads[1]):

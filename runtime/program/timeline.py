@@ -8,7 +8,7 @@ from functools import cached_property
 
 from ...representation import html_of
 
-_COMPUTE = frozenset("FBIW")
+COMPUTE_NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 _LAST = frozenset("BW")  # after these nothing of a microbatch is held
 
 
@@ -48,7 +48,7 @@ class Timeline:
     def _busy_s(self) -> dict[int, float]:
         busy: dict[int, float] = {}
         for span in self.spans:
-            if span.op in _COMPUTE:
+            if span.op in COMPUTE_NAMES:
                 busy[span.worker] = busy.get(span.worker, 0.0) + span.end_s - span.start_s
         return busy
 
@@ -83,7 +83,7 @@ class Timeline:
             return ""
         rows: defaultdict[int, list[str]] = defaultdict(lambda: ["."] * columns)
         for span in self.spans:
-            if span.op not in _COMPUTE:
+            if span.op not in COMPUTE_NAMES:
                 continue
             first = min(int(span.start_s / makespan_s * columns), columns - 1)
             last = max(first + 1, round(span.end_s / makespan_s * columns))

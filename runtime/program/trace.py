@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..instructions import INPUT_GRADIENTS, Layout, Op
-from .timeline import Span, Timeline
+from .timeline import COMPUTE_NAMES, Span, Timeline
 
 Memory = Mapping[int, Sequence[tuple[float, float]]]
-_NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 _MICRO = 1e6
 
 
@@ -45,9 +44,9 @@ def _slices(timeline: Timeline, process: int) -> Iterator[dict[str, Any]]:
         name = {"name": f"worker {worker}"}
         yield {"ph": "M", "name": "thread_name", "pid": process, "tid": worker, "args": name}
     for span in timeline.spans:
-        what = _NAMES.get(span.op, span.op)
+        what = COMPUTE_NAMES.get(span.op, span.op)
         whose = {"stage": span.stage} | ({"microbatch": span.microbatch} if span.microbatch >= 0 else {})
-        label = f"{span.op}{span.stage}.{span.microbatch}" if span.op in _NAMES else what
+        label = f"{span.op}{span.stage}.{span.microbatch}" if span.op in COMPUTE_NAMES else what
         took = {"ts": span.start_s * _MICRO, "dur": (span.end_s - span.start_s) * _MICRO}
         yield {"ph": "X", "name": label, "cat": what, "pid": process, "tid": span.worker, **took, "args": whose}
 

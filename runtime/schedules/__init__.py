@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ...errors import ConstraintError
-from ..instructions import Action, Layout
+from ..instructions import Action, Layout, Op
 from .eager_1f1b import eager_1f1b
 from .families import FAMILIES
 from .fill_drain import backward_only, fill_drain, forward_only
@@ -31,6 +31,12 @@ GIVEN = "given"  # an order that was read from a file
 def placement_of(name: str) -> str:
     """Return how the named training schedule wants stages to lie on workers: ``chain``, ``loop`` or ``vee``."""
     return FAMILIES[name].placement
+
+
+def computed_by(name: str) -> frozenset[Op]:
+    """Return what the named schedule computes of a microbatch: forwards, backwards (maybe in parts) or both."""
+    parts = {"forward-only": (Op.FORWARD,), "backward-only": (Op.BACKWARD,)}
+    return frozenset(parts.get(name, (Op.FORWARD, Op.BACKWARD)))
 
 
 def least_microbatches(name: str, n_workers: int) -> int:
@@ -93,6 +99,7 @@ __all__ = [
     "TRAINING_SCHEDULES",
     "Orders",
     "backward_only",
+    "computed_by",
     "eager_1f1b",
     "fill_drain",
     "forward_only",

@@ -7,6 +7,8 @@ import torch
 
 from stagecut import DeviceError
 from stagecut.partitioner.cluster import Cluster, Device, DeviceKind, Link, slowest
+from stagecut.partitioner.cluster_spec import cluster_of_spec
+from stagecut.partitioner.devices import known_device
 
 FAST = DeviceKind("fast", {"float32": 2e12, "bfloat16": 8e12}, 1e12, 1e-6, 8e9, "made up")
 SLOW = DeviceKind("slow", {"float32": 1e12}, 1e11, 1e-6, 4e9, "made up")
@@ -29,6 +31,32 @@ def test_a_dtype_without_a_rate_has_the_rate_of_the_nearest(
     kind: DeviceKind, dtype: torch.dtype | str, rate: float
 ) -> None:
     assert kind.rate(dtype) == rate
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sim:999999999999xA100", "describes more than 100,000 devices"),
+        ("sim:99999999x8xA100", "describes more than 100,000 devices"),
+        ("sim:100000xA100+1xA100", "describes more than 100,000 devices"),
+        (f"sim:{'9' * 5000}xA100", "describes more than 100,000 devices"),
+        ("sim:2xA100-0GB", "'A100' has no such memory"),
+        (f"sim:2xA100-{'9' * 400}GB", "is not of the form"),
+    ],
+)
+def test_counts_that_no_plan_can_be_for_are_refused(text: str, words: str) -> None:
+    with pytest.raises(DeviceError, match=words):
+        cluster_of_spec(text)
+
+
+@pytest.mark.parametrize("name", ["A100-0GB", f"A100-{'9' * 5000}GB"])
+def test_a_device_without_or_with_any_memory_is_refused(name: str) -> None:
+    with pytest.raises(DeviceError, match="has no such memory"):
+        known_device(name)
+
+
+def test_as_many_devices_as_may_be_are_described_quickly() -> None:
+    assert len(cluster_of_spec("sim:12500x8xA100").devices) == 100_000
 
 
 def test_clusters_and_kinds_can_be_keys() -> None:

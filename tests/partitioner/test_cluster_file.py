@@ -88,6 +88,12 @@ HOST = "[[hosts]]\ndevices = { small = 2 }\nlink = " + LINK + "\n"
         (KIND + HOST + "count = 2", "between is missing; expected the link between hosts"),
         (KIND + HOST.replace("latency_s = 1e-5", "latency = 1"), r"hosts\[0\].link.latency is not known"),
         (KIND + HOST.replace(", latency_s = 1e-5", ""), r"hosts\[0\].link.latency_s is missing; expected seconds"),
+        ("deep = " + "[" * 5000 + "]" * 5000, "is not TOML: maximum recursion depth"),
+        ("count = " + "1" * 5000, "is not TOML: Exceeds the limit"),
+        (KIND.replace("= 16", "= 1" + "0" * 400) + HOST, "kinds.small.memory_gib is 10000"),
+        (KIND.replace("= 16", "= 1e305") + HOST, r"kinds.small.memory_gib is 1e\+305; expected GiB"),
+        (KIND + "[[hosts]]\ndevices = { small = 10000000000 }", r"hosts\[0\] describes more than 100,000 devices"),
+        (KIND + HOST + "count = 100000000", r"hosts\[0\] describes more than 100,000 devices"),
         (KIND + HOST.replace("2e9", "0"), r"hosts\[0\].link.bytes_per_s is 0; expected bytes per second in one"),
     ],
 )

@@ -169,6 +169,27 @@ REFUSALS: dict[str, tuple[Any, str, str]] = {
     "tie of no op": (changed(("ties", 0, "ops"), ["a", "z"]), "$.ties[0].ops", "there is no op 'z'"),
     "tie in one stage": (changed(("ties", 0, "ops"), ["a"]), "$.ties[0].ops", "ops of several stages, got a"),
     "tie of less than nothing": (changed(("ties", 0, "n_bytes"), -1), "$.ties[0].n_bytes", "at least 0"),
+    "less than no time": (changed(("ops", 1, "forward_s"), -1e-3), "$.ops[1].forward_s", "at least 0, got -0.001"),
+    "less than no bytes": (changed(("stages", 2, "saved_bytes"), -1), "$.stages[2].saved_bytes", "at least 0"),
+    "step before it begins": (changed(("prediction", "step_s"), -0.5), "$.prediction.step_s", "at least 0"),
+    "loss of less than nothing": (changed(("timing", "loss_s", 1), -1.0), "$.timing.loss_s[1]", "at least 0"),
+    "part longer than the whole": (
+        changed(("stages", 0, "backward_weight_s"), 0.75),
+        "$.stages[0].backward_weight_s",
+        "a part of backward_s (0.5), got 0.75",
+    ),
+    "link without bandwidth": (
+        changed(("timing", "links"), [{"source": 0, "target": 1, "latency_s": 0.0, "bytes_per_s": 0.0}]),
+        "$.timing.links[0].bytes_per_s",
+        "above 0",
+    ),
+    "no core": (changed(("timing", "n_cores"), 0), "$.timing.n_cores", "above 0"),
+    "no thread": (changed(("n_threads",), 0), "$.n_threads", "above 0"),
+    "no integer of any machine": (
+        changed(("stages", 1, "memory_bytes"), 10**400),
+        "$.stages[1].memory_bytes",
+        "64 bits",
+    ),
     "missing wires": (changed(("wires",), []), "$.wires", "'a' is used by $.ops[1] on stage 1"),
 }
 
@@ -180,6 +201,23 @@ def test_a_contradiction_is_refused_with_its_path(case: str) -> None:
         parse(value)
     assert refused.value.message.startswith(f"{path}: ")
     assert words in refused.value.message
+
+
+def test_a_schedule_of_one_stage_per_worker_is_refused_where_one_owns_two() -> None:
+    value = as_json()
+    value["stages"][1] |= {"devices": ["cpu"], "workers": [1]}
+    value["stages"][2]["workers"] = [1]
+    with pytest.raises(PlanError, match=r"^\$\.schedule: 1f1b runs one stage per worker; worker 1 owns several"):
+        parse(value)
+    assert parse(value | {"schedule": "fill-drain"}).layout().n_workers == 2
+
+
+def test_any_number_of_microbatches_is_read_at_once() -> None:
+    """It used to lay out the order of all of them."""
+    value = as_json()
+    value["stages"][1] |= {"devices": ["cpu"], "workers": [1]}
+    value["stages"][2]["workers"] = [2]
+    assert parse(value | {"schedule": "zb-h1", "n_microbatches": 10**15}).n_microbatches == 10**15
 
 
 def test_a_stage_without_ops_is_refused() -> None:

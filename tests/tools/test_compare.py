@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -40,6 +41,22 @@ def test_ops_that_moved_are_named(plan, two, tmp_path, capsys):
     assert first["metrics"]["step"] == plan.prediction.step_s
     assert first["moved_ops"] == 0
     assert second["moved_ops"] is None, "another graph"
+
+
+def test_a_change_that_is_too_small_to_see_has_no_sign(plan, tmp_path, capsys):
+    slower, bubble = plan.prediction.step_s * 1.001, plan.prediction.bubble
+    for name, prediction in (
+        ("a", plan.prediction),
+        ("b", replace(plan.prediction, step_s=slower, bubble=bubble + 1e-4)),
+        ("c", replace(plan.prediction, step_s=2 * plan.prediction.step_s - slower, bubble=bubble - 1e-4)),
+    ):
+        replace(plan, prediction=prediction).save(tmp_path / f"{name}.json")
+    assert main(["compare", *(str(tmp_path / f"{name}.json") for name in "abc")]) == 0
+    out = capsys.readouterr().out
+    rows = {line.strip("|").split()[0]: line for line in out.splitlines() if line.startswith("|")}
+    assert rows["step"].count("(0%)") == 2
+    assert rows["bubble"].count("(0 points)") == 2
+    assert not re.search(r"\([-+]0", out)
 
 
 def test_one_plan_is_not_compared(two, capsys):

@@ -93,6 +93,13 @@ BAD_FILES = {
     "transfer without seconds": (graph(transfers=[{"nodes": ["a", "b"]}]), "graph.transfers[0]"),
     "transfer to nowhere": (graph(transfers=[{"nodes": ["a", "z"], "seconds": 1.0}]), "'z'"),
     "group that is no list": (graph(together=["ab"]), "graph.together[0]"),
+    "limit below nothing": (graph(devices=[{"name": "x", "kind": "cpu", "memory_bytes": -1.0}]), "at least 0 or null"),
+    "limit that is no finite number": (
+        graph(devices=[{"name": "x", "kind": "cpu", "memory_bytes": 10**400}]),
+        "at least",
+    ),
+    "transfers that are no list": (graph(transfers=None), "graph.transfers must be a list"),
+    "groups that are no list": (graph(together=1.5), "graph.together must be a list"),
     "node without id": (record(nodes=[{"compute_s": {}}]), "nodes[0]"),
     "the same id twice": (node(id="a"), "nodes[1]"),
     "node without times": (node(compute_s=None), "nodes[1] ('b')"),
@@ -116,6 +123,14 @@ def test_bad_file_is_refused_in_one_line_that_says_what_and_where(what, write, c
     assert len(captured.err.splitlines()) == 1
     assert path in captured.err
     assert where in captured.err
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "1" * 5_000])
+def test_what_no_json_reader_reads_is_refused_in_one_line(text, tmp_path, capsys):
+    path = tmp_path / "graph.json"
+    path.write_text(text)
+    assert main(["solve", str(path)]) == 2
+    assert f"{path}: not JSON that can be read" in capsys.readouterr().err
 
 
 def test_missing_file_is_refused(tmp_path, capsys):

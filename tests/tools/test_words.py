@@ -6,7 +6,7 @@ import pytest
 
 from stagecut.tools.words import clean, columns, memory, shorten, size
 
-MODULES = ("words", "fold", "graph_layout", "style", "svg_parts", "draw_timeline", "report.tree")
+MODULES = ("words", "fold", "graph_layout", "style", "svg_parts", "draw_timeline", "report.tree", "compare")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -232,21 +232,13 @@ def _alive(timeline: Timeline, worker: int, own: Sequence[StageRecord], now: flo
 
 def _candidates(name: str, plan: Plan) -> list[dict[str, Any]]:
     """Write the chosen configuration and the others that the planner considered."""
-    chosen = Alternative(
-        plan.schedule,
-        plan.n_microbatches,
-        plan.prediction.step_s,
-        len(plan.devices),
-        tuple(len(stage.devices) for stage in plan.stages),
-        tuple(stage.index for stage in plan.stages if stage.recompute),
-        max(stage.device_bytes for stage in plan.stages),
-    )
     file = PurePath(name).name if name.endswith(".json") else "plan.json"
-    own = _candidate(chosen, clean(f"stagecut.compile(model, devices, plan={file!r})"))
+    own = _candidate(plan.as_alternative(), clean(f"stagecut.compile(model, devices, plan={file!r})"))
     costs = "analytic" if plan.prediction.cost_source == "analytic" else "measured"
+    limit = _limit_bytes(plan)
     return [
         own | {"chosen": True},
-        *(_candidate(each, _call(each, len(plan.devices), costs)) for each in plan.alternatives),
+        *(_candidate(each, _call(each, len(plan.devices), costs, limit)) for each in plan.alternatives),
     ]
 
 
@@ -262,7 +254,14 @@ def _candidate(each: Alternative, call: str) -> dict[str, Any]:
     }
 
 
-def _call(each: Alternative, n_devices: int, costs: str) -> str:
+def _limit_bytes(plan: Plan) -> int | None:
+    """Return what every worker may hold; None where nothing limits them, or each has a limit of its own."""
+    limits = {stage.memory_limit_bytes for stage in plan.stages}
+    limit = limits.pop()
+    return None if limits or not 0 < limit < NO_LIMIT else int(limit)
+
+
+def _call(each: Alternative, n_devices: int, costs: str, limit_bytes: int | None) -> str:
     """Write a configuration as it is given to ``stagecut.compile``; "" where its order is in no name."""
     if each.schedule not in TRAINING_SCHEDULES:
         return ""
@@ -274,6 +273,8 @@ def _call(each: Alternative, n_devices: int, costs: str) -> str:
     parts += [f"microbatches={each.n_microbatches}", f"schedule={each.schedule!r}", f"costs={costs!r}"]
     if len(each.recomputed) in (0, len(replicas)):  # some stages: what the planner does if it is not told
         parts.append(f"recompute={bool(each.recomputed)}")
+    if limit_bytes is not None:
+        parts.append(f"memory_bytes={limit_bytes}")
     return clean(f"stagecut.compile(model, {devices}, {', '.join(parts)})")
 
 

@@ -424,3 +424,63 @@ def test_the_memory_cap_is_counted_in_microbatches_held_at_once() -> None:
     check(program, max_in_flight=(2, 1))
     with pytest.raises(PlanError, match=r"worker 0.*F\(stage 0, microbatch 1\): holds 2 microbatches where 1 fit"):
         check(program, max_in_flight=(1, 1))
+
+
+def test_a_transfer_that_no_wire_asks_for_or_that_comes_twice_is_refused() -> None:
+    first, second = by_hand()
+    again = r"send activation\(stage 0, microbatch 0\) to stage 1 on worker 1: moves the same packet again"
+    with pytest.raises(PlanError, match=again):
+        check(two_workers([*first[:2], *first[1:]], [second[0], *second]))
+    without = Layout(((0,), (1,)), (), ())
+    program = replace(two_workers(first, second), layout=without)
+    with pytest.raises(PlanError, match=r"send activation\(stage 0, microbatch 0\).*no wire carries that from stage 0"):
+        check(program)
+    elsewhere = [replace(i, peer_worker=7) if i.op in SENDS else i for i in first]
+    with pytest.raises(PlanError, match=r"to stage 1 on worker 7: worker 1 owns the other end"):
+        check(two_workers(elsewhere, second))
+
+
+def test_a_stage_or_microbatch_that_does_not_exist_is_refused() -> None:
+    first, second = by_hand()
+    for wrong in (Instruction(Op.FREE, 2, 0), Instruction(Op.FREE, -2, 0), Instruction(Op.FORWARD, 0, 2)):
+        with pytest.raises(PlanError, match=r"instruction 11, .*\(stage .*this worker does not own that stage"):
+            check(two_workers([*first, wrong], second))
+    of_a_microbatch = [*first, Instruction(Op.REDUCE, 0, 1)]
+    with pytest.raises(PlanError, match=r"instruction 11, reduce\(stage 0, microbatch 1\): this worker does not own"):
+        check(two_workers(of_a_microbatch, second))
+
+
+def test_a_step_that_has_lost_all_its_backwards_or_forwards_is_refused() -> None:
+    layout = Layout(((0, 1),), (), ())
+    both = frozenset({Op.FORWARD, Op.BACKWARD})
+    step = lower("fill-drain", layout, schedule("fill-drain", layout, 2), 2)
+    check(step, computes=both)
+    for lost in (Op.FORWARD, Op.BACKWARD):
+        left = replace(step, workers=tuple(tuple(i for i in own if i.op is not lost) for own in step.workers))
+        with pytest.raises(PlanError, match=rf"{lost.value}\(stage 0, microbatch 0\) is missing"):
+            check(left, computes=both)
+    forwards = lower("forward-only", layout, schedule("forward-only", layout, 2), 2)
+    check(forwards, computes=frozenset({Op.FORWARD}))
+    with pytest.raises(PlanError, match=r"F\(stage 0, microbatch 0\): there are only backwards to do"):
+        check(step, computes=frozenset({Op.BACKWARD}))
+    reduced = replace(
+        forwards, workers=tuple((*own, Instruction(Op.REDUCE, 0, WHOLE_BATCH)) for own in forwards.workers)
+    )
+    with pytest.raises(PlanError, match=r"reduce\(stage 0\): there are only forwards to do"):
+        check(reduced)
+
+
+@pytest.mark.parametrize("owners", [(0, 1), (1, 0)])
+def test_a_last_round_that_lacks_replicas_is_exchanged_by_itself_whoever_is_looked_at_first(
+    owners: tuple[int, int],
+) -> None:
+    """The replica that alone has a third microbatch may compute it before the round that it shares."""
+    layout = Layout((owners,), (), ())
+    program = lower("forward-only", layout, schedule("forward-only", layout, 3), 3)
+    a, b = sorted((i for i in program.workers[owners[0]] if i.op is Op.FORWARD), key=lambda i: -i.microbatch)
+    frees = [Instruction(Op.FREE, 0, a.microbatch), Instruction(Op.FREE, 0, b.microbatch)]
+    workers = list(program.workers)
+    workers[owners[0]] = (a, b, *frees)
+    turned = replace(program, workers=tuple(workers))
+    check(turned, in_lockstep=frozenset({0}))
+    BlockingExecutor(turned).run()

@@ -14,6 +14,7 @@ from stagecut.partitioner.plan import OpRecord
 from stagecut.partitioner.waiting import CAUSES, critical_path, waits
 from stagecut.tools.notebook import interactive
 from stagecut.tools.report import Shown, report_html
+from stagecut.tools.words import size
 
 VIEWS = ("overview", "graph", "stages", "timeline", "memory", "whatif")
 
@@ -449,7 +450,14 @@ def test_a_browser_that_cannot_draw_it_says_so(opened, browser, linked, tmp_path
 def test_what_crosses_in_a_step_counts_the_microbatches_of_all_replicas(opened, simulated_plan):
     page = opened(Shown("plan", simulated_plan))
     assert (simulated_plan.n_microbatches, simulated_plan.layout().n_replicas, simulated_plan.batch_rows) == (4, 2, 8)
-    assert "× 8" in text(page, "#stages th >> nth=-2") or "× 8" in text(page, "#stages")
+    (crossing,) = [
+        row for row in page.locator("#stages table").all() if "from" in row.locator("th").all_text_contents()
+    ]
+    headings = crossing.locator("th").all_text_contents()
+    assert headings == ["value", "module", "from", "to", "bytes", "× 8", "gradient comes back"]
+    cells = crossing.locator("tbody tr >> nth=0").locator("td").all_text_contents()
+    largest = max(simulated_plan.wires, key=lambda wire: wire.n_bytes * len(wire.targets))
+    assert cells[4:6] == [size(largest.n_bytes), size(8 * largest.n_bytes)]
     assert "4 microbatches a replica" in text(page, "h1")
 
 

@@ -33,14 +33,36 @@ def test_candidates_are_written_as_calls(plan):
         Alternative("given", 4, 0.5, 3, (1, 1, 1), (), 1024),
     )
     calls = [each["call"] for each in payload(Shown("plan", replace(plan, alternatives=others)))["candidates"]]
-    costs = "costs='analytic'"
+    costs, limit = "costs='analytic'", f"memory_bytes={int(plan.stages[0].memory_limit_bytes)}"
     assert calls == [
         "stagecut.compile(model, devices, plan='plan.json')",
         f"stagecut.compile(model, devices[:4], stages=2, replicas=2, microbatches=8, schedule='zb-h1', {costs}, "
-        "recompute=True)",
-        f"stagecut.compile(model, devices[:4], stages=2, replicas=[3, 1], microbatches=4, schedule='1f1b', {costs})",
+        f"recompute=True, {limit})",
+        f"stagecut.compile(model, devices[:4], stages=2, replicas=[3, 1], microbatches=4, schedule='1f1b', {costs}, "
+        f"{limit})",
         "",
     ]
+
+
+def test_a_limit_that_all_workers_have_is_part_of_the_calls(plan):
+    other = Alternative("1f1b", 4, 0.5, 3, (1, 1, 1), (), 1024)
+
+    def call(*limits):
+        stages = tuple(replace(s, memory_limit_bytes=limit) for s, limit in zip(plan.stages, limits))
+        shown = replace(plan, stages=stages, alternatives=(other,))
+        return payload(Shown("plan", shown))["candidates"][1]["call"]
+
+    assert call(8e9, 8e9, 8e9).endswith(", recompute=False, memory_bytes=8000000000)")
+    assert call(8e9, 8e9, 16e9).endswith(", recompute=False)")
+    assert call(2.0**62, 2.0**62, 2.0**62).endswith(", recompute=False)")
+
+
+def test_a_configuration_is_remembered_as_the_plan_says_it(plan):
+    chosen = plan.as_alternative()
+    (first, *_) = payload(Shown("plan", plan))["candidates"]
+    assert (chosen.n_workers, chosen.replicas, chosen.recomputed) == (len(plan.devices), (1, 1, 1), ())
+    assert (chosen.step_s, chosen.memory_bytes) == (plan.prediction.step_s, max(s.device_bytes for s in plan.stages))
+    assert (first["step_s"], first["memory_bytes"], first["chosen"]) == (chosen.step_s, chosen.memory_bytes, True)
 
 
 class Planner:

@@ -28,8 +28,8 @@ function count(number, noun, plural) {
 
 function change(after, before) {
   if (!before) return "";
-  const percent = (after / before - 1) * 100;
-  return `${percent < 0 ? "" : "+"}${percent.toFixed(1)}%`;
+  const percent = ((after / before - 1) * 100).toFixed(1);
+  return Number(percent) ? `${percent < 0 ? "" : "+"}${percent}%` : "0%"; // no sign on what is too small to see
 }
 
 function shorten(text, limit) {
