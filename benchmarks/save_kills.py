@@ -3,10 +3,10 @@
     python benchmarks/save_kills.py --kills 200
 
 A child (forked, so that it need not import torch again) fills all parameters with the number of the step and saves,
-step after step, keeping three. It gets SIGKILL a random time after it began. Then the newest checkpoint is looked for as `pm.load`
-does: it has to be whole, newer than the last one or the same, and every value in it of its own step. Reported are bad
-loads, how many kills fell into the writing of a checkpoint (something unfinished lay there), and how many steps were
-saved in all.
+step after step, keeping three. It gets SIGKILL a random time after it began. Then the newest checkpoint is looked for
+as `pm.load` does: it has to be whole, newer than the last one or the same, and every value in it of its own step.
+Reported are bad loads, how many kills fell into the writing of a checkpoint (something unfinished lay there), and how
+many steps were saved in all.
 """
 
 from __future__ import annotations
