@@ -16,7 +16,7 @@ from ..structure import call_leaves, leaf_paths
 from .arguments import input_spec
 from .captured import Capture, OpaqueCall
 from .ladder import Ladder, matching_paths
-from .recording.state import own_random_state, put_back
+from .recording.state import caches_found_once, own_random_state, put_back
 from .selfcheck import agrees, forward_flops
 
 
@@ -38,7 +38,7 @@ def capture(
     asked = matching_paths(model, opaque)
     leaves, structure = call_leaves(model.forward, args, kwargs)
     inputs = input_spec(leaves, structure, leaf_paths(model.forward, args, kwargs))
-    with own_random_state(), torch.inference_mode(False), torch.enable_grad():
+    with own_random_state(), torch.inference_mode(False), torch.enable_grad(), caches_found_once():
         for result in _attempts(model, inputs, leaves, asked, list(kwargs)):
             if agrees(result, args, kwargs):
                 return replace(result, flops=forward_flops(result, args, kwargs))

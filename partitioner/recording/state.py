@@ -238,12 +238,13 @@ _found: dict[int, list[Any]] | None = None  # by how many modules are imported; 
 
 @contextmanager
 def caches_found_once() -> Iterator[None]:
-    """Let :func:`all_caches` look at all objects of the process, a tenth of a second, once for the body.
+    """Let :func:`all_caches` look at all objects of the process, a tenth of a second, once for the outermost body.
 
     And again where the body imports something, which may bring caches along.
     """
     global _found
-    before, _found = _found, {}
+    before = _found
+    _found = {} if before is None else before
     try:
         yield
     finally:

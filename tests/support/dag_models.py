@@ -19,6 +19,7 @@ from stagecut.partitioner.describe import describe
 from stagecut.partitioner.placing import Groups, owners_of, placed, placement_of
 from stagecut.partitioner.planner import make_plan
 from stagecut.partitioner.pricing import Pricer
+from stagecut.partitioner.recording.state import caches_found_once
 from stagecut.partitioner.reorder import with_orders
 from stagecut.runtime.instructions import Action
 from stagecut.runtime.schedules import ANY_REPLICAS, GIVEN, TRAINING_SCHEDULES, Orders, least_microbatches
@@ -227,6 +228,11 @@ class Case:
 
 def draw_case(chooser: Chooser, *, max_ops: int = 9, max_stages: int = 4, replicas: Sequence[int] = (1,)) -> Case:
     """Draw model, batch size, cut, replica counts, microbatches and schedule."""
+    with caches_found_once():  # as in stagecut.plan; there are many objects to look at in a test run
+        return _draw_case(chooser, max_ops, max_stages, replicas)
+
+
+def _draw_case(chooser: Chooser, max_ops: int, max_stages: int, replicas: Sequence[int]) -> Case:
     spec = draw_spec(chooser, max_ops=max_ops)
     torch.manual_seed(chooser.choose(range(1000)))
     model = DagModel(spec).double()

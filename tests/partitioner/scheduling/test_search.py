@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,34 +17,43 @@ from stagecut.partitioner.scheduling.bounds import lower_bound_s
 from stagecut.partitioner.scheduling.clock import Problem, run
 from stagecut.partitioner.scheduling.listing import listed, rules
 from stagecut.partitioner.scheduling.local_search import HEATS, improved
-from stagecut.runtime.instructions import Action
+from stagecut.runtime.instructions import Action, Layout
 from stagecut.runtime.schedules.families import FAMILIES
 from stagecut.runtime.schedules.placement import chain, loop, vee
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True)
 
 
-def interleavings(chains: tuple[tuple[Action, ...], ...]) -> Iterator[tuple[Action, ...]]:
-    """List every order of some chains of actions."""
+Chains = tuple[tuple[Action, ...], ...]
+
+
+def interleavings(chains: Chains, sooner: Callable[[Action], Action | None]) -> Iterator[tuple[Action, ...]]:
+    """List every order of some chains of actions in which none comes before the one that ``sooner`` names."""
     if not any(chains):
         yield ()
+    left = {action for own in chains for action in own}
     for index, own in enumerate(chains):
-        if own:
+        if own and sooner(own[0]) not in left:
             rest = (*chains[:index], own[1:], *chains[index + 1 :])
-            yield from ((own[0], *tail) for tail in interleavings(rest))
+            yield from ((own[0], *tail) for tail in interleavings(rest, sooner))
+
+
+def needed(action: Action) -> Action | None:
+    """Return what comes before in another stage: the forward of the one before, the backward of the one after."""
+    if action.kind == "W":
+        return None
+    return replace(action, stage=action.stage + (-1 if action.kind == "F" else 1))
+
+
+def chains_of(problem: Problem, worker: int) -> Chains:
+    """List what a worker has to compute: of each of its stages and microbatches, one after the other."""
+    kinds, stages = problem.costs.kinds(), problem.stages_of(worker)
+    return tuple(tuple(Action(k, s, m) for k in kinds) for s in stages for m in range(problem.n_microbatches))
 
 
 def best_of_all(problem: Problem) -> float:
-    """Try every order of every worker; infinity if none fits."""
-    kinds = problem.costs.kinds()
-    choices = []
-    for w in range(problem.n_workers):
-        chains = [
-            tuple(Action(kind, s, m) for kind in kinds)
-            for s in problem.stages_of(w)
-            for m in range(problem.n_microbatches)
-        ]
-        choices.append(list(interleavings(tuple(chains))))
+    """Try every order of every worker that does not wait for itself; infinity if none fits."""
+    choices = [list(interleavings(chains_of(problem, w), needed)) for w in range(problem.n_workers)]
     best = float("inf")
     for orders in itertools.product(*choices):
         try:
@@ -52,6 +61,23 @@ def best_of_all(problem: Problem) -> float:
         except PlanError:  # a deadlock, or too much memory
             continue
     return best
+
+
+@pytest.mark.parametrize("layout", [loop(1, 2), vee(1)])
+@pytest.mark.parametrize("split", [True, False])
+def test_an_order_that_is_left_out_waits_for_itself(layout: Layout, split: bool) -> None:
+    costs = PipelineCosts((1.0,) * 2, (1.0,) * 2, (1.0,) * 2, (1.0,) * 2, (0.5,) * 2, (0.0,), split_backward=split)
+    problem = Problem(costs, layout, 1)
+    chains = chains_of(problem, 0)
+    tried = set(interleavings(chains, needed))
+    every = set(interleavings(chains, lambda action: None))
+    assert tried < every
+    assert len(every) == (20 if split else 6)
+    for order in every - tried:
+        with pytest.raises(PlanError, match="in a circle"):
+            score("left out", problem, (order,))
+    for order in tried:
+        score("tried", problem, (order,))
 
 
 @settings(property_test, max_examples=10)
