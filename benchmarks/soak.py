@@ -23,7 +23,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +138,9 @@ def interrupt_when_fired(folder: Path) -> threading.Thread:
     return thread
 
 
-def soak(steps: int, every: int, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
+def soak(
+    steps: int, every: int, seed: int, tell: Callable[[str], None], kinds: Sequence[str] = FAULTS
+) -> dict[str, Any]:
     """Run both trainings, and return the figures."""
     moments = random.Random(seed)
     counts: Counter[str] = Counter()
@@ -159,7 +161,7 @@ def soak(steps: int, every: int, seed: int, tell: Callable[[str], None]) -> dict
                 training.step(step)
                 continue
             if not bag:
-                bag = moments.sample(FAULTS, len(FAULTS))
+                bag = moments.sample(kinds, len(kinds))
             kind = bag.pop()
             training.fault(kind, step)
             counts[kind] += 1

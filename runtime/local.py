@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import WorkerLost
+from ..errors import StageError, WorkerLost
 from .batchnorm import replicas_of, synced_stages
 from .deadlines import Deadlines
 from .engine import Programs, model_state, modes_of
@@ -31,11 +31,12 @@ RESTART, RAISE = "restart", "raise"
 
 @dataclass(frozen=True)
 class _Call:
-    """A request with what it takes to carry it out again, to the same numbers."""
+    """A request with what it takes to carry it out again, to the same numbers; ``versions`` are those of parameters."""
 
     request: StepRequest
     before: Before
     conditions: Conditions
+    versions: dict[str, int]
 
 
 class LocalEngine:
@@ -93,11 +94,14 @@ class LocalEngine:
         names = self.unsynced.resume() if trains else frozenset()
         goes_on = {worker: tuple(n for n in own if n in names) for worker, own in self._parts.items()}
         self._shared.bind()
+        versions = self._shared.versions() if request.kind in (FORWARD, BACKWARD) else {}
+        if request.kind == BACKWARD and request.call in self._open:
+            _check_unchanged(self._open[request.call].versions, versions)
         if trains:
             self._shared.release_gradient_slots()
         conditions = Conditions(self._shared.trainable(), modes_of(self._model))
         before = self._shared.before_a_step([(worker, name) for worker, own in goes_on.items() for name in own])
-        call = _Call(request, before, conditions)
+        call = _Call(request, before, conditions, versions)
         try:
             done, n_restarts = self._carried_out(call, goes_on)
         except BaseException:
@@ -198,3 +202,18 @@ class LocalEngine:
     def _close_memory(self) -> None:
         if hasattr(self, "_shared"):
             self._shared.arena.close()
+
+
+def _check_unchanged(before: dict[str, int], now: dict[str, int]) -> None:
+    """Refuse a backward with other weights than its forward's, as autograd does: workers would not notice.
+
+    Raises:
+        StageError: a parameter was changed in place.
+    """
+    changed = [name for name, version in before.items() if now[name] != version]
+    if changed:
+        raise StageError(
+            f"{changed[0]} was changed between a forward and its backward (and {len(changed) - 1} other parameters): "
+            "gradients would be of neither weights",
+            hint="call optimizer.step() after loss.backward()",
+        )

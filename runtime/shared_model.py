@@ -116,6 +116,10 @@ class SharedModel:
             b.name for b in self._bindings if isinstance(b.tensor, nn.Parameter) and b.tensor.requires_grad
         )
 
+    def versions(self) -> dict[str, int]:
+        """Return how often each parameter was changed in place, as autograd counts it."""
+        return {b.name: b.tensor._version for b in self._bindings if isinstance(b.tensor, nn.Parameter)}
+
     def release_gradient_slots(self) -> None:
         """Copy gradients that the user still holds in ``.grad`` out of the memory that this step will overwrite."""
         for binding in self._bindings:

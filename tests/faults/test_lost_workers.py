@@ -186,3 +186,13 @@ def test_memory_that_runs_out_is_set_against_the_plan(tmp_path: Path) -> None:
         assert isinstance(error.__cause__, RuntimeError)
         site = error.stagecut  # type: ignore[attr-defined]
         assert (site.microbatch, site.module_path) == (2, "injector")
+
+
+def test_weights_that_change_between_forward_and_backward_are_refused(tmp_path: Path) -> None:
+    with compiled(Injector("none", tmp_path)) as pm:
+        x, y = batch(0)
+        loss = F.mse_loss(pm(x), y)
+        with torch.no_grad():
+            pm.model.middle.weight.mul_(0.5)  # type: ignore[union-attr, operator]
+        with pytest.raises(stagecut.StageError, match=r"middle\.weight was changed between a forward and its backward"):
+            loss.backward()
