@@ -118,6 +118,7 @@ _FORBIDDEN = (
     "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen",
     "socket.connect", "ctypes.dlopen", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.symlink",
 )  # fmt: skip
+_LATE = "<class 'networkx.utils.decorators.argmap'>"  # networkx compiles its decorated functions when first called
 _seen: list[str] | None = None
 
 
@@ -129,8 +130,8 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     elif event == "open" and len(arguments) > 2 and isinstance(arguments[2], int):
         if arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             _seen.append(f"open{arguments}")
-    elif event == "compile" and str(arguments[1]).startswith("<"):  # a module that is imported late has a file
-        _seen.append(f"compile{arguments}")
+    elif event == "compile" and str(arguments[1]).startswith("<") and not str(arguments[1]).startswith(_LATE):
+        _seen.append(f"compile{arguments}")  # a module that is imported late has a file
 
 
 @cache
