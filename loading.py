@@ -46,12 +46,15 @@ def load(
     example_target: Any = None,
     launch: str = "auto",
     threads_per_worker: int | None = None,
-    timeout_s: float = 300.0,
+    timeout_s: float | None = None,
+    on_worker_lost: str = "restart",
     trial_s: float = 20.0,
     compile_stages: bool | str = False,
     batchnorm: str = "microbatch",
     comm_hook: CommHook | None = None,
     shard: bool = False,
+    check_finite: str | None = None,
+    on_nonfinite: str = "error",
 ) -> Pipeline: ...
 
 
@@ -77,12 +80,15 @@ def load(
     example_target: Any = None,
     launch: str = "auto",
     threads_per_worker: int | None = None,
-    timeout_s: float = 300.0,
+    timeout_s: float | None = None,
+    on_worker_lost: str = "restart",
     trial_s: float = 20.0,
     compile_stages: bool | str = False,
     batchnorm: str = "microbatch",
     comm_hook: CommHook | None = None,
     shard: bool = False,
+    check_finite: str | None = None,
+    on_nonfinite: str = "error",
 ) -> Plan | Pipeline:
     """Read a plan; or, with a model and devices, compile the model with the weights of a checkpoint.
 

@@ -134,9 +134,8 @@ class LocalEngine:
         Raises:
             WorkerLost: a worker was lost again.
         """
-        warnings.warn(
-            f"stagecut: {lost.message}; all workers are started anew, and the step is done again", stacklevel=6
-        )
+        told = f"stagecut: {lost.message}; all workers are started anew, and the step is done again"
+        warnings.warn(told, stacklevel=7)  # of the caller of pm.step
         WORKERS.warning("step %d is done again by new workers", interrupted.request.step)
         self._workers.close(kill=True)
         try:

@@ -136,7 +136,7 @@ def from_dcp(
     text = json.dumps({**values, "scheduler": [], "scaler": [], "data": []}, allow_nan=False)
     manifest = Manifest(FORMAT, step, "torch.distributed.checkpoint", "", 0, (), (), text)
     files = {"stage-0000": {key: tensor.contiguous() for key, tensor in sorted(tensors.items())}}
-    return write(Path(folder), Snapshot(files, {"states": states, RANDOM: {}}, manifest), Alone(), None)
+    return write(Path(folder), Snapshot(files, {"states": states, RANDOM: None}, manifest), Alone(), None)
 
 
 def _part(whole: Mapping[str, Any], key: str, source: str | Path) -> dict[str, Any]:

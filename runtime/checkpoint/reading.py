@@ -105,7 +105,7 @@ class Reader:
         process = process if process in self.records else "process-0000"
         if process not in self.records:
             raise CheckpointError(f"{self.path} holds no state of random generators")
-        if not self.records[process][RANDOM]:
+        if self.records[process][RANDOM] is None:
             return
         if process not in self._files:
             raise CheckpointError(f"{self.path} holds no state of random generators")
@@ -286,7 +286,7 @@ def _record_of(file: Path) -> dict[str, Any]:
     record = _json_object(text, file, ("states", RANDOM))
     states = record["states"]
     if (
-        not isinstance(record[RANDOM], dict)
+        not isinstance(record[RANDOM], dict | None)
         or not isinstance(states, dict)
         or not all(map(_is_settings, states.values()))
     ):

@@ -85,8 +85,10 @@ def test_a_line_for_each_event_of_every_process(
         pm.load(tmp_path)
         pids = [w.pid for w in pm.stats().workers]
         psutil.Process(pids[1]).send_signal(signal.SIGKILL)
-        with pytest.raises(stagecut.WorkerLost):
+        with pytest.warns(UserWarning, match="the step is done again"):
             pm.step(x, target=y)
+        with pytest.raises(ZeroDivisionError):
+            pm.step(batch(marked=True)[0], target=batch(marked=True)[1])
         pm.restart()
     err = capfd.readouterr().err
     lines = [match.groups() for match in map(LINE.fullmatch, err.splitlines()) if match]
@@ -108,7 +110,9 @@ def test_a_line_for_each_event_of_every_process(
         ("checkpoints", "passed over: "),
         ("checkpoints", f"loaded {tmp_path / 'step-00000001'}"),
         ("workers", f"worker 1 (pid {pids[1]}) lost: killed by SIGKILL"),
-        ("steps", "train 2 failed: WorkerLost: "),
+        ("workers", "step 2 is done again by new workers"),
+        ("steps", "train 2 done in "),
+        ("steps", "train 3 failed: ZeroDivisionError: "),
         ("workers", "started again after an error"),
         ("workers", "closed"),
     ):
