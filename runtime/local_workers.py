@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -274,6 +275,8 @@ class LocalWorkers:
         planned = self._planned_bytes(lost.worker)
         if lost.peak_bytes is not None and planned:
             lost.message += f"; at its fullest it had {set_against(lost.peak_bytes, planned)}"
+        if lost.signal == signal.SIGKILL and planned:
+            lost.hint = f"{lost.hint}: stagecut.compile(..., memory_bytes={planned // 2}) plans for half of it"
         return lost
 
     def _stalled(self, left: list[WorkerProcess], timeout_s: float) -> StallError:

@@ -171,6 +171,12 @@ def test_an_exception_that_cannot_be_pickled_arrives_as_text(workers: list[psuti
     assert "Unpicklable: cannot travel" in str(fail("unpicklable", workers, stagecut.StageError).error)
 
 
+def lost_bytes(pm: stagecut.Pipeline, lost: stagecut.WorkerLost) -> int:
+    """Return what the plan is for, on the worker that was lost."""
+    assert lost.worker is not None
+    return int(pm.plan.worker_bytes[lost.worker])
+
+
 @pytest.mark.parametrize(("kind", "words"), [("kill", "killed by SIGKILL"), ("exit", "exit code 0")])
 def test_a_worker_that_ends_is_named(workers: list[psutil.Process], kind: str, words: str) -> None:
     failure = fail(kind, workers, stagecut.WorkerLost)
@@ -180,6 +186,7 @@ def test_a_worker_that_ends_is_named(workers: list[psutil.Process], kind: str, w
     assert isinstance(lost, stagecut.WorkerLost)
     assert (lost.stage, lost.replica, lost.microbatch, lost.step) == (failure.trapped_stage, 0, 2, 2)
     assert (lost.signal, lost.exit_code) == ((signal.SIGKILL, None) if kind == "kill" else (None, 0))
+    assert (kind == "kill") == (f"memory_bytes={lost_bytes(failure.pipeline, lost) // 2}" in str(lost))
     assert lost.peak_bytes is None or lost.peak_bytes > 2**24
 
 
@@ -208,6 +215,27 @@ def test_an_exception_in_the_loss_names_the_last_stage(workers: list[psutil.Proc
         with pytest.raises(ZeroDivisionError, match="no loss today") as caught:
             pm.step(x, target=y)
         assert caught.value.stagecut.stage == 1  # type: ignore[attr-defined]
+
+
+def test_an_exception_in_an_optimizers_hook_is_the_callers_and_breaks_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    x, y = batch(poisoned=False)
+    with stagecut.compile(
+        model, [["cpu"], ["cpu"]], loss_fn=F.cross_entropy, microbatches=2, costs="analytic", launch="inline"
+    ) as pm:
+        optimizer = torch.optim.SGD(pm.parameters(), 0.1)
+
+        def hook(*_: object) -> None:
+            raise OddInputError(3)
+
+        handle = optimizer.register_step_pre_hook(hook)
+        pm.step(x, target=y)
+        with pytest.raises(OddInputError, match="row 3 is odd"):
+            optimizer.step()
+        handle.remove()
+        optimizer.step()
+        pm.zero_grad()
+        assert pm.verify(x, target=y).ok
 
 
 class Locked(nn.Module):
