@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from fuzz_documents import FOLDER, temporary_folder
 
 TARGETS = {"plan": "fuzz_plans", "checkpoint": "fuzz_checkpoints"}
 _PROGRESS = re.compile(r"#(\d+)\s+(\w+)\s+cov: (\d+) ft: (\d+) corp: (\d+)")
@@ -43,7 +46,11 @@ def inside(target: str, corpus: Path, seconds: int, seed: int) -> None:
 def fuzzed(target: str, seconds: int, seed: int, corpus: Path) -> int:
     """Fuzz in a process of its own and print what came of it; return the exit code."""
     command = [sys.executable, __file__, target, "--seconds", str(seconds), "--seed", str(seed)]
-    done = subprocess.run([*command, "--inside", str(corpus)], capture_output=True, text=True, check=False)
+    with temporary_folder() as scratch:
+        environment = {**os.environ, FOLDER: scratch}
+        done = subprocess.run(
+            [*command, "--inside", str(corpus)], capture_output=True, text=True, check=False, env=environment
+        )
     printed = done.stdout + done.stderr
     progress = [tuple(map(int, m.group(1, 3, 5))) for m in _PROGRESS.finditer(printed)]
     if not progress:

@@ -107,13 +107,21 @@ def text_of(document: Any) -> str:
 @cache
 def folder() -> Path:
     """Return a folder for the files that readers are given, in memory where there is such a file system."""
+    given = os.environ.get(FOLDER)
+    if given is not None:
+        return Path(given)
+    _KEPT.append(temporary_folder())
+    return Path(_KEPT[0].name)
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make a folder that is removed when it is left, or when the process ends."""
     shared = Path("/dev/shm")
-    made = tempfile.TemporaryDirectory(prefix="stagecut-fuzz-", dir=shared if os.access(shared, os.W_OK) else None)
-    _KEPT.append(made)
-    return Path(made.name)
+    return tempfile.TemporaryDirectory(prefix="stagecut-fuzz-", dir=shared if os.access(shared, os.W_OK) else None)
 
 
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
+FOLDER = "STAGECUT_FUZZ_FOLDER"  # libFuzzer ends its process by itself: who started it makes the folder
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
 _FORBIDDEN = (
     "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen",
     "socket.connect", "ctypes.dlopen", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.symlink",
