@@ -112,8 +112,8 @@ def compile(
             torchrun.
         threads_per_worker: CPU threads of each worker; an equal share of the cores among those used if None.
         timeout_s: seconds without any progress after which a step fails with :class:`StallError`. If None, 20 times
-            the median step, at least 30; for the first step 60, or 20 times the predicted one (600 with
-            ``compile_stages``). Under torchrun, seconds that a rank waits for another one, in every process
+            the median step, at least 30; for the first step 60, or 20 times the predicted one; at least 600 with
+            ``compile_stages``. Under torchrun, seconds that a rank waits for another one, in every process
             group that stagecut makes; 300 if None.
         on_worker_lost: ``"restart"``: if a local worker's process is killed or exits, new workers do the step again,
             once, with a warning and the same numbers; ``"raise"``: that is a :class:`WorkerLost`. Under torchrun it

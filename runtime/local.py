@@ -138,6 +138,7 @@ class LocalEngine:
         warnings.warn(told, stacklevel=7)  # of the caller of pm.step
         WORKERS.warning("step %d is done again by new workers", interrupted.request.step)
         self._workers.close(kill=True)
+        self._deadlines.forget()
         try:
             self._workers = self._started(WorkerPool(self._spec.layout.n_workers, self.n_threads))
             for opened in self._open.values():

@@ -187,7 +187,6 @@ def test_a_worker_that_ends_is_named(workers: list[psutil.Process], kind: str, w
     assert (lost.stage, lost.replica, lost.microbatch, lost.step) == (failure.trapped_stage, 0, 2, 2)
     assert (lost.signal, lost.exit_code) == ((signal.SIGKILL, None) if kind == "kill" else (None, 0))
     assert (kind == "kill") == (f"memory_bytes={lost_bytes(failure.pipeline, lost) // 2}" in str(lost))
-    assert lost.peak_bytes is None or lost.peak_bytes > 2**24
 
 
 def test_a_hang_ends_at_the_timeout_and_says_who_waits_where(workers: list[psutil.Process]) -> None:

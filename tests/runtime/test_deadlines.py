@@ -25,6 +25,22 @@ def test_after_some_steps_it_is_twenty_times_their_median_for_each_program() -> 
     assert deadlines.of("b") == LEAST_S
 
 
+def test_stages_that_are_compiled_may_be_compiled_again_in_any_step() -> None:
+    deadlines = Deadlines(compiles=True)
+    for _ in range(3):
+        deadlines.note("a", 0.1)
+    assert deadlines.of("a") == COMPILE_S
+
+
+def test_new_workers_have_the_time_of_a_first_step() -> None:
+    deadlines = Deadlines()
+    for _ in range(3):
+        deadlines.note("a", 0.1)
+    assert deadlines.of("a") == LEAST_S
+    deadlines.forget()
+    assert deadlines.of("a") == START_S
+
+
 def test_what_the_user_gave_holds() -> None:
     deadlines = Deadlines(2.0, 100.0)
     deadlines.note("a", 50.0)
