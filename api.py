@@ -30,6 +30,7 @@ from .partitioner.describe import Devices, Replicas, describe, over_sockets
 from .partitioner.plan import Plan, load
 from .partitioner.planner import make_plan
 from .progress import Progress, shown_progress
+from .runtime import accelerators
 from .runtime.batchnorm import MODES
 from .runtime.deadlines import RANK_S
 from .runtime.local import RAISE, RESTART
@@ -325,9 +326,15 @@ def _check_cluster(cluster: Cluster, known: Plan | None, launch: str) -> None:
         if missing or (cluster.groups is not None and planned != cluster.stages):
             raise ConstraintError(f"the plan is for devices {planned}, and devices={cluster.stages} was given")
     kinds = {torch.device(name).type for name in cluster.names}
-    if launch == "local" and kinds != {"cpu"}:
+    unknown = sorted(kinds - {"cpu", *accelerators.SHARED_MEMORY})
+    if launch == "inline" and kinds != {"cpu"}:
         raise DeviceError(
-            f"local workers run on CPU only in this version, and devices are {', '.join(cluster.names)}",
+            f"launch='inline' runs all workers on the CPU, and devices are {', '.join(cluster.names)}",
+            hint="leave launch out: every device has a process of its own then",
+        )
+    if launch == "local" and unknown:
+        raise DeviceError(
+            f"local workers share memory with their parent, and on {', '.join(unknown)} none is known that they could",
             hint=f"torchrun --nproc-per-node {len(cluster.names)} train.py",
         )
 

@@ -26,6 +26,7 @@ from .partitioner.recording.state import caches_found_once
 from .partitioner.replan import better_plan, stage_seconds
 from .partitioner.split import split
 from .progress import shown_progress
+from .randomness import kept_random_state
 from .records import to_json
 from .runtime.batchnorm import check_reachable
 from .runtime.deadlines import RANK_S
@@ -49,7 +50,7 @@ def planning() -> Iterator[None]:
 
     The process's random state stays as it was: an op that draws random numbers is measured by running it.
     """
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(), caches_found_once():
+    with torch.inference_mode(False), torch.enable_grad(), kept_random_state(), caches_found_once():
         yield
 
 

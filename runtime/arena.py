@@ -46,6 +46,16 @@ class Slot:
         return memory[self.offset : self.offset + self.n_bytes].view(self.dtype).as_strided(self.shape, self.strides)
 
 
+def laid_out(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[dict[str, Slot], int]:
+    """Give each named tensor a place in one block; return the places and the block's size."""
+    slots: dict[str, Slot] = {}
+    offset = 0
+    for name, tensor in tensors:
+        slots[name] = Slot.at(offset, tensor)
+        offset = slots[name].end
+    return slots, offset + _ALIGN
+
+
 class Arena:
     """A block of shared memory with tensors at known places."""
 
@@ -58,12 +68,7 @@ class Arena:
     @classmethod
     def create(cls, tensors: Iterable[tuple[str, torch.Tensor]]) -> Arena:
         """Allocate room for each named tensor; nothing is copied yet."""
-        slots: dict[str, Slot] = {}
-        offset = 0
-        for name, tensor in tensors:
-            slots[name] = Slot.at(offset, tensor)
-            offset = slots[name].end
-        n_bytes = offset + _ALIGN
+        slots, n_bytes = laid_out(tensors)
         fd = anonymous_file("state")
         os.ftruncate(fd, n_bytes)
         return cls(fd, n_bytes, slots)

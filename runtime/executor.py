@@ -13,6 +13,7 @@ import torch
 
 from ..errors import FailureSite
 from ..structure import flatten, map_leaves
+from .accelerators import is_accelerator
 from .instructions import RECEIVES, Instruction, Layout, Op
 from .packets import Packed, decode, pack
 from .parts import FILE, OP
@@ -55,6 +56,8 @@ class Executor:
         self.reducers = reducers
         self.tick = tick
         self.position = 0
+        device = next((stage.device for stage in stages.values()), torch.device("cpu"))
+        self._device = device if is_accelerator(device) else None
         self._local: dict[MessageKey, tuple[list[Any], list[bool]]] = {}
         self._calls: dict[int, dict[int, dict[int, Any]]] = {}
 
@@ -104,6 +107,8 @@ class Executor:
         begin = self._started = time.perf_counter()
         try:
             self._execute(i)
+            if self.request.profile and self._device is not None:
+                torch.accelerator.synchronize(self._device)  # kernels run on after they were told to
         except Exception as error:
             self._attach_site(error, i)
             raise

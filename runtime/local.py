@@ -67,6 +67,7 @@ class LocalEngine:
         self.n_together = replicas_of(self._synced, spec.layout)
         self._programs = Programs(spec, self._synced)
         self._open: dict[int, _Call] = {}  # forwards whose backward may come
+        self._residents: dict[int, Resident] = {}  # of workers on accelerators, as they said last
         self._parts: dict[int, tuple[str, ...]] = {}  # per worker, the gradients that no replica has summed
         try:
             self._shared = SharedModel(spec, model, options.weights)
@@ -136,6 +137,7 @@ class LocalEngine:
         """
         told = f"stagecut: {lost.message}; all workers are started anew, and the step is done again"
         warnings.warn(told, stacklevel=7)  # of the caller of pm.step
+        self._residents.clear()
         WORKERS.warning("step %d is done again by new workers", interrupted.request.step)
         self._workers.close(kill=True)
         self._deadlines.forget()
@@ -152,8 +154,10 @@ class LocalEngine:
 
     def _accepted(self, request: StepRequest, done: dict[int, Done]) -> StepReport:
         report = StepReport()
-        for answer in done.values():
+        for worker, answer in done.items():
             report.merge(answer.report)
+            if answer.resident is not None:
+                self._residents[worker] = answer.resident
         if request.kind in (TRAIN, BACKWARD):
             self._parts = {} if request.sync else {worker: answer.parts for worker, answer in done.items()}
             has_gradient = {worker: answer.has_gradient for worker, answer in done.items()}
@@ -187,7 +191,8 @@ class LocalEngine:
 
     def residents(self) -> dict[int, Resident]:
         """Return the workers' processes; none after they were ended."""
-        return {w.index: resident(self._spec.devices[w.index], w.process.pid) for w in self.pool.workers}
+        own = {w.index: resident(self._spec.devices[w.index], w.process.pid) for w in self.pool.workers}
+        return {worker: self._residents.get(worker, found) for worker, found in own.items()}
 
     def gathered(self, text: str) -> list[str]:
         """Return the text: this process knows of all workers."""
@@ -201,6 +206,7 @@ class LocalEngine:
 
     def _close_memory(self) -> None:
         if hasattr(self, "_shared"):
+            self._shared.give_back()
             self._shared.arena.close()
 
 

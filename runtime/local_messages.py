@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import FailureSite
+from .accelerators import Opener
 from .arena import Slot
 from .instructions import Instruction, Layout
 from .options import StageOptions
 from .requests import StepReport, StepRequest
 from .surroundings import Surroundings
+from .watch.residents import Resident
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,10 @@ class Setup:
     Descriptors follow it on the socket: the arena's, the mailbox's, and two for each channel that the worker has.
 
     ``payload`` is pickled (stages, loss_fn) whose tensors refer to ``parameters`` and ``buffers`` by name.
-    ``gradients`` names the parameters whose gradients this worker writes to the arena, where replicas sum them.
+    ``gradients`` names the parameters whose gradients this worker writes to the arena, where replicas sum them; with an
+    accelerator among the workers (``with_accelerators``) the parent does.
+    ``device_memory`` is, for a worker on an accelerator, how it opens its own arena there, which holds the model's
+    state and its gradients, and where these lie in it.
     ``torchvision`` says that the parent uses it, so that the payload may refer to it.
     ``n_threads`` is how many CPU threads the worker computes with; ``options`` say how its stages run; replicas of the
     stages in ``synced`` exchange statistics; ``surroundings`` is what else of the parent's process changes what a
@@ -35,6 +40,8 @@ class Setup:
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
     gradients: tuple[str, ...]
+    device_memory: tuple[Opener, dict[str, Slot]] | None
+    with_accelerators: bool
     payload: bytes
     torchvision: bool
     n_threads: int
@@ -90,12 +97,14 @@ class Done:
     """The step is complete.
 
     ``has_gradient`` names the parameters whose gradient the parent reads in this worker's slot; ``parts``, after a step
-    that was not summed over replicas, all that this worker has a part of.
+    that was not summed over replicas, all that this worker has a part of; ``resident`` is the memory that it takes on
+    an accelerator.
     """
 
     report: StepReport
     has_gradient: tuple[str, ...]
     parts: tuple[str, ...] = ()
+    resident: Resident | None = None
 
 
 @dataclass(frozen=True)

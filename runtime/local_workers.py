@@ -17,6 +17,7 @@ import numpy as np
 from torch import nn
 
 from ..errors import StageError, StallError, Waiting, WorkerLost
+from . import accelerators
 from .deadlines import Deadlines
 from .launch import WorkerPool, WorkerProcess
 from .local_messages import Done, Failed, Forget, Run, Setup
@@ -102,7 +103,7 @@ class LocalWorkers:
         layout, shared = self._spec.layout, self._shared
         stages = [stage for stage in self._spec.stages if worker.index in layout.workers[stage.index]]
         own_loss = loss_fn if any(stage.is_last for stage in stages) else None
-        used = shared.used[worker.index]
+        used, own_arena = shared.used[worker.index], shared.device_arenas.get(worker.index)
         setup = Setup(
             worker=worker.index,
             layout=layout,
@@ -112,7 +113,9 @@ class LocalWorkers:
             slots=shared.arena.slots,
             parameters=tuple(name for name in used if shared.is_parameter(name)),
             buffers=tuple(name for name in used if not shared.is_parameter(name)),
-            gradients=tuple(name for w, name in shared.gradient_slots if w == worker.index),
+            gradients=shared.gradient_names(worker.index),
+            device_memory=None if own_arena is None else (own_arena.opener(), own_arena.slots),
+            with_accelerators=bool(shared.accelerators),
             payload=self._pickle(stages, own_loss),
             torchvision="torchvision" in sys.modules,
             n_threads=self.pool.n_threads,
@@ -171,6 +174,7 @@ class LocalWorkers:
         self._shared.progress[:] = 0
         self._running = program, request
         begin = time.monotonic()
+        accelerators.synchronize(self._shared.accelerators)
         try:
             for worker in self.pool.workers:
                 instructions = None if key in self._sent else program.workers[worker.index]

@@ -1,6 +1,7 @@
 """Pickles between a parent and its own workers: the model's state by name, other tensors by value or in a mailbox.
 
-Only bytes that the parent or one of its workers wrote to their private socket are ever unpickled.
+Tensors of accelerators travel as tensors of the CPU. Only bytes that the parent or one of its workers wrote to their
+private socket are ever unpickled.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if self._mailbox is None or not _is_plain(obj) or obj.numel() * obj.element_size() < LARGE_BYTES:
             return self._names.get(id(obj))
         if id(obj) not in self._posted:
-            self._posted[id(obj)] = obj, self._mailbox.put(obj)
+            self._posted[id(obj)] = obj, self._mailbox.put(obj.cpu())
         return self._posted[id(obj)][1]
 
     def reducer_override(self, obj: Any) -> Any:
         if _is_plain(obj):
-            return _rebuild, _parts(obj)
+            return _rebuild, _parts(obj.cpu())
         if isinstance(obj, BaseException) and type(obj).__reduce__ is BaseException.__reduce__:
             return _rebuild_exception, (type(obj), obj.args, obj.__dict__)
         return super().reducer_override(obj)
@@ -47,7 +48,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 def _is_plain(obj: Any) -> bool:
     if type(obj) is not torch.Tensor:
         return False
-    return obj.device.type == "cpu" and obj.layout is torch.strided and obj.is_leaf
+    return obj.device.type != "meta" and obj.layout is torch.strided and obj.is_leaf
 
 
 def _parts(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import ConstraintError, NonFiniteError, StagecutError, StageError
 from ..structure import flatten, unflatten
+from .accelerators import is_accelerator
 from .attach import Pending, attach
 from .batch import (
     match_inputs,
@@ -217,7 +218,8 @@ class Pipeline(Facade):
         assert self._engine is not None
         state = self._engine.full_state()
         owned = {name for name, parameter in self.model.named_parameters() if parameter.shape == state[name].shape}
-        with reference_model(self.model, state) as model, preserved(model):
+        device = torch.device(self._spec.devices[0])
+        with reference_model(self.model, state, device) as model, preserved(model):
             engine = self._engine
             reference = reference_step(model, self._spec, request, self._loss_fn, engine.n_threads, engine.n_together)
         kind = "captured graph" if self._spec.random else "model"
@@ -275,16 +277,23 @@ class Pipeline(Facade):
         self.prepare(*args, **kwargs)
 
         def measure() -> Timeline:
-            return self.profile(*args, target=target, steps=steps, **kwargs).timeline
+            timeline = self.profile(*args, target=target, steps=steps, **kwargs).timeline
+            assert self._spec is not None
+            if any(map(is_accelerator, self._spec.devices)):
+                self._let_go()  # a model is captured where it is whole
+            return timeline
 
         found = self._build.replan(args, kwargs, measure, gain)
         if found is not None:
-            if self._engine is not None:
-                self._engine.close()
-                self._engine = None
+            self._let_go()
             self._spec, self._plan = found
-            self.prepare(*args, **kwargs)
+        self.prepare(*args, **kwargs)
         return self.plan
+
+    def _let_go(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     def stats(self) -> Stats:
         """Return what every worker did since the present plan began to run: a table when printed, JSON by its fields.

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..randomness import accelerator_in_use
+
 
 class Seed:
     """The seed that random ops of the current microbatch mix with their own name.
@@ -37,11 +39,7 @@ def _seed_all(seed: int) -> None:
     each: 1.4 ms a call.
     """
     torch.default_generator.manual_seed(seed)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return
-    module = torch.get_device_module(accelerator)
-    if getattr(module, "is_initialized", lambda: True)():
+    if accelerator_in_use() is not None:
         torch.manual_seed(seed)
 
 

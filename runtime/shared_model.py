@@ -10,21 +10,24 @@ import torch
 from torch import nn
 
 from ..errors import StageError
+from . import accelerators
 from .arena import Arena
+from .device_arena import DeviceArena
 from .engine import model_state
-from .program import PipelineSpec
+from .program import PipelineSpec, StageSpec
 from .shared_gradients import gradient_slot
 from .unsynced import Unsynced
-from .weights import Weights, materialised, names_of
+from .weights import Weights, materialised, names_of, rehome
 
 
 @dataclass(frozen=True)
 class _Binding:
-    """A tensor of the user's model and its home in the arena."""
+    """A tensor of the user's model, its home, and the device that it came from."""
 
     name: str
     tensor: torch.Tensor
     shared: torch.Tensor
+    origin: torch.device
 
 
 @dataclass(frozen=True)
@@ -32,50 +35,96 @@ class Before:
     """What a step changes beside gradients, as it was: buffers, and gradients that go on, by worker and name."""
 
     buffers: np.ndarray[tuple[int], np.dtype[np.uint8]]
+    on_accelerators: list[torch.Tensor]
     gradients: dict[tuple[int, str], torch.Tensor]
 
 
 class SharedModel:
-    """The user's model, its parameters and buffers moved into an arena, in place.
+    """The user's model, its parameters and buffers moved into memory that workers share, in place.
 
     They stay the same objects, any optimizer works on them, and workers see each update at once. Gradients come back
-    through the same memory.
+    through the same memory. The home of a tensor is where the first worker that uses it computes: all CPU workers share
+    one arena, a worker on an accelerator has one of its own there. Workers elsewhere that use it too (replicas, and
+    stages that share a parameter) have a copy, which follows its home before every step.
     """
 
     def __init__(self, spec: PipelineSpec, model: nn.Module, weights: Weights | None) -> None:
         self._model = model
         self._names = {id(tensor): name for name, tensor in reversed(list(model_state(model).items()))}
         self.state = {self._names[id(tensor)]: tensor for tensor in model_state(model).values()}
-        self.used = [self._tensors_of(spec, worker) for worker in range(spec.layout.n_workers)]
-        self.gradient_slots = {
-            (worker, name): gradient_slot(worker, name)
+        # By name, who uses it; the first replica of the first stage that does comes first.
+        self._users: dict[str, dict[int, None]] = {}
+        for stage, owners in zip(spec.stages, spec.layout.workers):
+            for name in self._tensors_of(stage):
+                self._users.setdefault(name, {}).update(dict.fromkeys(owners))
+        workers = range(spec.layout.n_workers)
+        self.used = [[name for name, users in self._users.items() if worker in users] for worker in workers]
+        self.accelerators = accelerators.of(spec.devices)
+        self.device_arenas = {
+            worker: self._device_arena(worker, torch.device(device))
+            for worker, device in enumerate(spec.devices)
+            if accelerators.is_accelerator(device)
+        }
+        on_cpu = [worker for worker in range(spec.layout.n_workers) if worker not in self.device_arenas]
+        used_elsewhere = {name for worker in self.device_arenas for name in self.used[worker]}
+        used_here = {name for worker in on_cpu for name in self.used[worker]}
+        # Buffers lie side by side, so that they are kept with one copy.
+        names = [name for name in self.state if name in used_here or name not in used_elsewhere]
+        buffers = [name for name in names if not self.is_parameter(name)]
+        tensors = [(name, self.state[name]) for name in names if self.is_parameter(name)]
+        tensors += [(name, self.state[name]) for name in buffers]
+        tensors += [("progress", torch.empty(spec.layout.n_workers, dtype=torch.int64))]
+        tensors += [slot for worker in on_cpu for slot in self._gradient_slots(worker)]
+        self.arena = Arena.create(tensors)
+        self.progress = np.frombuffer(self.arena.view("progress").numpy(), dtype=np.int64)
+        self._slot_views = {
+            (worker, name): self._place_of(worker).view(gradient_slot(worker, name))
             for worker, names in enumerate(self.used)
             for name in names
             if self.is_parameter(name)
         }
-        # Buffers lie side by side, so that they are kept with one copy.
-        buffers = [name for name in self.state if not self.is_parameter(name)]
-        ordered = [*(name for name in self.state if self.is_parameter(name)), *buffers]
-        tensors = [(name, self.state[name]) for name in ordered]
-        tensors += [("progress", torch.empty(spec.layout.n_workers, dtype=torch.int64))]
-        tensors += [(slot, self.state[name]) for (_, name), slot in self.gradient_slots.items()]
-        self.arena = Arena.create(tensors)
-        self.progress = np.frombuffer(self.arena.view("progress").numpy(), dtype=np.int64)
-        self._slot_views = {key: self.arena.view(slot) for key, slot in self.gradient_slots.items()}
         self._slot_pointers = {view.data_ptr() for view in self._slot_views.values()}
-        self._bindings = [_Binding(name, tensor, self.arena.view(name)) for name, tensor in self.state.items()]
+        self._bindings: list[_Binding] = []
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # home and copy
+        for name in self.state:
+            self._settle(name)
         self._buffers = self.arena.bytes_of(buffers)
+        self._device_buffers = [
+            b.shared for b in self._bindings if not self.is_parameter(b.name) and b.shared.device.type != "cpu"
+        ]
         self._fill(weights)
         self.bind()
 
-    def _tensors_of(self, spec: PipelineSpec, worker: int) -> list[str]:
-        names: dict[str, None] = {}
-        for stage, owners in zip(spec.stages, spec.layout.workers):
-            if worker in owners:
-                tensors = [t for module in stage.modules.values() for t in (*module.parameters(), *module.buffers())]
-                tensors += [t for t in stage.attributes.values() if isinstance(t, torch.Tensor)]
-                names.update({self._names[id(t)]: None for t in tensors if id(t) in self._names})
-        return list(names)
+    def _gradient_slots(self, worker: int) -> list[tuple[str, torch.Tensor]]:
+        return [
+            (gradient_slot(worker, name), self.state[name]) for name in self.used[worker] if self.is_parameter(name)
+        ]
+
+    def _device_arena(self, worker: int, device: torch.device) -> DeviceArena:
+        own = [(name, self.state[name]) for name in self.used[worker]]
+        return DeviceArena.create(own + self._gradient_slots(worker), device)
+
+    def _place_of(self, worker: int) -> Arena | DeviceArena:
+        return self.device_arenas.get(worker, self.arena)
+
+    def _settle(self, name: str) -> None:
+        """Give a tensor its home, and copies where other workers use it."""
+        places = {id(place): place for place in map(self._place_of, self._users.get(name, {}))}
+        home, *others = list(places.values()) or [self.arena]
+        tensor = self.state[name]
+        origin = torch.device("cpu") if tensor.is_meta else tensor.device
+        self._bindings.append(_Binding(name, tensor, home.view(name), origin))
+        self._copies += [(self._bindings[-1].shared, other.view(name)) for other in others]
+
+    def gradient_names(self, worker: int) -> tuple[str, ...]:
+        """Name the parameters whose gradients a worker hands over."""
+        return tuple(name for name in self.used[worker] if self.is_parameter(name))
+
+    def _tensors_of(self, stage: StageSpec) -> list[str]:
+        """Name the model's tensors that a stage uses."""
+        tensors = [t for module in stage.modules.values() for t in (*module.parameters(), *module.buffers())]
+        tensors += [t for t in stage.attributes.values() if isinstance(t, torch.Tensor)]
+        return list({self._names[id(t)]: None for t in tensors if id(t) in self._names})
 
     @property
     def names(self) -> dict[int, str]:
@@ -96,7 +145,7 @@ class SharedModel:
                 materialised(binding.tensor, binding.shared)
 
     def bind(self) -> None:
-        """Make the arena the home of every parameter and buffer; repairs what the user replaced since last time."""
+        """Make the arenas the home of every parameter and buffer; repairs what the user replaced since last time."""
         for binding in self._bindings:
             tensor, shared = binding.tensor, binding.shared
             if tensor.data_ptr() == shared.data_ptr():
@@ -108,7 +157,16 @@ class SharedModel:
                     hint="call stagecut.compile(...) again after changing the model",
                 )
             shared.copy_(tensor.detach())
-            tensor.data = shared
+            _moved(tensor, shared)
+        for home, copy in self._copies:
+            copy.copy_(home)
+
+    def give_back(self) -> None:
+        """Let what moved to an accelerator live where it came from: a model on several devices runs nowhere else."""
+        for binding in self._bindings:
+            tensor, shared = binding.tensor, binding.shared
+            if shared.device != binding.origin and tensor.data_ptr() == shared.data_ptr():
+                _moved(tensor, tensor.detach().to(binding.origin))
 
     def trainable(self) -> frozenset[str]:
         """Name the parameters that require gradients now."""
@@ -137,6 +195,7 @@ class SharedModel:
             if binding.name not in parts:
                 continue
             first, *others = parts[binding.name]
+            first = first.to(binding.shared.device)
             if unsynced is not None:
                 assert isinstance(binding.tensor, nn.Parameter)
                 unsynced.hold(binding.name, binding.tensor, first)
@@ -148,19 +207,27 @@ class SharedModel:
 
     def before_a_step(self, goes_on: Sequence[tuple[int, str]]) -> Before:
         """Keep what a step changes; ``goes_on`` says which gradients are added to, by worker and name."""
-        return Before(self._buffers.copy(), {key: self._slot_views[key].clone() for key in goes_on})
+        gradients = {key: self._slot_views[key].clone() for key in goes_on}
+        return Before(self._buffers.copy(), [buffer.clone() for buffer in self._device_buffers], gradients)
 
     def as_before(self, before: Before) -> None:
         """Undo what a step has changed."""
         np.copyto(self._buffers, before.buffers)
+        for buffer, values in zip(self._device_buffers, before.on_accelerators):
+            buffer.copy_(values)
         for key, gradient in before.gradients.items():
             self._slot_views[key].copy_(gradient)
 
 
 def _add(target: torch.Tensor, other: torch.Tensor) -> None:
     """Add as this thread, if NumPy knows the dtype: torch's threads would go on spinning on the workers' cores."""
-    if target.dtype in (torch.float32, torch.float64):
+    if target.device.type == other.device.type == "cpu" and target.dtype in (torch.float32, torch.float64):
         own = target.numpy()
         np.add(own, other.numpy(), out=own)
     else:
-        target.add_(other)
+        target.add_(other.to(target.device))
+
+
+def _moved(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    gradient = tensor.grad
+    rehome(tensor, values, None if gradient is None else gradient.to(values.device))

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import ShapeError
+from ..randomness import kept_random_state
 from ..structure import flatten, map_leaves, unflatten
 from .apart import Apart, backward_input
 from .batchnorm import in_mode, leave_out_of_compilation
@@ -41,7 +42,7 @@ def build_module(
     graph = fx.Graph()
     moves = None if device is None or spec.captured_on is None else (torch.device(spec.captured_on), device)
     modules = spec.modules if moves is None else {path: _moved(module, *moves) for path, module in spec.modules.items()}
-    root: dict[str, Any] = {**modules, **spec.attributes}
+    root: dict[str, Any] = {**modules, **{name: _there(value, device) for name, value in spec.attributes.items()}}
     known: dict[str, Any] = {name: graph.placeholder(_safe(name)) for name in input_names(spec)}
 
     def resolve(value: Any) -> Any:
@@ -74,6 +75,12 @@ def build_module(
         known[record.name] = graph.create_node(op, target, args, resolve(record.kwargs), name=_safe(record.name))
     graph.output({name: known.get(name) for name in result_names(spec)})
     return fx.GraphModule(root, graph, class_name=f"Stage{spec.index}")
+
+
+def _there(value: Any, device: torch.device | None) -> Any:
+    """Bring a constant of the graph to the stage's device; the model's own tensors are there."""
+    elsewhere = isinstance(value, torch.Tensor) and device is not None and value.device.type != device.type
+    return value.to(device) if elsewhere else value
 
 
 def _device_for(named: torch.device, captured_on: torch.device, device: torch.device) -> torch.device:
@@ -384,7 +391,7 @@ def isolated_randomness(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    with torch.random.fork_rng():
+    with kept_random_state():
         yield
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import StagecutError
-from ..structure import unflatten
+from ..structure import map_leaves, unflatten
 from .batch import cloned, joined_inputs, rows_of, split_target
 from .engine import modes_of
 from .program import PipelineSpec
@@ -19,6 +19,7 @@ from .requests import StepRequest
 from .sharded import dense
 from .stage import StageRuntime, isolated_randomness, loss_of
 from .unsplit import unsplit
+from .weights import rehome
 
 # A gradient that cancels out, such as that of a bias in front of a BatchNorm, is rounding of the terms that it sums up:
 # differences of so many units of the last place of the model's largest gradient are no differences.
@@ -112,12 +113,15 @@ def _put_back(gradient: torch.Tensor | None, before: torch.Tensor | None) -> Non
 
 
 @contextmanager
-def reference_model(model: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[nn.Module]:
-    """Have the unsplit model here with all of its values: itself, or a copy where replicas share out its parameters."""
+def reference_model(model: nn.Module, state: dict[str, torch.Tensor], device: torch.device) -> Iterator[nn.Module]:
+    """Have the unsplit model on one device with all of its values.
+
+    It is the model itself, or a copy where replicas share out its parameters.
+    """
     if any(_is_share(parameter) for parameter in model.parameters()):
-        yield unsplit(model, state)
+        yield unsplit(model, state).to(device)
         return
-    with _whole(model, state):
+    with _whole(model, state, device):
         yield model
 
 
@@ -126,18 +130,21 @@ def _is_share(tensor: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _whole(model: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Let parameters and buffers that live on other ranks be here for the while."""
+def _whole(model: nn.Module, state: dict[str, torch.Tensor], device: torch.device) -> Iterator[None]:
+    """Let parameters and buffers that live on other ranks, or on other devices, be here for the while."""
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    absent = [(tensor, tensor.data, state[name]) for name, tensor in own.items() if tensor.shape != state[name].shape]
-    for tensor, _, value in absent:
-        tensor.data = value.clone()
+    moved = [
+        (tensor, tensor.data, tensor.grad, state[name])
+        for name, tensor in own.items()
+        if tensor.shape != state[name].shape or tensor.device != device
+    ]
+    for tensor, _, _, value in moved:
+        rehome(tensor, value.detach().to(device, copy=True), None)
     try:
         yield
     finally:
-        for tensor, data, _ in absent:
-            tensor.grad = None
-            tensor.data = data
+        for tensor, data, gradient, _ in moved:
+            rehome(tensor, data, gradient)
 
 
 @dataclass(frozen=True)
@@ -171,15 +178,13 @@ def reference_step(
     """
     if spec.random:
         _check_comparable(spec, n_together)
-    losses = []
+    device, losses = torch.device(spec.devices[0]), []
     with isolated_randomness(True), _threads(n_threads):
         for first in range(0, request.n_microbatches, n_together):
             part = range(first, min(first + n_together, request.n_microbatches))
             if not any(request.weights[m] for m in part):
                 continue
-            with torch.autocast(
-                torch.device(spec.devices[0]).type, dtype=request.autocast, enabled=request.autocast is not None
-            ):
+            with torch.autocast(device.type, dtype=request.autocast, enabled=request.autocast is not None):
                 loss = _weighted_loss(model, spec, request, loss_fn, part)
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
@@ -192,16 +197,22 @@ def _weighted_loss(
     """Run the model on some microbatches as one, and add up what each has of the batch's loss."""
     pieces = [request.inputs[m] for m in part]
     inputs = joined_inputs(spec.inputs, pieces)
-    output = _forward(model, spec, request, part[0], cloned(inputs))
+    output = _forward(model, spec, request, part[0], _on(inputs, spec))
     if loss_fn is None:
         loss: torch.Tensor = loss_of(output) * sum(request.weights[m] for m in part)
         return loss
     sizes = [rows_of(spec.inputs, piece) for piece in pieces]
     outputs = (output,) if len(part) == 1 else split_target(output, sum(sizes), sizes)
-    targets = [None if request.targets is None else cloned(request.targets[m]) for m in part]
+    targets = [None if request.targets is None else _on(request.targets[m], spec) for m in part]
     weighted = [(request.weights[m], out, target) for m, out, target in zip(part, outputs, targets)]
     total: torch.Tensor = sum(loss_fn(out, target) * weight for weight, out, target in weighted if weight)
     return total
+
+
+def _on(values: Any, spec: PipelineSpec) -> Any:
+    """Copy values to the device that the reference runs on: the first of the pipeline."""
+    device = torch.device(spec.devices[0])
+    return map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, cloned(values))
 
 
 def _check_comparable(spec: PipelineSpec, n_together: int) -> None:

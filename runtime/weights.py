@@ -86,6 +86,13 @@ def materialised(tensor: torch.Tensor, values: torch.Tensor) -> None:
     torch.utils.swap_tensors(tensor, made)  # type: ignore[no-untyped-call]
 
 
+def rehome(tensor: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor | None) -> None:
+    """Let a tensor live in the memory of ``values``, with ``gradient`` on the same device; it stays the same object."""
+    tensor.grad = None
+    tensor.data = values
+    tensor.grad = gradient
+
+
 class Files:
     """Safetensors files; nothing is read before it is asked for."""
 

@@ -23,7 +23,9 @@ import torch.distributed as dist
 
 from ..heap import give_freed_memory_back, keep_freed_memory
 from ..vision_compat import import_torchvision
+from . import accelerators
 from .arena import Arena, parameter_over
+from .device_arena import DeviceArena
 from .executor import Executor
 from .instructions import Instruction
 from .local_messages import Claim, Done, Failed, Forget, Ready, Release, Run, Setup
@@ -154,10 +156,14 @@ class _Server:
         self.arena = Arena(next_fd(), setup.arena_bytes, setup.slots)
         self.mailbox = Mailbox(next_fd())
         self.transport = _transport(setup, next_fd)
-        self.state: dict[str, torch.Tensor] = {name: parameter_over(self.arena.view(name)) for name in setup.parameters}
+        memory = setup.device_memory
+        self.place = self.arena if memory is None else DeviceArena.open(*memory)
+        self.device = torch.device(setup.device)
+        accelerators.use(self.device)
+        self.state: dict[str, torch.Tensor] = {name: parameter_over(self.place.view(name)) for name in setup.parameters}
         self.private_buffers = self._owns_private_buffers()
         for name in setup.buffers:
-            view = self.arena.view(name)
+            view = self.place.view(name)
             self.state[name] = view.clone() if self.private_buffers else view
         if setup.torchvision:
             import_torchvision()
@@ -166,7 +172,7 @@ class _Server:
         self.stages = {
             spec.index: StageRuntime(
                 spec,
-                torch.device(setup.device),
+                self.device,
                 loss_fn,
                 setup.options,
                 steady=True,
@@ -174,7 +180,7 @@ class _Server:
             )
             for spec in specs
         }
-        own = {name: self.arena.view(gradient_slot(setup.worker, name)) for name in setup.gradients}
+        own = {name: self.place.view(gradient_slot(setup.worker, name)) for name in setup.gradients}
         self.gradients = GradientSlots({name: self.state[name] for name in own}, own)
         for stage in self.stages.values():
             stage.explicit.slots = {id(self.state[name]): slot for name, slot in own.items()}
@@ -183,7 +189,13 @@ class _Server:
         logs.WORKERS.info("set up: stages %s on %s, %d threads", sorted(self.stages), setup.device, setup.n_threads)
 
     def _owns_private_buffers(self) -> bool:
-        """Replicas change buffers side by side, so each works on its own copy; the first one's are kept."""
+        """Replicas change buffers side by side, so each works on its own copy; the first one's are kept.
+
+        What an accelerator has is the worker's own already.
+        """
+        return self.setup.device_memory is None and self._has_replicated_buffers()
+
+    def _has_replicated_buffers(self) -> bool:
         return bool(self.setup.buffers) and any(
             self.setup.worker in owners and len(owners) > 1 for owners in self.setup.layout.workers
         )
@@ -203,8 +215,9 @@ class _Server:
     def _make_executor(self) -> Executor:
         layout, worker = self.setup.layout, self.setup.worker
         self.common: dict[tuple[int, ...], CommonReducer] = {}
+        summed = frozenset() if self.setup.with_accelerators else self.groups.keys()
         reducers: dict[int, Reducer] = {
-            s: self._reducer(s, layout.workers[s], self.groups[s]) if s in self.groups else NoReduction()
+            s: self._reducer(s, layout.workers[s], self.groups[s]) if s in summed else NoReduction()
             for s in self.stages
         }
         progress = np.frombuffer(self.arena.view("progress").numpy(), dtype=np.int64)
@@ -261,7 +274,10 @@ class _Server:
         parts = self.gradients.written() if trains and not command.request.sync else ()
         settle_statistics(self.stages, self._gathered)
         self._hand_over_buffers()
-        return Done(report, has_gradient, parts)
+        if self.setup.device_memory is None:
+            return Done(report, has_gradient, parts)
+        accelerators.synchronize([self.device])
+        return Done(report, has_gradient, parts, resident(self.setup.device))
 
     def _prepare(self, command: Run) -> None:
         if command.request.kind in (TRAIN, BACKWARD):
@@ -275,7 +291,10 @@ class _Server:
                 self.state[name].requires_grad_(name in command.trainable)
         if self.private_buffers:
             for name in self.setup.buffers:
-                self.state[name].copy_(self.arena.view(name))
+                own, common = self.state[name], self.arena.view(name)
+                if not torch.equal(own, common):  # a backward to come may need it: autograd would take it for another
+                    own.copy_(common)
+        if self._has_replicated_buffers():  # which the first replica writes to when all have read them
             for s in sorted(self.groups.keys() & self.stages.keys()):
                 dist.barrier(self.groups[s])
         if command.modes is not None:
@@ -284,6 +303,8 @@ class _Server:
 
     def _complete_gradients(self) -> tuple[str, ...]:
         """Name the gradients that the parent reads here: those of stages whose first replica this worker is."""
+        if self.setup.with_accelerators:
+            return self.gradients.written()
         layout = self.setup.layout
         first = [stage for s, stage in self.stages.items() if layout.workers[s][0] == self.setup.worker]
         read = {id(parameter) for stage in first for parameter in stage.module.parameters()}
@@ -293,9 +314,10 @@ class _Server:
         """Return the rows of all replicas of a stage of this worker."""
         if stage not in self.groups:
             return [row]
-        rows = [torch.empty_like(row) for _ in self.setup.layout.workers[stage]]
-        dist.all_gather(rows, row, group=self.groups[stage])
-        return rows
+        own = row.cpu()
+        rows = [torch.empty_like(own) for _ in self.setup.layout.workers[stage]]
+        dist.all_gather(rows, own, group=self.groups[stage])
+        return [other.to(row.device) for other in rows]
 
     def _hand_over_buffers(self) -> None:
         first = any(owners[0] == self.setup.worker for owners in self.setup.layout.workers)

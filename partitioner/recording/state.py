@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...randomness import kept_random_state
+
 _CONTAINERS = (list, dict, set, deque)
 _BASES: tuple[Any, ...] = _CONTAINERS
 _ORDERED = OrderedDict.__iter__
@@ -45,7 +47,7 @@ def own_random_state() -> Iterator[None]:
     """Leave the process's random state as it was."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with kept_random_state():
             yield
     finally:
         random.setstate(python_state)

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.usefixtures("no_workers_left"), pytest.mark.filterwarn
 
 
 class Tied(nn.Module):
-    """Input and output share a weight, across stages; one parameter is frozen, one unused."""
+    """Input and output share a weight, across stages; one parameter is frozen, one unused; backwards need a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,9 +28,10 @@ class Tied(nn.Module):
         self.body = nn.ModuleList(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.Tanh()) for _ in range(4))
         self.body[1][1].weight.requires_grad_(False)
         self.unused = nn.Linear(2, 2)
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 6))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embed(tokens)
+        x = self.embed(tokens) * self.scale
         for block in self.body:
             x = x + block(x)
         return F.linear(x, self.embed.weight)

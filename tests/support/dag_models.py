@@ -226,13 +226,22 @@ class Case:
     plan: stagecut.Plan
 
 
-def draw_case(chooser: Chooser, *, max_ops: int = 9, max_stages: int = 4, replicas: Sequence[int] = (1,)) -> Case:
-    """Draw model, batch size, cut, replica counts, microbatches and schedule."""
+def draw_case(
+    chooser: Chooser,
+    *,
+    max_ops: int = 9,
+    max_stages: int = 4,
+    replicas: Sequence[int] = (1,),
+    devices: Sequence[str] = ("cpu",),
+) -> Case:
+    """Draw model, batch size, cut, replica counts, microbatches, schedule, and where each worker computes."""
     with caches_found_once():  # as in stagecut.plan; there are many objects to look at in a test run
-        return _draw_case(chooser, max_ops, max_stages, replicas)
+        return _draw_case(chooser, max_ops, max_stages, replicas, devices)
 
 
-def _draw_case(chooser: Chooser, max_ops: int, max_stages: int, replicas: Sequence[int]) -> Case:
+def _draw_case(
+    chooser: Chooser, max_ops: int, max_stages: int, replicas: Sequence[int], devices: Sequence[str]
+) -> Case:
     spec = draw_spec(chooser, max_ops=max_ops)
     torch.manual_seed(chooser.choose(range(1000)))
     model = DagModel(spec).double()
@@ -251,7 +260,8 @@ def _draw_case(chooser: Chooser, max_ops: int, max_stages: int, replicas: Sequen
         costs="analytic",
         assignment=stage_of,
     )
-    cluster = describe(["cpu"] * (1 + max(map(max, groups)))).with_groups(groups)
+    names = [devices[0] if len(devices) == 1 else chooser.choose(devices) for _ in range(1 + max(map(max, groups)))]
+    cluster = describe(names).with_groups(groups)
     plan = make_plan(captured, _tensors(args, kwargs), cluster, wishes)
     if len(set(map(len, groups))) == 1 and chooser.choose([False, False, True]):
         chance = RandomChooser(chooser.choose(range(1000)))
@@ -360,9 +370,12 @@ def reference(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def worst_error(case: Case, loss: torch.Tensor) -> float:
-    """Return the largest relative error of loss and gradients of ``case.model`` against the reference."""
-    expected_loss, expected = reference(case)
+def worst_error(case: Case, loss: torch.Tensor, known: Any = None) -> float:
+    """Return the largest relative error of loss and gradients of ``case.model`` against the reference.
+
+    ``known`` is the reference, where it was computed before.
+    """
+    expected_loss, expected = known or reference(case)
     errors = [float((loss - expected_loss).abs() / expected_loss.abs().clamp_min(1e-12))]
     largest = max((float(g.abs().max()) for g in expected.values() if g is not None), default=0.0)
     for name, parameter in case.model.named_parameters():
@@ -370,6 +383,7 @@ def worst_error(case: Case, loss: torch.Tensor) -> float:
         if (given is None) != (wanted is None):
             raise AssertionError(f"{name}: gradient {'missing' if given is None else 'unexpected'}")
         if given is not None and wanted is not None:
+            given = given.to(wanted.device)
             errors.append(float((given - wanted).abs().max() / max(float(wanted.abs().max()), 1e-3 * largest, 1e-12)))
     return max(errors)
 

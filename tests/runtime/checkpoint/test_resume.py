@@ -30,7 +30,8 @@ def test_a_killed_rank_under_torchrun_costs_no_bit(repository: Path, tmp_path: P
     begun = re.findall(r"restart (\d): goes on from step (\d)", done.stdout)
     # The checkpoint of step 5 was being written, and may have been whole already.
     assert begun in ([("0", "0")] * 2 + [("1", step)] * 2 for step in "45"), done.stdout
-    assert "WorkerLost: rank 0 lost another rank" in done.stderr
+    # Rank 0 says so, unless torchrun, which looks ten times a second, ends it before it could.
+    assert "WorkerLost: rank 0 lost another rank" in done.stderr or "closing signal SIGTERM" in done.stderr, done.stderr
     resumed = torch.load(result, weights_only=True)
     undisturbed = torchrun_resume.train(tmp_path / "undisturbed", ["cpu", "cpu"], 0)
     assert resumed["losses"] == undisturbed["losses"]
