@@ -21,8 +21,8 @@ class Setup:
     Descriptors follow it on the socket: the arena's, the mailbox's, and two for each channel that the worker has.
 
     ``payload`` is pickled (stages, loss_fn) whose tensors refer to ``parameters`` and ``buffers`` by name.
-    ``gradients`` names the parameters whose gradients this worker writes to the arena, where replicas sum them; with an
-    accelerator among the workers (``with_accelerators``) the parent does.
+    ``devices`` are those of all workers. ``gradients`` names the parameters whose gradients this worker writes to the
+    arena, where replicas sum them; with an accelerator among the workers the parent does.
     ``device_memory`` is, for a worker on an accelerator, how it opens its own arena there, which holds the model's
     state and its gradients, and where these lie in it.
     ``torchvision`` says that the parent uses it, so that the payload may refer to it.
@@ -33,7 +33,7 @@ class Setup:
 
     worker: int
     layout: Layout
-    device: str
+    devices: tuple[str, ...]
     store_path: str
     arena_bytes: int
     slots: dict[str, Slot]
@@ -41,7 +41,6 @@ class Setup:
     buffers: tuple[str, ...]
     gradients: tuple[str, ...]
     device_memory: tuple[Opener, dict[str, Slot]] | None
-    with_accelerators: bool
     payload: bytes
     torchvision: bool
     n_threads: int
@@ -49,6 +48,16 @@ class Setup:
     synced: frozenset[int]
     surroundings: Surroundings
     logs: str
+
+    @property
+    def device(self) -> str:
+        """Name the worker's own device."""
+        return self.devices[self.worker]
+
+    @property
+    def with_accelerators(self) -> bool:
+        """Say whether any worker is on one."""
+        return any(not name.startswith("cpu") for name in self.devices)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class LocalWorkers:
         setup = Setup(
             worker=worker.index,
             layout=layout,
-            device=self._spec.devices[worker.index],
+            devices=self._spec.devices,
             store_path=store,
             arena_bytes=shared.arena.n_bytes,
             slots=shared.arena.slots,
@@ -115,7 +115,6 @@ class LocalWorkers:
             buffers=tuple(name for name in used if not shared.is_parameter(name)),
             gradients=shared.gradient_names(worker.index),
             device_memory=None if own_arena is None else (own_arena.opener(), own_arena.slots),
-            with_accelerators=bool(shared.accelerators),
             payload=self._pickle(stages, own_loss),
             torchvision="torchvision" in sys.modules,
             n_threads=self.pool.n_threads,

@@ -21,32 +21,41 @@ import torch
 import torch.distributed as dist
 
 from ..errors import StageError
+from .accelerators import is_accelerator
+from .direct import DirectTransport, groups_of
+from .groups import make_group
 from .instructions import Instruction, Layout
-from .packets import Packed
+from .packets import DevicePacket, Packed
 from .shared_memory import ChannelFiles, Inbox, Outbox, SharedMemoryTransport, channels_of
 from .transport import DistTransport, MessageKey, Transport
 
-_ADDRESS_BYTES = 256
+_ADDRESS_BYTES = 512
 _RANK = struct.Struct("=I")
 
 
-def transport_of(layout: Layout, worker: int, on_cpu: Sequence[bool], group: Any, timeout_s: float) -> Transport:
+def transport_of(layout: Layout, worker: int, devices: Sequence[str], group: Any, timeout_s: float) -> Transport:
     """Make what carries this rank's packets: a call that all ranks make.
 
     Args:
         layout: stages and wires; worker w is rank w.
         worker: this rank.
-        on_cpu: per rank, whether it computes on the CPU.
+        devices: per rank, where it computes.
         group: a CPU process group of all ranks.
         timeout_s: how long a rank waits for a packet of a neighbour.
     """
-    far = DistTransport(group, tuple(range(layout.n_workers)), layout.n_stages)
+    pinned = devices[worker].startswith("cuda")
+    far = DistTransport(group, tuple(range(layout.n_workers)), layout.n_stages, pinned=pinned)
     with _Listener() as listener:
-        addresses = _exchanged(listener.address if on_cpu[worker] else {"machine": ""}, layout.n_workers, group)
+        own = listener.address if not is_accelerator(devices[worker]) else {"machine": ""}
+        addresses = _exchanged({**own, "host": _machine() or socket.gethostname()}, layout.n_workers, group)
         mine = addresses[worker]["machine"]
         near = [pair for pair in channels_of(layout) if mine and all(addresses[w]["machine"] == mine for w in pair)]
         outboxes = {b: _connected(worker, b, addresses[b]["name"]) for a, b in near if a == worker}
         inboxes = listener.accepted({a for a, b in near if b == worker}, timeout_s)
+    places = [(address["host"], device) for address, device in zip(addresses, devices)]
+    groups = groups_of(channels_of(layout), places, lambda ranks, backend: make_group(ranks, backend, timeout_s))
+    if any(worker in pair for pair in groups):
+        return DirectTransport(worker, torch.device(devices[worker]), groups, far)
     if not outboxes and not inboxes:
         return far
     return RoutedTransport(SharedMemoryTransport(layout.worker_of, inboxes, outboxes), far, layout.worker_of)
@@ -79,7 +88,7 @@ class RoutedTransport:
         """Between processes nobody asks; a worker simply waits."""
         raise NotImplementedError("a worker process waits in take()")
 
-    def take(self, key: MessageKey) -> torch.Tensor:
+    def take(self, key: MessageKey) -> torch.Tensor | DevicePacket:
         """Wait for a packet."""
         return self._of(self._worker_of(key[1], key[3])).take(key)
 

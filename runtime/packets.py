@@ -34,7 +34,7 @@ class _Place:
     def view(self, packet: torch.Tensor) -> torch.Tensor:
         """Return the tensor over the packet's memory, with a version counter of its own."""
         start = packet.storage_offset() + self.offset
-        over = torch.empty(0, dtype=self.dtype)
+        over = torch.empty(0, dtype=self.dtype, device=packet.device)
         return over.set_(packet.untyped_storage(), start // self.dtype.itemsize, self.shape, self.strides)
 
 
@@ -43,6 +43,7 @@ class Packed:
     """Values that are ready to be written into ``n_bytes`` of memory, wherever that lies."""
 
     tensors: list[torch.Tensor]
+    header: str
     start: np.ndarray[Any, np.dtype[np.uint8]]
     places: tuple[_Place, ...]
     n_bytes: int
@@ -50,10 +51,31 @@ class Packed:
     def write(self, packet: torch.Tensor) -> torch.Tensor:
         """Write the packet into a 1-D uint8 CPU tensor of ``n_bytes``, and return it."""
         packet.numpy()[: len(self.start)] = self.start
+        return self.write_body(packet)
+
+    def write_body(self, packet: torch.Tensor) -> torch.Tensor:
+        """Write the tensors alone, each where it lies in the packet, into memory of any device."""
         for tensor, place in zip(self.tensors, self.places):
             if tensor.numel():
                 place.view(packet).copy_(tensor)
         return packet
+
+
+@dataclass(frozen=True)
+class DevicePacket:
+    """A packet whose body lies in the memory of an accelerator, and its head in a string."""
+
+    header: str
+    body: torch.Tensor
+
+    @classmethod
+    def of(cls, header: str, device: torch.device) -> DevicePacket:
+        """Make room for the body that belongs to a header."""
+        return cls(header, torch.empty(_parsed(header.encode())[3], dtype=torch.uint8, device=device))
+
+    def numel(self) -> int:
+        """Return how many bytes it has."""
+        return self.body.numel()
 
 
 def pack(values: list[Any], wants_gradient: list[bool]) -> Packed:
@@ -63,7 +85,8 @@ def pack(values: list[Any], wants_gradient: list[bool]) -> Packed:
     """
     tensors: list[torch.Tensor] = []
     described = [_describe(value, tensors) for value in values]
-    return Packed(tensors, *_prepared(json.dumps([described, wants_gradient])))
+    header = json.dumps([described, wants_gradient])
+    return Packed(tensors, header, *_prepared(header))
 
 
 def encode(values: list[Any], wants_gradient: list[bool]) -> torch.Tensor:
@@ -93,8 +116,12 @@ def _parsed(header: bytes) -> tuple[Any, list[bool], tuple[_Place, ...], int]:
     return described, wants_gradient, tuple(places), offset
 
 
-def decode(packet: torch.Tensor, device: torch.device) -> tuple[list[Any], list[bool]]:
-    """Unpack what :func:`encode` packed; tensors on a CPU share the packet's memory."""
+def decode(packet: torch.Tensor | DevicePacket, device: torch.device) -> tuple[list[Any], list[bool]]:
+    """Unpack what :func:`encode` packed; tensors on ``device`` share the packet's memory where that is."""
+    if isinstance(packet, DevicePacket):
+        described, wants_gradient, places, _ = _parsed(packet.header.encode())
+        tensors = [place.view(packet.body) for place in places]
+        return [_rebuild(item, tensors) for item in described], list(wants_gradient)
     raw = packet.numpy()
     header_bytes = int.from_bytes(raw[8:PREFIX_BYTES].tobytes(), sys.byteorder)
     header = raw[PREFIX_BYTES : PREFIX_BYTES + header_bytes].tobytes()

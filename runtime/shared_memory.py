@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from ..errors import StallError
+from .accelerators import pin
 from .arena import anonymous_file
 from .instructions import Instruction, Layout
 from .packets import Packed
@@ -77,7 +78,8 @@ class ChannelFiles:
 class _Memory:
     """The memory of a channel, as one end maps it. It has addresses for far more than is ever used; pages cost."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, pins: bool) -> None:
+        self._pins = pins
         os.ftruncate(fd, _ADDRESSES)
         self._map = mmap.mmap(fd, _ADDRESSES)
         if hasattr(mmap, "MADV_DONTDUMP"):
@@ -86,8 +88,11 @@ class _Memory:
         os.close(fd)
 
     def room(self, offset: int, size: int) -> _Room:
-        """Return the room at a place."""
-        return _Room(self, offset, self._bytes[offset : offset + size])
+        """Return the room at a place, which is asked for once."""
+        over = self._bytes[offset : offset + size]
+        if self._pins:
+            pin(over.ctypes.data, size)
+        return _Room(self, offset, over)
 
     def give_back(self, offset: int, size: int) -> None:
         """Let the system have the pages of a place, which is empty when it is used again."""
@@ -136,10 +141,14 @@ def _release(room: _Bytes, _: Any) -> None:
 
 
 class Outbox:
-    """The sender's end of a channel; it takes over the descriptors."""
+    """The sender's end of a channel; it takes over the descriptors.
 
-    def __init__(self, memory_fd: int, pipe_fd: int) -> None:
-        self._memory, self._pipe = _Memory(memory_fd), pipe_fd
+    With ``pins`` this process copies between the rooms and a GPU. If either end does, rooms must keep their pages
+    (``keeps_pages``): a GPU would go on copying from and to those that were there when it was told of them.
+    """
+
+    def __init__(self, memory_fd: int, pipe_fd: int, *, pins: bool = False, keeps_pages: bool = False) -> None:
+        self._memory, self._pipe, self._keeps_pages = _Memory(memory_fd, pins), pipe_fd, keeps_pages
         self._rooms: dict[int, list[_Room]] = {}
         self._end = 0
 
@@ -169,6 +178,8 @@ class Outbox:
 
     def tidy(self, step: int) -> None:
         """Give back the pages of rooms that have not been of use for some steps."""
+        if self._keeps_pages:
+            return
         for room in (room for rooms in self._rooms.values() for room in rooms):
             if room.used_in and step - room.used_in > _IDLE_STEPS and room.is_free:
                 room.give_pages_back()
@@ -182,11 +193,12 @@ class Outbox:
 class Inbox:
     """The receiver's end of a channel; it takes over the descriptors.
 
-    With ``timeout_s`` it waits no longer for a packet; without, somebody else watches it.
+    With ``timeout_s`` it waits no longer for a packet; without, somebody else watches it. With ``pins`` this process
+    copies from the rooms to a GPU.
     """
 
-    def __init__(self, memory_fd: int, pipe_fd: int, *, timeout_s: float | None = None) -> None:
-        self._memory, self._pipe, self._timeout_s = _Memory(memory_fd), pipe_fd, timeout_s
+    def __init__(self, memory_fd: int, pipe_fd: int, *, timeout_s: float | None = None, pins: bool = False) -> None:
+        self._memory, self._pipe, self._timeout_s = _Memory(memory_fd, pins), pipe_fd, timeout_s
         self._rooms: dict[int, _Room] = {}
         self._arrived: dict[MessageKey, tuple[int, int, int, int]] = {}
 

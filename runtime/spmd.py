@@ -146,8 +146,7 @@ class SpmdEngine:
             s: StageRuntime(spec.stages[s], self._device, loss_fn, options.stage, steady=True, rounds=rounds.get(s))
             for s in own
         }
-        on_cpu = [torch.device(name).type == "cpu" for name in spec.devices]
-        self._transport = transport_of(layout, self._worker, on_cpu, self._group, timeout_s)
+        self._transport = transport_of(layout, self._worker, spec.devices, self._group, timeout_s)
         self.replica_group: Any = None
         reducers = self._reducers(stages, options)
         self._sharding = [r for _, r in sorted(reducers.items()) if isinstance(r, ShardedReducer)]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .instructions import SENDS, Instruction, Op
-from .packets import PREFIX_BYTES, Packed, total_bytes
+from .packets import PREFIX_BYTES, DevicePacket, Packed, total_bytes
 
 MessageKey = tuple[bool, int, int, int]
 _AHEAD = 4
@@ -24,7 +24,7 @@ def message_key(i: Instruction) -> MessageKey:
 
 
 class Transport(Protocol):
-    """What an executor needs to exchange packets, which are taken as 1-D uint8 CPU tensors."""
+    """What an executor needs to exchange packets, which are taken as 1-D uint8 CPU tensors, or where they arrived."""
 
     def begin(self, receives: list[Instruction], signature: tuple[int, ...]) -> None:
         """Start a step: ``receives`` in program order; ``signature[m]`` tells microbatches of equal shapes."""
@@ -38,7 +38,7 @@ class Transport(Protocol):
     def ready(self, key: MessageKey) -> bool:
         """Say whether :meth:`take` would return at once (only transports within one process can tell)."""
 
-    def take(self, key: MessageKey) -> torch.Tensor:
+    def take(self, key: MessageKey) -> torch.Tensor | DevicePacket:
         """Wait for a packet and return it."""
 
     def end(self) -> None:
@@ -78,10 +78,12 @@ class DistTransport:
 
     A packet is one message where its size is known: both ends expect the size that the first packet of the same kind
     had in an earlier step, and only what exceeds it follows as a second message. Receives are posted up to four
-    ahead of the program, so a packet travels while its receiver still computes.
+    ahead of the program, so a packet travels while its receiver still computes. ``pinned`` packets lie where CUDA
+    copies from and to without a detour.
     """
 
-    def __init__(self, group: Any, ranks: tuple[int, ...], n_stages: int) -> None:
+    def __init__(self, group: Any, ranks: tuple[int, ...], n_stages: int, *, pinned: bool = False) -> None:
+        self._pinned = pinned
         self._group = group
         self._ranks = ranks
         self._n_stages = n_stages
@@ -102,7 +104,7 @@ class DistTransport:
         while self._to_post and count > 0:
             i = self._to_post.popleft()
             key = message_key(i)
-            buffer = torch.empty(self._size(key), dtype=torch.uint8)
+            buffer = self._room(self._size(key))
             rank = self._ranks[i.peer_worker]
             self._posted[key] = (dist.irecv(buffer, rank, group=self._group, tag=self._tag(key)), buffer, rank)
             count -= 1
@@ -118,7 +120,7 @@ class DistTransport:
         first = self._size(key)
         self._observe(key, packed.n_bytes)
         rank = self._ranks[i.peer_worker]
-        packet = torch.empty(max(first, packed.n_bytes), dtype=torch.uint8)
+        packet = self._room(max(first, packed.n_bytes))
         packed.write(packet[: packed.n_bytes])
         head = packet[:first]
         self._sending.append((dist.isend(head, rank, group=self._group, tag=self._tag(key)), head))
@@ -141,7 +143,7 @@ class DistTransport:
         self._observe(key, total)
         if total <= buffer.numel():
             return buffer[:total]
-        packet = torch.empty(total, dtype=torch.uint8)
+        packet = self._room(total)
         packet[: buffer.numel()] = buffer
         dist.recv(packet[buffer.numel() :], rank, group=self._group, tag=self._tag(key) + 1)
         return packet
@@ -154,6 +156,9 @@ class DistTransport:
         for kind, (_, size) in self._observed.items():
             self._expected[kind] = size
         self._observed.clear()
+
+    def _room(self, n_bytes: int) -> torch.Tensor:
+        return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._pinned)
 
     def _kind(self, key: MessageKey) -> tuple[bool, int, int, int]:
         gradient, origin, target, microbatch = key

@@ -26,6 +26,7 @@ from ..vision_compat import import_torchvision
 from . import accelerators
 from .arena import Arena, parameter_over
 from .device_arena import DeviceArena
+from .direct import DirectTransport, direct_pairs, groups_of
 from .executor import Executor
 from .instructions import Instruction
 from .local_messages import Claim, Done, Failed, Forget, Ready, Release, Run, Setup
@@ -137,10 +138,12 @@ def _lacks_a_peer(error: Exception) -> bool:
 def _transport(setup: Setup, next_fd: Callable[[], int]) -> SharedMemoryTransport:
     inboxes, outboxes = {}, {}
     for origin, target in channels_of(setup.layout):
+        on_gpu = {worker: setup.devices[worker].startswith("cuda") for worker in (origin, target)}
         if setup.worker == origin:
-            outboxes[target] = Outbox(next_fd(), next_fd())
+            keeps = any(on_gpu.values())
+            outboxes[target] = Outbox(next_fd(), next_fd(), pins=on_gpu[origin], keeps_pages=keeps)
         elif setup.worker == target:
-            inboxes[origin] = Inbox(next_fd(), next_fd())
+            inboxes[origin] = Inbox(next_fd(), next_fd(), pins=on_gpu[target])
     return SharedMemoryTransport(setup.layout.worker_of, inboxes, outboxes)
 
 
@@ -155,7 +158,7 @@ class _Server:
         torch.set_num_threads(setup.n_threads)
         self.arena = Arena(next_fd(), setup.arena_bytes, setup.slots)
         self.mailbox = Mailbox(next_fd())
-        self.transport = _transport(setup, next_fd)
+        near = _transport(setup, next_fd)
         memory = setup.device_memory
         self.place = self.arena if memory is None else DeviceArena.open(*memory)
         self.device = torch.device(setup.device)
@@ -168,7 +171,8 @@ class _Server:
         if setup.torchvision:
             import_torchvision()
         specs, loss_fn = loads(setup.payload, self.state)
-        self._meet_replicas()
+        self._meet_others()
+        self.transport = DirectTransport(setup.worker, self.device, self.direct, near) if self.direct else near
         self.stages = {
             spec.index: StageRuntime(
                 spec,
@@ -200,12 +204,14 @@ class _Server:
             self.setup.worker in owners and len(owners) > 1 for owners in self.setup.layout.workers
         )
 
-    def _meet_replicas(self) -> None:
-        """Make the process groups of replicas, which all workers make in the same order."""
+    def _meet_others(self) -> None:
+        """Make the process groups of replicas, and of pairs of accelerators, as all workers do, in the same order."""
         layout, worker = self.setup.layout, self.setup.worker
-        if layout.n_replicas > 1:
+        pairs, places = channels_of(layout), [("", device) for device in self.setup.devices]
+        if layout.n_replicas > 1 or direct_pairs(pairs, places):
             store = dist.FileStore(self.setup.store_path, layout.n_workers)  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=store, rank=worker, world_size=layout.n_workers)
+        self.direct = groups_of(pairs, places, lambda ranks, backend: dist.new_group(ranks, backend=backend))
         replicated = {s: owners for s, owners in enumerate(layout.workers) if len(owners) > 1}
         self.groups: dict[int, Any] = {
             s: dist.new_group(list(owners), backend="gloo") for s, owners in replicated.items()
