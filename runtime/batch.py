@@ -209,6 +209,13 @@ def shares(weights: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
+def where_given(value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Bring a result to the device of the first tensor of the call that it is a result of."""
+    leaves, _ = flatten([args, kwargs])
+    device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+    return map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, value)
+
+
 def cloned(value: Any) -> Any:
     """Copy every tensor of ``value``, for a function that may write to its arguments."""
     return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, value)

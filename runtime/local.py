@@ -72,8 +72,11 @@ class LocalEngine:
         try:
             self._shared = SharedModel(spec, model, options.weights)
             self._workers = self._started(pool)
+            self._shared.fills.clear()  # new workers will find the values where they are
         except BaseException:
             pool.kill()
+            if hasattr(self, "_shared"):
+                self._shared.take_back()
             self._close_memory()
             raise
 
@@ -95,6 +98,7 @@ class LocalEngine:
         names = self.unsynced.resume() if trains else frozenset()
         goes_on = {worker: tuple(n for n in own if n in names) for worker, own in self._parts.items()}
         self._shared.bind()
+        self._shared.refresh_copies()
         versions = self._shared.versions() if request.kind in (FORWARD, BACKWARD) else {}
         if request.kind == BACKWARD and request.call in self._open:
             _check_unchanged(self._open[request.call].versions, versions)

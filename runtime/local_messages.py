@@ -20,6 +20,8 @@ class Setup:
 
     Descriptors follow it on the socket: the arena's, the mailbox's, and two for each channel that the worker has.
 
+    ``fills`` are the tensors of the meta device that this worker gives their values, with all of their names; these
+    come from ``weights``, pickled.
     ``payload`` is pickled (stages, loss_fn) whose tensors refer to ``parameters`` and ``buffers`` by name.
     ``devices`` are those of all workers. ``gradients`` names the parameters whose gradients this worker writes to the
     arena, where replicas sum them; with an accelerator among the workers the parent does.
@@ -41,6 +43,8 @@ class Setup:
     buffers: tuple[str, ...]
     gradients: tuple[str, ...]
     device_memory: tuple[Opener, dict[str, Slot]] | None
+    fills: tuple[tuple[str, list[str]], ...]
+    weights: bytes
     payload: bytes
     torchvision: bool
     n_threads: int

@@ -104,6 +104,7 @@ class LocalWorkers:
         stages = [stage for stage in self._spec.stages if worker.index in layout.workers[stage.index]]
         own_loss = loss_fn if any(stage.is_last for stage in stages) else None
         used, own_arena = shared.used[worker.index], shared.device_arenas.get(worker.index)
+        fills = tuple(shared.fills.get(worker.index, ()))
         setup = Setup(
             worker=worker.index,
             layout=layout,
@@ -115,6 +116,8 @@ class LocalWorkers:
             buffers=tuple(name for name in used if not shared.is_parameter(name)),
             gradients=shared.gradient_names(worker.index),
             device_memory=None if own_arena is None else (own_arena.opener(), own_arena.slots),
+            fills=fills,
+            weights=self._pickled_weights(fills),
             payload=self._pickle(stages, own_loss),
             torchvision="torchvision" in sys.modules,
             n_threads=self.pool.n_threads,
@@ -127,6 +130,15 @@ class LocalWorkers:
         worker.connection.send_bytes(dumps(setup))
         worker.send_fd(shared.arena.fd)
         worker.send_fd(self._mailboxes[worker.index].fd)
+
+    def _pickled_weights(self, fills: tuple[tuple[str, list[str]], ...]) -> bytes:
+        if not fills:
+            return b""
+        assert self._options.weights is not None, "compile has seen to it"
+        try:
+            return dumps(self._options.weights.part(name for _, names in fills for name in names))
+        except Exception as error:
+            raise StageError(f"what initialises {fills[0][0]} cannot be sent to a worker: {error}") from error
 
     def _pickle(self, stages: list[StageSpec], loss_fn: Callable[..., Any] | None) -> bytes:
         try:

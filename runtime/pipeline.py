@@ -27,6 +27,7 @@ from .batch import (
     split_gradients,
     split_inputs,
     split_target,
+    where_given,
 )
 from .build import Build
 from .engine import Engine
@@ -159,6 +160,8 @@ class Pipeline(Facade):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's result for the batch; ``backward()`` on a loss of it runs the pipeline's backward.
 
+        It is on the device of the batch's first tensor.
+
         The schedule is fill-drain: all forwards now, all backwards when autograd asks. Under ``torch.no_grad()``
         nothing is kept.
         """
@@ -167,7 +170,7 @@ class Pipeline(Facade):
         request, sizes = self._request(FORWARD, args, kwargs, want_outputs=True)
         report = self._run(request)
         merged, how = merge_outputs([report.outputs[m] for m in range(len(sizes))], sizes)
-        leaves, structure = flatten(merged)
+        leaves, structure = flatten(where_given(merged, args, kwargs))
         is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
         engine = self._engine
 
@@ -193,7 +196,8 @@ class Pipeline(Facade):
         request, sizes = self._request(EVALUATE, args, kwargs, target=target, want_outputs=True, want_loss=want_loss)
         report = self._run(request)
         output, _ = merge_outputs([report.outputs[m] for m in range(len(sizes))], sizes)
-        return EvalResult(output, total_loss(report, request) if want_loss else None)
+        loss = total_loss(report, request) if want_loss else None
+        return EvalResult(where_given(output, args, kwargs), loss)
 
     def verify(
         self, *args: Any, target: Any = None, rtol: float | None = None, raises: bool = True, **kwargs: Any

@@ -92,6 +92,7 @@ class SharedModel:
         self._device_buffers = [
             b.shared for b in self._bindings if not self.is_parameter(b.name) and b.shared.device.type != "cpu"
         ]
+        self.fills: dict[int, list[tuple[str, list[str]]]] = {}
         self._fill(weights)
         self.bind()
 
@@ -136,12 +137,20 @@ class SharedModel:
         return isinstance(self.state[name], nn.Parameter)
 
     def _fill(self, weights: Weights | None) -> None:
-        """Give tensors of the meta device their place in the arena, and their values."""
+        """Give tensors of the meta device their place; their values come from the worker where that is.
+
+        ``fills`` says which, by worker: tensors with all of their names. What no worker uses is filled here.
+        """
         names = names_of(self._model)
         for binding in self._bindings:
             if binding.tensor.is_meta:
-                assert weights is not None
-                weights.fill(names[id(binding.tensor)], binding.shared)
+                every_name = names[id(binding.tensor)]
+                worker = next(iter(self._users.get(binding.name, {})), None)
+                if worker is None:
+                    assert weights is not None
+                    weights.fill(every_name, binding.shared)
+                else:
+                    self.fills.setdefault(worker, []).append((binding.name, every_name))
                 materialised(binding.tensor, binding.shared)
 
     def bind(self) -> None:
@@ -158,6 +167,16 @@ class SharedModel:
                 )
             shared.copy_(tensor.detach())
             _moved(tensor, shared)
+
+    def take_back(self) -> None:
+        """Let tensors whose values have not come be without memory again: another start is to find them so."""
+        missing = {name for fills in self.fills.values() for name, _ in fills}
+        for binding in self._bindings:
+            if binding.name in missing:
+                materialised(binding.tensor, torch.empty_like(binding.tensor, device="meta"))
+
+    def refresh_copies(self) -> None:
+        """Let copies of tensors be what these are now."""
         for home, copy in self._copies:
             copy.copy_(home)
 

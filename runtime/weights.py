@@ -39,6 +39,9 @@ class Weights(Protocol):
         ``common`` returns rank 0's number on every rank: a collective call, that all ranks make.
         """
 
+    def part(self, names: Iterable[str]) -> Weights:
+        """Return what fills the tensors that have these names alike, to send to the process where they live."""
+
 
 def weights_of(source: str | Path, model: nn.Module) -> Weights:
     """Return the weights that a user asked for: ``"init"``, a safetensors file, a folder of such, or of checkpoints.
@@ -56,7 +59,7 @@ def weights_of(source: str | Path, model: nn.Module) -> Weights:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise CheckpointError(f"no safetensors file at {path}", hint="weights='model.safetensors', or a folder of them")
-    return Files(files)
+    return Files.of(files)
 
 
 def check_weights(model: nn.Module, given: bool) -> None:
@@ -96,11 +99,18 @@ def rehome(tensor: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor | 
 class Files:
     """Safetensors files; nothing is read before it is asked for."""
 
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._file_of: dict[str, Path] = {}
-        for file in files:
-            for name in _names_in(file):
-                self._file_of[name] = file
+    def __init__(self, places: Mapping[str, tuple[Path, str]]) -> None:
+        """Take the file of each tensor, and its key there."""
+        self._places = places
+
+    @classmethod
+    def of(cls, files: Iterable[Path]) -> Files:
+        """Take all tensors of some files under their names there."""
+        return cls({name: (file, name) for file in files for name in _names_in(file)})
+
+    def part(self, names: Iterable[str]) -> Files:
+        """Return the places of these."""
+        return Files({name: self._places[name] for name in names if name in self._places})
 
     def agree(self, common: Callable[[int], int]) -> None:
         """Files are the same for everyone."""
@@ -108,15 +118,15 @@ class Files:
     def fill(self, names: Iterable[str], target: torch.Tensor) -> None:
         """Read the values; a tied tensor may be there under any of its names."""
         wanted = list(names)
-        known = next((name for name in wanted if name in self._file_of), None)
+        known = next((name for name in wanted if name in self._places), None)
         if known is None:
             raise CheckpointError(f"{' = '.join(wanted)} is in none of the files, and on the meta device")
-        with _opened(self._file_of[known]) as file:
-            found = file.get_tensor(known)
+        path, key = self._places[known]
+        with _opened(path) as file:
+            found = file.get_tensor(key)
         if found.shape != target.shape:
             raise CheckpointError(
-                f"{known} has shape {tuple(found.shape)} in {self._file_of[known]}, "
-                f"and {tuple(target.shape)} in the model"
+                f"{known} has shape {tuple(found.shape)} in {path}, and {tuple(target.shape)} in the model"
             )
         with torch.no_grad():
             target.copy_(found)
@@ -150,6 +160,19 @@ class Initialised:
             for name in [*module._parameters, *module._buffers]:
                 self._owner[f"{path}.{name}" if path else name] = (path, name, module)
         self._made: tuple[str, nn.Module] | None = None
+
+    def part(self, names: Iterable[str]) -> Initialised:
+        """Return the seed and the modules that own these, without the modules inside of them."""
+        part = copy.copy(self)
+        part._made, part._owner = None, {}
+        alone: dict[int, nn.Module] = {}
+        for name in names:
+            path, own, module = self._owner[name]
+            if id(module) not in alone:
+                alone[id(module)] = copy.copy(module)
+                alone[id(module)]._modules = {}
+            part._owner[name] = (path, own, alone[id(module)])
+        return part
 
     def agree(self, common: Callable[[int], int]) -> None:
         """Take rank 0's seed."""

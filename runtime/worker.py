@@ -163,13 +163,14 @@ class _Server:
         self.place = self.arena if memory is None else DeviceArena.open(*memory)
         self.device = torch.device(setup.device)
         accelerators.use(self.device)
+        if setup.torchvision:
+            import_torchvision()
+        self._fill()
         self.state: dict[str, torch.Tensor] = {name: parameter_over(self.place.view(name)) for name in setup.parameters}
         self.private_buffers = self._owns_private_buffers()
         for name in setup.buffers:
             view = self.place.view(name)
             self.state[name] = view.clone() if self.private_buffers else view
-        if setup.torchvision:
-            import_torchvision()
         specs, loss_fn = loads(setup.payload, self.state)
         self._meet_others()
         self.transport = DirectTransport(setup.worker, self.device, self.direct, near) if self.direct else near
@@ -191,6 +192,16 @@ class _Server:
         self.programs: dict[tuple[str, int], tuple[Instruction, ...]] = {}
         self.executor = self._make_executor()
         logs.WORKERS.info("set up: stages %s on %s, %d threads", sorted(self.stages), setup.device, setup.n_threads)
+
+    def _fill(self) -> None:
+        """Give tensors of the meta device their values, and tell of each, so that nobody takes it for a stall."""
+        if not self.setup.fills:
+            return
+        weights = loads(self.setup.weights)
+        progress = self.arena.view("progress")
+        for name, every_name in self.setup.fills:
+            weights.fill(every_name, self.place.view(name))
+            progress[self.setup.worker] += 1
 
     def _owns_private_buffers(self) -> bool:
         """Replicas change buffers side by side, so each works on its own copy; the first one's are kept.

@@ -61,6 +61,12 @@ class Reader:
         found = {key.removeprefix(f"{MODEL}/") for key in self._file_of if key.startswith(f"{MODEL}/")}
         return found | set(self.values["aliases"])
 
+    def places(self) -> dict[str, tuple[Path, str]]:
+        """Return the file of each of the model's parameters and buffers, and its key there."""
+        path_of = {id(opened): self.path / f"{stem}.safetensors" for stem, opened in self._files.items()}
+        keys = {name: self._key(name) for name in self.names()}
+        return {name: (path_of[id(self._file(key))], key) for name, key in keys.items()}
+
     def tensor(self, name: str) -> torch.Tensor:
         """Read a parameter or buffer of the model."""
         return self.read(self._key(name))

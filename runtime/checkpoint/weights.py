@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...errors import CheckpointError
+from ..weights import Files
 from . import folder as folders
 from .peers import Alone
 from .reading import check_names, found
@@ -40,6 +41,11 @@ class CheckpointWeights:
         self._reader.close()
         self._reader, _ = found(folders.step_folder(self._folder, step), Alone())
         check_names(self._reader, self._expected)
+
+    def part(self, names: Iterable[str]) -> Files:
+        """Return the places of these in the checkpoint's files, which have been verified."""
+        places = self._reader.places()
+        return Files({name: places[name] for name in names if name in places})
 
     def fill(self, names: Iterable[str], target: torch.Tensor) -> None:
         """Read the values; a tied tensor may be there under any of its names."""

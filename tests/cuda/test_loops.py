@@ -154,7 +154,20 @@ def test_what_the_user_passes_may_be_anywhere(pair: tuple[str, str]) -> None:
         torch.manual_seed(1)
         assert torch.equal(pm.step(X.to(pair[1]), target=Y.to(pair[0])).loss, wanted)
         pm.eval()
-        assert torch.equal(pm.evaluate(X.to(pair[0])).output, pm.evaluate(X).output)
+        elsewhere = pm.evaluate(X.to(pair[1])).output
+        assert str(elsewhere.device) == pair[1]
+        assert torch.equal(elsewhere.cpu(), pm.evaluate(X).output)
+        pm.train()
+        pm.zero_grad()
+        given = X.to(pair[1])
+        torch.manual_seed(1)
+        F.cross_entropy(pm(given), Y.to(pair[1])).backward()
+        by_hand = [parameter.grad.cpu().clone() for parameter in pm.parameters()]
+        pm.zero_grad()
+        torch.manual_seed(1)
+        pm.step(X, target=Y)
+        for parameter, gradient in zip(pm.parameters(), by_hand):
+            torch.testing.assert_close(parameter.grad.cpu(), gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_a_plan_may_move(pair: tuple[str, str]) -> None:

@@ -48,10 +48,10 @@ class Channel:
 
 
 @contextmanager
-def channel() -> Iterator[Channel]:
+def channel(*, keeps_pages: bool = False) -> Iterator[Channel]:
     """A channel whose descriptors are closed at the end."""
     files = ChannelFiles.open(0, 1)
-    outbox = Outbox(os.dup(files.memory), os.dup(files.sending))
+    outbox = Outbox(os.dup(files.memory), os.dup(files.sending), keeps_pages=keeps_pages)
     inbox = Inbox(os.dup(files.memory), os.dup(files.receiving))
     try:
         yield Channel(outbox, inbox, files)
@@ -112,6 +112,15 @@ def test_memory_that_is_not_used_any_more_goes_back_to_the_system() -> None:
         assert both.held_bytes() == 0
         both.send(102, 0, torch.ones(1 << 20))
         assert both.take(102, 0).sum() == 1 << 20
+
+
+def test_memory_that_a_gpu_copies_from_keeps_its_pages() -> None:
+    with channel(keeps_pages=True) as both:
+        both.send(1, 0, torch.ones(1 << 20))
+        del_me = both.take(1, 0)
+        del del_me
+        both.outbox.tidy(100)
+        assert both.held_bytes() >= 4 << 20
 
 
 def test_a_packet_of_another_step_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import stagecut
+from stagecut.runtime.weights import Initialised
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 OPTIONS: dict[str, Any] = {"loss_fn": F.mse_loss, "costs": "analytic", "microbatches": 2, "threads_per_worker": 1}
@@ -126,3 +128,55 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path: Path) -> None:
         bare = nn.Sequential(nn.Linear(6, 6), Bare())
     with pytest.raises(stagecut.CheckpointError, match=r"module 1 \(Bare\) has no reset_parameters"):
         compiled(bare, weights="init")
+
+
+def test_workers_fill_what_is_theirs_and_a_failure_leaves_the_model_without_memory(
+    saved: tuple[Tied, Path], tmp_path: Path
+) -> None:
+    plain, folder = saved
+    model = on_meta()
+    parameters = list(model.parameters())
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    save_file({"first.weight": torch.ones(6, 6)}, wrong / "model.safetensors")
+    x, y = torch.randn(8, 6), torch.randn(8, 6)
+    with stagecut.compile(model, [["cpu"], ["cpu"]], weights=wrong, launch="local", **OPTIONS) as pm:
+        with pytest.raises(stagecut.CheckpointError, match=r"is in none of the files") as caught:
+            pm.step(x, target=y)
+        assert any("in _fill" in note for note in caught.value.__notes__), "a worker looked for it"
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with stagecut.compile(model, [["cpu", "cpu"], ["cpu"]], weights=folder, launch="local", **OPTIONS) as pm:
+        pm.prepare(x)
+        torch.testing.assert_close(pm.state_dict(), plain.state_dict())
+        assert pm.verify(x, target=y).ok
+    assert all(a is b for a, b in zip(parameters, model.parameters()))
+
+
+def test_parts_of_initialisations_are_the_whole_of_it() -> None:
+    model = on_meta()
+    whole = Initialised(model, 3)
+    names = [name for name, _ in model.named_parameters()]
+    part = whole.part(names[:2])
+    assert not any(module._modules for _, _, module in part._owner.values())
+    for name in names[:2]:
+        one, other = torch.empty(2, *model.get_parameter(name).shape)
+        whole.fill([name], one)
+        part.fill([name], other)
+        assert torch.equal(one, other)
+    with pytest.raises(KeyError):
+        part.fill(names[2:3], torch.empty(6))
+
+
+def test_the_parent_holds_nothing_of_what_its_workers_filled() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(32)))
+    n_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    x = torch.randn(4, 1024)
+    with stagecut.compile(model, [["cpu"], ["cpu"]], weights="init", launch="local", **OPTIONS) as pm:
+        before = psutil.Process().memory_info().rss
+        pm.prepare(x)
+        pm.evaluate(x)
+        assert psutil.Process().memory_info().rss - before < n_bytes / 2
+        held = [worker.memory_bytes for worker in pm.stats().workers]
+        assert all(n_bytes / 2 < held_bytes for held_bytes in held)
+        assert 0.0 < float(model[0].weight.std()) < 1.0
