@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from ..errors import WorkerLost
+from .forking import Template, can_fork, settings
 from .local_messages import Claim, Release
 from .mailbox import Mailbox
 from .pickling import dumps, loads
-from .processes import STACK_SIGNAL, is_stopped, peak_bytes, read_at_once, read_until_quiet, wait_for_exit
+from .processes import STACK_SIGNAL, Child, is_stopped, peak_bytes, read_at_once, read_until_quiet, wait_for_exit
 from .watch.logs import WORKERS
 
 STOP_S = 3.0
@@ -37,6 +38,7 @@ _INSTALLED = (
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main(*map(int, sys.argv[2:]))"
 )
+_READY_S = 600.0  # for the process that workers are forked from
 
 
 @dataclass
@@ -44,7 +46,7 @@ class WorkerProcess:
     """One worker: its process, the socket to it, the pipe whose end tells it that the parent is gone, its stacks."""
 
     index: int
-    process: subprocess.Popen[bytes]
+    process: Child
     connection: Connection
     channel: socket.socket
     lifeline: int
@@ -105,33 +107,40 @@ class WorkerProcess:
 class WorkerPool:
     """The worker processes of one pipeline.
 
-    Workers are plain subprocesses that import only stagecut: the user's ``__main__`` is never imported again, so no
-    ``if __name__ == "__main__"`` is needed, and notebooks work. They run in a session of their own, so Ctrl-C
-    reaches the parent alone, which ends them.
+    Workers import only stagecut: the user's ``__main__`` is never imported again, so no ``if __name__ == "__main__"``
+    is needed, and notebooks work. They run in a session of their own, so Ctrl-C reaches the parent alone, which ends
+    them. They are forked from one process that has imported what they need (template.py), which starts at once, or,
+    where the system cannot do that, started one by one.
     """
 
     def __init__(self, n_workers: int, n_threads: int) -> None:
         self.n_threads = n_threads
         self.workers: list[WorkerProcess] = []
+        self._n_workers = n_workers
         self._finalizer = weakref.finalize(self, _kill_all, self.workers)
         for index in range(n_workers):
             parked = _unparked()
-            if parked:
-                WORKERS.info("worker %d: pid %d, which waited for a pipeline", index, parked.process.pid)
-            self.workers.append(replace(parked, index=index) if parked else _start(index, n_threads))
+            if parked is None:
+                break
+            WORKERS.info("worker %d: pid %d, which waited for a pipeline", index, parked.process.pid)
+            self.workers.append(replace(parked, index=index))
+        if len(self.workers) < n_workers and can_fork():
+            _template()
 
     def keep(self, n_workers: int, n_threads: int) -> None:
         """Part with the workers that are not needed; the others are told at their setup how many threads to use."""
         spare, self.workers[n_workers:] = self.workers[n_workers:], []
         _park(spare)
-        self.n_threads = n_threads
+        self.n_threads, self._n_workers = n_threads, n_workers
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Wait for every worker's first answer.
+        """Start the workers that are missing, and wait for every worker's first answer.
 
         Raises:
             WorkerLost: a worker ended, or was not ready in time.
         """
+        while len(self.workers) < self._n_workers:
+            self.workers.append(_start(len(self.workers), self.n_threads))
         for worker in self.workers:
             if worker.is_ready:
                 continue
@@ -168,6 +177,8 @@ class WorkerPool:
 
 
 _parked: list[WorkerProcess] = []
+_templates: list[Template] = []
+_forks = True
 
 
 def _park(workers: list[WorkerProcess]) -> None:
@@ -236,6 +247,8 @@ def end_workers() -> None:
     """
     _drop_foreign()
     _kill_all(_parked)
+    while _templates:
+        _templates.pop().close()
 
 
 atexit.register(end_workers)
@@ -246,15 +259,45 @@ def _start(index: int, n_threads: int) -> WorkerProcess:
     lifeline_read, lifeline_write = os.pipe()
     stacks_read, stacks_write = os.pipe()
     os.set_blocking(stacks_read, False)
-    environment = {
+    environment = _environment(n_threads)
+    fds = [theirs.fileno(), lifeline_read, stacks_write]
+    try:
+        process, inherited_bytes = _forked(fds, environment, n_threads) or _started(fds, environment, n_threads)
+    finally:
+        theirs.close()
+        os.close(lifeline_read)
+        os.close(stacks_write)
+    WORKERS.info("worker %d started: pid %d", index, process.pid)
+    return WorkerProcess(
+        index, process, Connection(os.dup(ours.fileno())), ours, lifeline_write, stacks_read, inherited_bytes
+    )
+
+
+def _environment(n_threads: int) -> dict[str, str]:
+    return {
         **os.environ,
         "OMP_NUM_THREADS": str(n_threads),
         "GLOO_SOCKET_IFNAME": _loopback(),
         # DDP's C++ side advises against find_unused_parameters, which exactness needs (see replicate.py).
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
+
+
+def _forked(fds: list[int], environment: dict[str, str], n_threads: int) -> tuple[Child, int] | None:
+    """Fork a worker, and return it with the peak of memory that it begins with; None where that cannot be done."""
+    global _forks
+    if not (can_fork() and _forks):
+        return None
+    try:
+        return _template().fork(fds, environment, n_threads, _READY_S), 0
+    except OSError as error:
+        WORKERS.warning("a worker is started by itself, which takes longer: %s", error)
+        _forks = isinstance(error, ProcessLookupError)  # which another one may be there for
+        return None
+
+
+def _started(fds: list[int], environment: dict[str, str], n_threads: int) -> tuple[Child, int]:
     boot = _BOOT.format(module=f"{__package__}.worker")
-    fds = (theirs.fileno(), lifeline_read, stacks_write)
     arguments = [json.dumps(sys.path), *map(str, fds), str(os.getpid()), str(n_threads)]
     process = subprocess.Popen(
         [sys.executable, "-c", boot, *arguments],
@@ -263,13 +306,20 @@ def _start(index: int, n_threads: int) -> WorkerProcess:
         env=environment,
         start_new_session=True,
     )
-    theirs.close()
-    os.close(lifeline_read)
-    os.close(stacks_write)
-    WORKERS.info("worker %d started: pid %d", index, process.pid)
-    return WorkerProcess(
-        index, process, Connection(os.dup(ours.fileno())), ours, lifeline_write, stacks_read, peak_bytes()
-    )
+    return process, peak_bytes()
+
+
+def _template() -> Template:
+    """Return the process that workers are forked from, as it would start now; there is one at most."""
+    boot = _BOOT.format(module=f"{__package__}.template")
+    for template in list(_templates):
+        if template.owner != os.getpid() or not template.is_alive or template.settings != settings(boot):
+            _templates.remove(template)
+            template.close()
+    if not _templates:
+        _templates.append(Template(boot, _environment(1)))
+        WORKERS.info("workers will be forked from pid %d", _templates[0].pid)
+    return _templates[0]
 
 
 def _name_of(number: int) -> str:

@@ -66,7 +66,7 @@ class LocalWorkers:
         self._synced = synced
         self._conditions: Conditions | None = None
         self._sent: set[tuple[str, int]] = set()
-        self._mailboxes = [Mailbox() for _ in pool.workers]
+        self._mailboxes = [Mailbox() for _ in range(spec.layout.n_workers)]
         self._running: tuple[Program, StepRequest] | None = None
         folder = tempfile.mkdtemp(prefix="stagecut-")
         try:

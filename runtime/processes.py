@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Protocol
 
 STACK_SIGNAL = signal.SIGUSR2  # tells a worker to write its Python stacks
 _QUIET_S = 0.1
@@ -25,14 +26,30 @@ def _bytes_of(usage: resource.struct_rusage) -> int:
     return usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
 
 
-def wait_for_exit(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
+class Child(Protocol):
+    """A child process, as subprocess.Popen is one."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal; None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end, and return the exit code."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
+def wait_for_exit(process: Child, timeout_s: float) -> int | None:
     """Wait for the end of a process, and return the most memory that it had; None if the system does not say.
 
     It is that of the process that started it, if that one had more (Linux counts on from there).
 
     ``process.returncode`` is set then, and None if it goes on after ``timeout_s``.
     """
-    if process.returncode is not None or not _ends_within(process, timeout_s):
+    if process.returncode is not None or not ends_within(process, timeout_s):
         return None
     try:
         _, status, usage = os.wait4(process.pid, 0)
@@ -43,7 +60,7 @@ def wait_for_exit(process: subprocess.Popen[bytes], timeout_s: float) -> int | N
     return _bytes_of(usage)
 
 
-def _ends_within(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
+def ends_within(process: Child, timeout_s: float) -> bool:
     """Wait until a process has ended, without taking its exit status where the system allows that."""
     if not hasattr(os, "pidfd_open"):
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import stagecut
 from stagecut.runtime import launch
 
 # No test is timed by hypothesis: machines that run tests stall now and then.
@@ -47,7 +46,7 @@ def worker_processes() -> list[psutil.Process]:
 def no_workers_left() -> Iterator[None]:
     """Fail a module of tests that leaves a worker process behind, but for those that wait for the next pipeline."""
     yield
-    waiting = {worker.process.pid for worker in launch._parked}
+    waiting = {worker.process.pid for worker in launch._parked} | {template.pid for template in launch._templates}
     assert [process for process in worker_processes() if process.pid not in waiting] == []
 
 
