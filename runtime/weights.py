@@ -162,15 +162,14 @@ class Initialised:
         self._made: tuple[str, nn.Module] | None = None
 
     def part(self, names: Iterable[str]) -> Initialised:
-        """Return the seed and the modules that own these, without the modules inside of them."""
+        """Return the seed and the modules that own these, without values, and without the modules inside of them."""
         part = copy.copy(self)
         part._made, part._owner = None, {}
         alone: dict[int, nn.Module] = {}
         for name in names:
             path, own, module = self._owner[name]
             if id(module) not in alone:
-                alone[id(module)] = copy.copy(module)
-                alone[id(module)]._modules = {}
+                alone[id(module)] = _alone(module, torch.device("meta"))
             part._owner[name] = (path, own, alone[id(module)])
         return part
 
@@ -193,20 +192,26 @@ class Initialised:
                 f"module {path or 'of the model itself'} ({type(module).__name__}) has no reset_parameters()",
                 hint="stagecut.compile(..., weights='model.safetensors'), or give it that method",
             )
-        alone = copy.copy(module)
-        alone._modules = {}
-        alone._parameters = {
-            n: p if p is None else nn.Parameter(_empty(p), p.requires_grad) for n, p in module._parameters.items()
-        }
-        alone._buffers = {n: b if b is None else _empty(b) for n, b in module._buffers.items()}
+        alone = _alone(module, torch.device("cpu"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(f"{self._seed}/{path}".encode()))
             alone.reset_parameters()  # type: ignore[operator]
         return alone
 
 
-def _empty(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype)
+def _alone(module: nn.Module, device: torch.device) -> nn.Module:
+    """Copy a module without the modules inside of it, with tensors that have no values yet."""
+    alone = copy.copy(module)
+    alone._modules = {}
+    alone._parameters = {
+        n: p if p is None else nn.Parameter(_empty(p, device), p.requires_grad) for n, p in module._parameters.items()
+    }
+    alone._buffers = {n: b if b is None else _empty(b, device) for n, b in module._buffers.items()}
+    return alone
+
+
+def _empty(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 def fill_in(model: nn.Module, weights: Weights | None) -> None:
@@ -215,7 +220,7 @@ def fill_in(model: nn.Module, weights: Weights | None) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_meta:
             assert weights is not None, "check_weights has seen to it"
-            values = _empty(tensor)
+            values = _empty(tensor, torch.device("cpu"))
             weights.fill(names[id(tensor)], values)
             materialised(tensor, values)
 
