@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...errors import CheckpointError
-from ..weights import Files
+from ..weight_files import Files
 from . import folder as folders
 from .peers import Alone
 from .reading import check_names, found
