@@ -261,7 +261,7 @@ def study(case: Case, stages: Stages, name: str, count: int, rounds: int, alone_
             copy.deepcopy(case.model), ["cpu", "cpu"], loss_fn=case.loss_fn, plan=plan, threads_per_worker=1
         ) as pm:
             timed(pm, case)
-            workers = [child.pid for child in psutil.Process().children() if "worker" in " ".join(child.cmdline())]
+            workers = [worker.pid for worker in pm.stats().workers]
             times = in_turn({"ours": lambda: timed(pm, case), **{n: o.step for n, o in others.items()}}, rounds)
             ours_bytes = max(map(peak_bytes, workers))
             peers_bytes = others["peer"].peak_bytes()

@@ -100,8 +100,8 @@ class Template:
 
         Raises:
             ProcessLookupError: it has ended.
-            OSError: it cannot: it was not ready in time, or has threads; or the system gives its children to another
-                process.
+            TimeoutError: it was not ready in time.
+            OSError: it cannot: it has threads, or the system gives its children to another process.
         """
         request = {
             "environment": environment,
@@ -145,7 +145,7 @@ class Template:
         try:
             found = self._channel.recv(n_bytes)
         except TimeoutError as error:
-            raise OSError("the process that workers are forked from was not ready in time") from error
+            raise TimeoutError("the process that workers are forked from was not ready in time") from error
         if not found:
             raise ProcessLookupError("the process that workers are forked from has ended")
         return found

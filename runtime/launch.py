@@ -38,7 +38,6 @@ _INSTALLED = (
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main(*map(int, sys.argv[2:]))"
 )
-_READY_S = 600.0  # for the process that workers are forked from
 
 
 @dataclass
@@ -140,7 +139,7 @@ class WorkerPool:
             WorkerLost: a worker ended, or was not ready in time.
         """
         while len(self.workers) < self._n_workers:
-            self.workers.append(_start(len(self.workers), self.n_threads))
+            self.workers.append(_start(len(self.workers), self.n_threads, timeout_s))
         for worker in self.workers:
             if worker.is_ready:
                 continue
@@ -254,7 +253,7 @@ def end_workers() -> None:
 atexit.register(end_workers)
 
 
-def _start(index: int, n_threads: int) -> WorkerProcess:
+def _start(index: int, n_threads: int, timeout_s: float) -> WorkerProcess:
     ours, theirs = socket.socketpair()
     lifeline_read, lifeline_write = os.pipe()
     stacks_read, stacks_write = os.pipe()
@@ -262,7 +261,8 @@ def _start(index: int, n_threads: int) -> WorkerProcess:
     environment = _environment(n_threads)
     fds = [theirs.fileno(), lifeline_read, stacks_write]
     try:
-        process, inherited_bytes = _forked(fds, environment, n_threads) or _started(fds, environment, n_threads)
+        forked = _forked(fds, environment, n_threads, timeout_s)
+        process, inherited_bytes = forked or _started(fds, environment, n_threads)
     finally:
         theirs.close()
         os.close(lifeline_read)
@@ -283,16 +283,18 @@ def _environment(n_threads: int) -> dict[str, str]:
     }
 
 
-def _forked(fds: list[int], environment: dict[str, str], n_threads: int) -> tuple[Child, int] | None:
+def _forked(
+    fds: list[int], environment: dict[str, str], n_threads: int, timeout_s: float
+) -> tuple[Child, int] | None:
     """Fork a worker, and return it with the peak of memory that it begins with; None where that cannot be done."""
     global _forks
     if not (can_fork() and _forks):
         return None
     try:
-        return _template().fork(fds, environment, n_threads, _READY_S), 0
+        return _template().fork(fds, environment, n_threads, timeout_s), 0
     except OSError as error:
         WORKERS.warning("a worker is started by itself, which takes longer: %s", error)
-        _forks = isinstance(error, ProcessLookupError)  # which another one may be there for
+        _forks = isinstance(error, (ProcessLookupError, TimeoutError))  # another one, or this one later, may do it
         return None
 
 
