@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import psutil
 import torch
 from plain import Plain
 from same_stages import Stages
