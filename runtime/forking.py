@@ -21,8 +21,9 @@ _GET_CHILD_SUBREAPER, _SET_CHILD_SUBREAPER = 37, 36  # prctl(2)
 # What is read from the environment when Python, torch or NumPy is loaded; all else a fork can be given.
 _AT_IMPORT = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "NPY_", "TORCH", "PYTORCH", "ATEN_"),
-    *("CUDA_", "NVIDIA_", "HIP_", "PYTHON", "LD_", "GLIBC_", "MALLOC_"),
+    *("CUDA_", "NVIDIA_", "HIP_", "TRITON_", "PYTHON", "LD_", "GLIBC_", "MALLOC_"),
 )
+_SET_BY_TORCH = "TORCHINDUCTOR_CACHE_DIR"  # when Dynamo is imported, and read when it is needed
 
 
 class ForkedProcess:
@@ -82,7 +83,7 @@ class Template:
         )
         theirs.close()
         self._channel = ours
-        self._is_ready: bool | None = None
+        self._answer: bytes | None = None
         self._lock = threading.Lock()
 
     @property
@@ -135,11 +136,11 @@ class Template:
         return process
 
     def _wait_until_ready(self, timeout_s: float) -> None:
-        if self._is_ready is None:
+        if self._answer is None:
             self._channel.settimeout(timeout_s)
-            self._is_ready = self._heard(16) == READY
-        if not self._is_ready:
-            raise OSError("the process that workers are forked from has threads")
+            self._answer = self._heard(256)
+        if self._answer != READY:
+            raise OSError(f"the process that workers are forked from {self._answer.decode()}")
 
     def _heard(self, n_bytes: int) -> bytes:
         try:
@@ -160,7 +161,9 @@ class Template:
 
 def settings(boot: str) -> tuple[object, ...]:
     """Return what a forked worker takes over from the start of the process that it was forked from."""
-    environment = {name: value for name, value in os.environ.items() if name.startswith(_AT_IMPORT)}
+    environment = {
+        name: value for name, value in os.environ.items() if name.startswith(_AT_IMPORT) and name != _SET_BY_TORCH
+    }
     return boot, sys.executable, tuple(sorted(environment.items()))
 
 

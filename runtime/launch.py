@@ -283,9 +283,7 @@ def _environment(n_threads: int) -> dict[str, str]:
     }
 
 
-def _forked(
-    fds: list[int], environment: dict[str, str], n_threads: int, timeout_s: float
-) -> tuple[Child, int] | None:
+def _forked(fds: list[int], environment: dict[str, str], n_threads: int, timeout_s: float) -> tuple[Child, int] | None:
     """Fork a worker, and return it with the peak of memory that it begins with; None where that cannot be done."""
     global _forks
     if not (can_fork() and _forks):

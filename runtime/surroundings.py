@@ -36,7 +36,9 @@ class Surroundings:
         """Make this process like the one that was described."""
         torch.set_default_dtype(self.default_dtype)
         torch.set_float32_matmul_precision(self.matmul_precision)
-        torch.use_deterministic_algorithms(self.deterministic, warn_only=self.deterministic_warn_only)
+        now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        if now != (self.deterministic, self.deterministic_warn_only):  # the call alone imports Inductor: a second
+            torch.use_deterministic_algorithms(self.deterministic, warn_only=self.deterministic_warn_only)
         sys.path[:] = self.search_path
         os.chdir(self.folder)
 

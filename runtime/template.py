@@ -1,7 +1,8 @@
 """The process that local workers are forked from: it has imported what they need, and has one thread.
 
-Importing torch takes a second or more of a core; a fork of a process that has done so takes a few hundredths, and
-shares its memory. The process runs no op, so that no thread pool is there that a fork would break. A worker is a child
+Importing torch takes a second or more of a core, and what a first backward and the recording of a stage import of it
+(SymPy, Dynamo) as much again; a fork of a process that has done so takes a few hundredths, and shares its memory. The
+process runs no op, so that no thread pool and no CUDA context is there that a fork would break. A worker is a child
 of the parent's, as one that the parent started itself: it is forked from a process in between that ends at once, and
 the system gives it to the nearest process above that asked for such orphans (Linux: PR_SET_CHILD_SUBREAPER), which the
 parent does while it waits here.
@@ -10,6 +11,8 @@ parent does while it waits here.
 from __future__ import annotations
 
 import array
+import gc
+import importlib
 import json
 import os
 import select
@@ -21,18 +24,25 @@ import traceback
 from pathlib import Path
 
 PID = struct.Struct("=q")
-READY, THREADED = b"ready", b"threaded"
+READY = b"ready"
+# What takes long, beside the workers' own module: torch imports these in a first backward, and when it traces.
+_LATER = ("torch.fx.experimental.symbolic_shapes", "torch._dynamo", f"{__package__}.joint")
 N_FDS = 6  # request, stdout, stderr, command, lifeline, stacks
 _PARENT_POLL_S = 0.5
 _ADOPTION_S = 10.0
 
 
 def main(channel_fd: int, parent_pid: int) -> None:
-    """Fork a worker for each request, until the parent closes the channel or is gone."""
-    from . import worker  # noqa: F401 - what takes long; the parent imports this module too, and needs no worker
+    """Say that it is ready, or why it cannot be, and fork a worker for each request.
 
+    It ends when the parent closes the channel, or is gone.
+    """
+    for name in (f"{__package__}.worker", *_LATER):  # here: the parent imports this module too, and needs none of them
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else a collection in a worker looks at, and so copies, all that is shared
     channel = socket.socket(fileno=channel_fd)
-    channel.send(READY if _n_threads() == 1 else THREADED)
+    channel.send(_obstacle() or READY)
     while True:
         readable, _, _ = select.select([channel], [], [], _PARENT_POLL_S)
         if os.getppid() != parent_pid:
@@ -46,6 +56,18 @@ def main(channel_fd: int, parent_pid: int) -> None:
         for fd in fds:
             os.close(fd)
         channel.send(PID.pack(pid))
+
+
+def _obstacle() -> bytes | None:
+    """Say what a fork would break; the message is read on behind "the process that workers are forked from"."""
+    if _n_threads() > 1:
+        return b"has threads"
+    trial = os.fork()
+    if trial == 0:
+        import torch
+
+        os._exit(bool(torch.cuda._is_in_bad_fork()))
+    return b"has asked CUDA for its devices" if os.waitpid(trial, 0)[1] else None
 
 
 def _n_threads() -> int:

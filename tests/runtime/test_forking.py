@@ -116,6 +116,58 @@ def test_what_is_read_when_torch_is_imported_makes_a_new_start(monkeypatch: pyte
     assert not before.is_running()
 
 
+def test_one_serves_the_planning_and_what_comes_after_it() -> None:
+    script = """
+    import warnings
+    import torch, stagecut
+    from stagecut.runtime import launch
+    warnings.simplefilter("ignore")
+    seen = []
+    start = launch.Template
+    launch.Template = lambda *arguments: seen.append(start(*arguments)) or seen[-1]
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
+    with stagecut.compile(model, ["cpu", "cpu"], loss_fn=torch.nn.functional.mse_loss) as pm:
+        for _ in range(3):
+            pm.step(torch.ones(4, 4), target=torch.ones(4, 4))
+    assert len(seen) == 1, seen
+    """
+    # Torch sets this one itself when the planning imports Dynamo.
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, env=environment)
+
+
+class Imports(nn.Module):
+    """Says how many modules the process that runs it has imported."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 0 + len(sys.modules)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.imports = Imports()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.linear(x), self.imports(x)
+
+
+def test_nothing_that_takes_long_is_imported_in_a_step() -> None:
+    def loss(output: tuple[torch.Tensor, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+        return (output[0] - target).square().mean()
+
+    x = torch.ones(2, 2)
+    options = {"loss_fn": loss, "opaque": ["imports"], "costs": "analytic", "microbatches": 1}
+    with stagecut.compile(Counting(), ["cpu"], **options) as pm:
+        before = pm.evaluate(x).output[1][0, 0].item()
+        for _ in range(4):
+            pm.step(x, target=x)
+        after = pm.evaluate(x).output[1][0, 0].item()
+    assert before > 1000
+    assert after - before < 20
+
+
 def test_a_template_that_was_killed_is_replaced_and_its_workers_go_on() -> None:
     pool = started()
     os.kill(template().pid, signal.SIGKILL)
@@ -126,18 +178,27 @@ def test_a_template_that_was_killed_is_replaced_and_its_workers_go_on() -> None:
     other.kill()
 
 
+@pytest.mark.parametrize(
+    ("before", "obstacle"),
+    [
+        (
+            "import threading, time; threading.Thread(target=time.sleep, args=(600,), daemon=True).start(); ",
+            "has threads",
+        ),
+        ("import torch; torch.cuda._is_in_bad_fork = lambda: True; ", "has asked CUDA for its devices"),
+    ],
+)
 def test_where_forks_are_not_possible_workers_are_started_and_it_is_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    before: str, obstacle: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    threaded = "import threading, time; threading.Thread(target=time.sleep, args=(600,), daemon=True).start(); "
-    monkeypatch.setattr(launch, "_BOOT", threaded + launch._BOOT)
+    monkeypatch.setattr(launch, "_BOOT", before + launch._BOOT)
     monkeypatch.setattr(launch, "_forks", True)
     with caplog.at_level(logging.WARNING, "stagecut"):
         pool = started(2)
     assert all(isinstance(worker.process, subprocess.Popen) for worker in pool.workers)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "a worker is started by itself, which takes longer: the process that workers are forked from has threads"
+        f"a worker is started by itself, which takes longer: the process that workers are forked from {obstacle}"
     )
     pool.kill()
 
