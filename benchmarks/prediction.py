@@ -110,11 +110,7 @@ def base_bytes() -> float:
 
 def peak_bytes(pm: Any) -> list[float]:
     """Return the peak resident bytes of each worker process."""
-    peaks = []
-    for worker in pm._engine._pool.workers:
-        lines = Path(f"/proc/{worker.process.pid}/status").read_text().splitlines()
-        peaks.append(next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
-    return peaks
+    return [float(worker.peak_memory_bytes) for worker in pm.stats().workers]
 
 
 def predicted_bytes(plan: Plan, base: float) -> float:
