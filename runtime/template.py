@@ -80,7 +80,10 @@ def _n_threads() -> int:
 def _received(channel: socket.socket) -> list[int] | None:
     """Return the descriptors of a request; None at the end of the channel."""
     found = array.array("i")
-    message, ancillary, _, _ = channel.recvmsg(1, socket.CMSG_LEN(N_FDS * found.itemsize))
+    try:
+        message, ancillary, _, _ = channel.recvmsg(1, socket.CMSG_LEN(N_FDS * found.itemsize))
+    except ConnectionResetError:  # the parent has closed it before it read all that it was told
+        return None
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             found.frombytes(data[: N_FDS * found.itemsize])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -201,6 +202,14 @@ def test_where_forks_are_not_possible_workers_are_started_and_it_is_said(
         f"a worker is started by itself, which takes longer: the process that workers are forked from {obstacle}"
     )
     pool.kill()
+
+
+def test_one_that_was_never_asked_leaves_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    template = launch._template()
+    assert select.select([template._channel], [], [], 120)[0], "it says that it is ready, which nobody reads"
+    template._channel.close()
+    assert template._process.wait(30) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_all_of_them_leave_with_a_parent_that_is_killed(tmp_path: Path) -> None:
