@@ -42,7 +42,10 @@ def main(channel_fd: int, parent_pid: int) -> None:
     gc.collect()
     gc.freeze()  # else a collection in a worker looks at, and so copies, all that is shared
     channel = socket.socket(fileno=channel_fd)
-    channel.send(_obstacle() or READY)
+    try:
+        channel.send(_obstacle() or READY)
+    except BrokenPipeError:  # the parent wants none, or is gone
+        os._exit(0)
     while True:
         readable, _, _ = select.select([channel], [], [], _PARENT_POLL_S)
         if os.getppid() != parent_pid:

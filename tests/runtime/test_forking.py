@@ -169,6 +169,16 @@ def test_nothing_that_takes_long_is_imported_in_a_step() -> None:
     assert after - before < 20
 
 
+def test_taking_over_the_usual_settings_imports_no_compiler() -> None:
+    script = """
+    import sys
+    from stagecut.runtime.surroundings import Surroundings
+    Surroundings.here().take_over()
+    assert "torch._inductor" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+
+
 def test_a_template_that_was_killed_is_replaced_and_its_workers_go_on() -> None:
     pool = started()
     os.kill(template().pid, signal.SIGKILL)
@@ -204,11 +214,13 @@ def test_where_forks_are_not_possible_workers_are_started_and_it_is_said(
     pool.kill()
 
 
-def test_one_that_was_never_asked_leaves_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_one_that_was_never_asked_leaves_without_a_word(is_ready: bool, capfd: pytest.CaptureFixture[str]) -> None:
     template = launch._template()
-    assert select.select([template._channel], [], [], 120)[0], "it says that it is ready, which nobody reads"
+    if is_ready:
+        assert select.select([template._channel], [], [], 120)[0], "it says so, which nobody reads"
     template._channel.close()
-    assert template._process.wait(30) == 0
+    assert template._process.wait(120) == 0
     assert capfd.readouterr().err == ""
 
 
