@@ -1,11 +1,12 @@
 """Step time and memory of stagecut beside torch.distributed.pipelining: same stages, schedules and microbatches.
 
-Three models, two workers with one thread each, every schedule that both have. The two run in turn, some steps each;
-for the first schedule of each count of microbatches with one process of one thread that runs the unsplit model in the
-same microbatches, and in one piece. Reported is the median over the rounds of stagecut's step over theirs. "Ideal" is
-(one process, same microbatches) / 2 / (1 - bubble), where the bubble is the schedule's with stages of equal time. Then
-data parallelism beside plain DDP, and two stages of two replicas each beside DDP over four processes. Run on an
-otherwise idle machine, a quarter of an hour a model:
+Three models, two workers with one thread each, every schedule that both have. The two run in turn, some steps each,
+with one process of one thread that runs the unsplit model in the same microbatches; for the first schedule of each
+count of microbatches also with one that runs it in one piece. Reported is the median over the rounds of stagecut's step
+over theirs, and with ``--fused`` of the same pipeline's with gradient_accumulation_fusion, which takes part too.
+"Ideal" is (one process, same microbatches) / 2 / (1 - bubble), where the bubble is the schedule's with stages of equal
+time. Then data parallelism beside plain DDP, and two stages of two replicas each beside DDP over four processes. Run on
+an otherwise idle machine, up to three quarters of an hour a model:
 
     python benchmarks/step_time.py --model transformer
 """
@@ -23,7 +24,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,8 @@ class Row:
         ours_s, peer_s, pieces_s, whole_s: medians of stagecut, the peer, one process with the same microbatches, and
             one process with the batch in one piece.
         over_peer: stagecut over the peer by round: lower quartile, median, upper quartile.
-        over_ideal, over_whole: of medians.
+        over_ideal: the median of the rounds.
+        over_whole: of medians.
         ours_bytes, peer_bytes: the larger peak of resident memory of the two workers.
     """
 
@@ -111,6 +114,9 @@ class Row:
     over_whole: float
     ours_bytes: int
     peer_bytes: int
+    fused_over_peer: tuple[float, float, float] | None = None
+    fused_over_ideal: float | None = None
+    fused_over_whole: float | None = None
 
 
 def serve(run: Callable[[], None]) -> None:
@@ -240,10 +246,22 @@ def bubble_of(plan: Plan) -> float:
     return simulate(program, costs).bubble
 
 
-def study(case: Case, stages: Stages, name: str, count: int, rounds: int, alone_s: dict[tuple[str, int], float]) -> Row:
+@contextmanager
+def ours(case: Case, plan: Plan, **wishes: Any) -> Iterator[tuple[Callable[[], float], list[int]]]:
+    """Compile the plan, on workers of its own; give what runs a step, and the workers' processes."""
+    with stagecut.compile(
+        copy.deepcopy(case.model), ["cpu", "cpu"], loss_fn=case.loss_fn, plan=plan, threads_per_worker=1, **wishes
+    ) as pm:
+        timed(pm, case)
+        yield lambda: timed(pm, case), [worker.pid for worker in pm.stats().workers]
+
+
+def study(
+    case: Case, stages: Stages, name: str, count: int, rounds: int, whole_s: dict[int, float], fused: bool
+) -> Row:
     """Run one schedule with one count of microbatches, everybody in turn.
 
-    One process takes part where ``alone_s`` does not know yet what it takes.
+    One process with the batch in one piece takes part where ``whole_s`` does not know yet what it takes.
     """
     peers_name, groups = SCHEDULES[name]
     plan = stages.plan(groups, name, count)
@@ -251,25 +269,28 @@ def study(case: Case, stages: Stages, name: str, count: int, rounds: int, alone_
         given = (peers_name, count, groups, stages.modules(plan), case)
         Path(folder, "peers.pkl").write_bytes(cloudpickle.dumps(given))
         Path(folder, "single.pkl").write_bytes(cloudpickle.dumps(case))
-        others = {"peer": Other(["--peer", "0", folder], ["--peer", "1", folder])}
-        for who, pieces in (("pieces", count), ("whole", 1)):
-            if (who, count) not in alone_s:
-                others[who] = Other(["--single", str(pieces), folder])
+        others = {
+            "peer": Other(["--peer", "0", folder], ["--peer", "1", folder]),
+            "pieces": Other(["--single", str(count), folder]),
+        }
+        if count not in whole_s:
+            others["whole"] = Other(["--single", "1", folder])
         stagecut.end_workers()  # new ones, whose peak of memory is this pipeline's
-        with stagecut.compile(
-            copy.deepcopy(case.model), ["cpu", "cpu"], loss_fn=case.loss_fn, plan=plan, threads_per_worker=1
-        ) as pm:
-            timed(pm, case)
-            workers = [worker.pid for worker in pm.stats().workers]
-            times = in_turn({"ours": lambda: timed(pm, case), **{n: o.step for n, o in others.items()}}, rounds)
+        with ours(case, plan) as (step, workers), ExitStack() as stack:
+            contestants = {"ours": step, **{who: other.step for who, other in others.items()}}
+            if fused:
+                contestants["fused"], _ = stack.enter_context(ours(case, plan, gradient_accumulation_fusion=True))
+            times = in_turn(contestants, rounds)
             ours_bytes = max(map(peak_bytes, workers))
             peers_bytes = others["peer"].peak_bytes()
         for other in others.values():
             other.close()
     medians = {who: statistics.median(values) for who, values in times.items()}
-    for who in ("pieces", "whole"):
-        medians[who] = alone_s.setdefault((who, count), medians.get(who, 0.0))
-    ideal_s = medians["pieces"] / 2 / (1 - bubble_of(plan))
+    medians["whole"] = whole_s.setdefault(count, medians.get("whole", 0.0))
+
+    def over_ideal(who: str) -> float:
+        return quartiles(times[who], times["pieces"])[1] * 2 * (1 - bubble_of(plan))
+
     return Row(
         name,
         count,
@@ -278,10 +299,12 @@ def study(case: Case, stages: Stages, name: str, count: int, rounds: int, alone_
         medians["pieces"],
         medians["whole"],
         quartiles(times["ours"], times["peer"]),
-        medians["ours"] / ideal_s,
+        over_ideal("ours"),
         medians["ours"] / medians["whole"],
         ours_bytes,
         peers_bytes,
+        *((quartiles(times["fused"], times["peer"]), over_ideal("fused")) if fused else ()),
+        *([medians["fused"] / medians["whole"]] if fused else []),
     )
 
 
@@ -303,19 +326,24 @@ def replicas(case: Case, rounds: int) -> dict[str, tuple[float, float, float]]:
 
 def table(rows: Sequence[Row]) -> str:
     """Write the rows as a Markdown table."""
-    lines = [
-        "| schedule | microbatches | stagecut | peer | stagecut / peer (quartiles) | / ideal | "
-        "/ one process, whole batch | peak memory of a worker: stagecut | peer |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    titles = ["schedule", "microbatches", "stagecut", "peer", "stagecut / peer (quartiles)", "/ ideal"]
+    titles += ["/ one process, whole batch", "peak memory of a worker: stagecut", "peer"]
+    if any(row.fused_over_peer for row in rows):
+        titles += ["fused / peer (quartiles)", "/ ideal", "/ one process, whole batch"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for r in rows:
-        low, middle, high = r.over_peer
-        lines.append(
-            f"| {r.schedule} | {r.n_microbatches} | {r.ours_s * 1e3:.1f} ms | {r.peer_s * 1e3:.1f} ms | "
-            f"**{middle:.3f}** ({low:.3f} to {high:.3f}) | {r.over_ideal:.3f} | {r.over_whole:.3f} | "
-            f"{r.ours_bytes / 2**20:.0f} MiB | {r.peer_bytes / 2**20:.0f} MiB |"
-        )
+        cells = [r.schedule, str(r.n_microbatches), f"{r.ours_s * 1e3:.1f} ms", f"{r.peer_s * 1e3:.1f} ms"]
+        cells += [_spread(r.over_peer), f"{r.over_ideal:.3f}", f"{r.over_whole:.3f}"]
+        cells += [f"{r.ours_bytes / 2**20:.0f} MiB", f"{r.peer_bytes / 2**20:.0f} MiB"]
+        if r.fused_over_peer:
+            cells += [_spread(r.fused_over_peer), f"{r.fused_over_ideal:.3f}", f"{r.fused_over_whole:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _spread(found: tuple[float, float, float]) -> str:
+    low, middle, high = found
+    return f"**{middle:.3f}** ({low:.3f} to {high:.3f})"
 
 
 def main() -> None:
@@ -325,6 +353,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--schedule", action="append", choices=list(SCHEDULES))
     parser.add_argument("--microbatches", action="append", type=int)
+    parser.add_argument("--fused", action="store_true", help="with gradient_accumulation_fusion too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -332,11 +361,11 @@ def main() -> None:
     torch.manual_seed(0)
     case = cases(options.model)
     rows: list[Row] = []
-    alone_s: dict[tuple[str, int], float] = {}
+    whole_s: dict[int, float] = {}
     for count in options.microbatches or COUNTS:
         stages = Stages(case.model, case.x, case.x.shape[0] // count)
         for name in options.schedule or SCHEDULES:
-            rows.append(study(case, stages, name, count, options.rounds, alone_s))
+            rows.append(study(case, stages, name, count, options.rounds, whole_s, options.fused))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
             if options.json:
                 options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))

@@ -35,13 +35,15 @@ class Explicit:
     has come up in a few steps: explicit graphs do the same work as autograd, with less to do per op, and put weight
     gradients where they belong without a copy; but recording takes as long as some steps.
 
+    With ``fuses``, weight gradients are added by the product that makes them, which rounds as no autograd does.
+
     Attributes:
         slots: by id of a parameter, where its gradient belongs.
         why_not: why the latest forward was not recorded, if it was to be.
     """
 
-    def __init__(self, seed: Seed) -> None:
-        self.seed = seed
+    def __init__(self, seed: Seed, fuses: bool = False) -> None:
+        self.seed, self._fuses = seed, fuses
         self.slots: dict[int, torch.Tensor] = {}
         self.why_not: str | None = None
         self._known: dict[Any, Recorded | str] = {}  # or why there is none
@@ -99,7 +101,7 @@ class Explicit:
     def _sink(self, arm: Arm | None) -> Sink:
         if arm is not None or self._has_hooks:
             return ThroughAutograd(self._weights)
-        return Accumulate(self._weights, self._places)
+        return Accumulate(self._weights, self._places, self._fuses)
 
     def _parts_for(self, module: fx.GraphModule, values: Sequence[Any]) -> Recorded | None:
         """Return the parts of ``module`` for arguments like ``values`` and the autocast region that is open.
@@ -115,7 +117,7 @@ class Explicit:
             if not self._at_once and not self._is_worth_it(key):
                 return None
             try:
-                found = record(module, leaves, structure, autocast, self.seed)
+                found = record(module, leaves, structure, autocast, self.seed, self._fuses)
             except Untraceable as error:
                 found = str(error)
             while len(self._known) >= _MOST_RECORDED:

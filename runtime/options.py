@@ -17,11 +17,13 @@ class StageOptions:
         compiler: a backend of ``torch.compile`` for it.
         batchnorm: where its BatchNorms take their statistics from, one of :data:`batchnorm.MODES`.
         check_boundaries: whether what crosses stages is looked at for values that are not finite.
+        fuses_accumulation: whether products add to gradients, where its backward is recorded.
     """
 
     compiler: str | None = None
     batchnorm: str = MICROBATCH
     check_boundaries: bool = False
+    fuses_accumulation: bool = False
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,11 @@ def record(
     structure: Structure,
     autocast: tuple[str, torch.dtype] | None,
     seed: Seed,
+    fuses: bool = False,
 ) -> Recorded:
     """Record ``module`` for arguments like ``leaves``, which ``structure`` nests, in an autocast region if given.
+
+    With ``fuses``, the sums that are gradients of biases are left to the sink as products.
 
     Raises:
         Untraceable: it cannot be recorded.
@@ -62,7 +65,7 @@ def record(
 
     tensors = [*state.values(), *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
     joint = trace(function, tensors, seed, autocast)
-    parts = cut(joint, len(state))
+    parts = cut(joint, len(state), fuses)
     with without_autocast(autocast):
         _rehearse(parts, tensors, len(state), joint.differentiable)
     return Recorded(parts, made["structure"], made["leaves"], made["is_tensor"], joint.differentiable, autocast)

@@ -8,6 +8,9 @@ from typing import Protocol
 import torch
 
 Arm = Callable[[list[torch.Tensor]], None]
+# The C++ entries of what is called for every weight and microbatch.
+_addmm_: Callable[..., torch.Tensor] = torch.ops.aten.addmm_.default._op
+_addmv_: Callable[..., torch.Tensor] = torch.ops.aten.addmv_.default._op
 
 
 class Sink(Protocol):
@@ -19,30 +22,53 @@ class Sink(Protocol):
     def add_product(self, index: int, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add a matrix product that is a gradient: what most weights have."""
 
+    def add_sums(self, index: int, matrix: torch.Tensor, ones: torch.Tensor) -> None:
+        """Add the sums of a matrix's rows, which are a gradient: what most biases have; ``ones`` as long as a row."""
+
 
 class Accumulate:
-    """Adds to ``.grad`` in place, from memory of its own or in the slot of a weight."""
+    """Adds to ``.grad`` in place, from memory of its own or in the slot of a weight.
 
-    def __init__(self, weights: Sequence[torch.Tensor], slots: Sequence[torch.Tensor | None]) -> None:
-        self._weights, self._slots = weights, slots
+    With ``fuses``, what is a product is added by the product itself, as Megatron-LM's gradient accumulation fusion
+    does (https://github.com/NVIDIA/Megatron-LM): no pass over the weights, and a sum that rounds otherwise.
+    """
+
+    def __init__(
+        self, weights: Sequence[torch.Tensor], slots: Sequence[torch.Tensor | None], fuses: bool = False
+    ) -> None:
+        self._weights, self._slots, self._fuses = weights, slots, fuses
+        self._gradients = [weight.grad for weight in weights]
 
     def add(self, index: int, gradient: torch.Tensor) -> None:
         """Add a gradient."""
-        weight = self._weights[index]
-        if weight.grad is not None:
-            weight.grad.add_(gradient)
+        known = self._gradients[index]
+        if known is None:
+            self._set(index, self._place(index).copy_(gradient))
         else:
-            weight.grad = self._place(index).copy_(gradient)
+            known.add_(gradient)
 
     def add_product(self, index: int, left: torch.Tensor, right: torch.Tensor) -> None:
         """Compute the product where it belongs."""
-        weight = self._weights[index]
-        if weight.grad is None:
-            weight.grad = torch.mm(left, right, out=self._place(index))
-        elif weight.grad.dtype == left.dtype:
-            weight.grad.addmm_(left, right)
+        known = self._gradients[index]
+        if known is None:
+            self._set(index, torch.mm(left, right, out=self._place(index)))
+        elif self._fuses and known.dtype == left.dtype:
+            _addmm_(known, left, right)
         else:
-            weight.grad.add_(torch.mm(left, right))
+            known.add_(torch.mm(left, right))
+
+    def add_sums(self, index: int, matrix: torch.Tensor, ones: torch.Tensor) -> None:
+        """Compute the sums where they belong."""
+        known = self._gradients[index]
+        if known is None:
+            self._set(index, torch.mv(matrix, ones, out=self._place(index)))
+        elif known.dtype == matrix.dtype:
+            _addmv_(known, matrix, ones)
+        else:
+            known.add_(sums_of_rows(matrix, ones))
+
+    def _set(self, index: int, gradient: torch.Tensor) -> None:
+        self._weights[index].grad = self._gradients[index] = gradient
 
     def _place(self, index: int) -> torch.Tensor:
         slot = self._slots[index]
@@ -67,6 +93,10 @@ class ThroughAutograd:
         """Keep the product."""
         self._found[index] = torch.mm(left, right)
 
+    def add_sums(self, index: int, matrix: torch.Tensor, ones: torch.Tensor) -> None:
+        """Keep the sums."""
+        self._found[index] = sums_of_rows(matrix, ones)
+
     def hand_over(self, arm: Arm | None) -> None:
         """Let autograd add what was kept."""
         weights = [self._weights[index] for index in self._found]
@@ -87,6 +117,9 @@ class Nowhere:
     def add_product(self, index: int, left: torch.Tensor, right: torch.Tensor) -> None:
         """Compute nothing."""
 
+    def add_sums(self, index: int, matrix: torch.Tensor, ones: torch.Tensor) -> None:
+        """Compute nothing."""
+
 
 class Only:
     """Passes on the gradients of some weights."""
@@ -103,6 +136,16 @@ class Only:
         """Pass a product on if it is wanted."""
         if index in self._wanted:
             self._sink.add_product(index, left, right)
+
+    def add_sums(self, index: int, matrix: torch.Tensor, ones: torch.Tensor) -> None:
+        """Pass sums on if they are wanted."""
+        if index in self._wanted:
+            self._sink.add_sums(index, matrix, ones)
+
+
+def sums_of_rows(matrix: torch.Tensor, ones: torch.Tensor) -> torch.Tensor:
+    """Return the sums of a matrix's rows, each added in order, as a matrix product adds; ``ones`` as long as a row."""
+    return torch.mv(matrix, ones)
 
 
 def has_hooks(weights: Sequence[torch.Tensor]) -> bool:

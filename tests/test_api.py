@@ -101,6 +101,11 @@ def test_more_stages_than_ops_is_refused() -> None:
             stagecut.ConstraintError,
             "shard=True and compile_stages were both given",
         ),
+        (
+            {"devices": ["cpu"], "gradient_accumulation_fusion": True, "compile_stages": True},
+            stagecut.ConstraintError,
+            "gradient_accumulation_fusion was given, and compile_stages leaves the backward to torch.compile",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(

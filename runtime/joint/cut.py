@@ -16,6 +16,7 @@ from torch import fx
 
 from ..parts import Part, Parts, Untraceable
 from .effects import Effects
+from .fusing import sum_by_products
 from .simplify import simplify
 from .source import function_of
 from .trace import Joint
@@ -23,14 +24,16 @@ from .trace import Joint
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
 
-def cut(joint: Joint, n_weights: int) -> Parts:
+def cut(joint: Joint, n_weights: int, fuses: bool = False) -> Parts:
     """Cut ``joint``, whose first ``n_weights`` inputs are weights and buffers, and whose others are activations.
+
+    With ``fuses``, gradients of biases are products, which a sink can add where they belong; they round otherwise.
 
     Raises:
         Untraceable: the backward changes a value in place that both kinds of gradients use.
     """
-    whole = _Graph(joint, n_weights)
-    apart = _Graph(joint, n_weights, splits_convolutions=True)
+    whole = _Graph(joint, n_weights, fuses)
+    apart = _Graph(joint, n_weights, fuses, splits_convolutions=True)
     for_inputs = apart.backward_nodes(apart.of_inputs.values(), ())
     for_weights = apart.backward_nodes(apart.of_weights.values(), for_inputs)
     changer = apart.effects.read_before_changed(for_weights, for_inputs)
@@ -65,7 +68,7 @@ def cut(joint: Joint, n_weights: int) -> Parts:
 class _Graph:
     """A copy of the joint graph, whose nodes have the names that they have in every copy."""
 
-    def __init__(self, joint: Joint, n_weights: int, splits_convolutions: bool = False) -> None:
+    def __init__(self, joint: Joint, n_weights: int, fuses: bool, splits_convolutions: bool = False) -> None:
         self.module = joint.module
         self.graph = deepcopy(joint.module.graph)
         nodes = list(self.graph.nodes)
@@ -74,6 +77,8 @@ class _Graph:
         for index, node in enumerate(nodes):
             node.meta["forward"] = index < joint.n_forward and node not in self.tangents
         simplify(self.graph)
+        if fuses:
+            sum_by_products(self.graph, self.module)
         if splits_convolutions:
             _split_convolutions(self.graph)
         self.forward_names = {node.name for node in self.graph.nodes if node.meta["forward"]}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..sinks import sums_of_rows
 from .effects import aliased
 from .pieces import joined
 
@@ -45,10 +46,12 @@ _INTO = {
 # Ops that are known to return memory of their own; schemas do not always say when one returns its argument.
 _FRESH = {
     joined,
+    sums_of_rows,
     *_IN_PLACE,
     *_INTO,
     _aten.mm.default,
     _aten.addmm.default,
+    _aten.linear.default,
     _aten.bmm.default,
     _aten.native_layer_norm.default,
     _aten.native_layer_norm_backward.default,

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from ..parts import FILE, OP
+from ..sinks import Sink, sums_of_rows
 from .reuse import over_arguments
 
 _n_files = 0
@@ -40,8 +41,8 @@ def function_of(
     instead = over_arguments(body, last, {*filter(None, gives), *sunk})
     for node in body:
         numbers = sunk.get(node.name, ())
-        if _is_only_sunk_product(node) and len(numbers) == 1 and node.name not in gives:
-            line = f"    _sink.add_product({numbers[0]}, {', '.join(map(writer.written, node.args))})"
+        if node.target in _SINKS and len(numbers) == 1 and node.name not in gives and _is_only_given(node):
+            line = f"    _sink.{_SINKS[node.target]}({numbers[0]}, {', '.join(map(writer.written, node.args))})"
             done = [name for name in last[node.name] if name != node.name]
         else:
             line = f"    {node.name} = {writer.call(node, *instead.get(node.name, ()))}"
@@ -53,9 +54,13 @@ def function_of(
     return writer.compiled(head + "\n".join(lines) + "\n")
 
 
-def _is_only_sunk_product(node: fx.Node) -> bool:
-    """Say whether a node is a matrix product that nothing but the graph's result uses."""
-    return node.target is torch.ops.aten.mm.default and all(user.op == "output" for user in node.users)
+# Ops that a sink does itself, where it adds what they give.
+_SINKS = {torch.ops.aten.mm.default: Sink.add_product.__name__, sums_of_rows: Sink.add_sums.__name__}
+
+
+def _is_only_given(node: fx.Node) -> bool:
+    """Say whether nothing but the graph's result uses a node."""
+    return all(user.op == "output" for user in node.users)
 
 
 def _last_uses(takes: Sequence[str], nodes: Sequence[fx.Node], gives: Sequence[str | None]) -> dict[str, list[str]]:

@@ -67,31 +67,36 @@ class Drawn(nn.Module):
         return values[-1] + values[len(values) // 2]
 
 
-def by_autograd(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor | None]:
+def by_autograd(module: nn.Module, x: torch.Tensor, times: int = 1) -> list[torch.Tensor | None]:
     module.zero_grad()
-    leaf = x.clone().requires_grad_()
-    result = module(leaf)
-    result.backward(torch.ones_like(result))
+    for _ in range(times):
+        leaf = x.clone().requires_grad_()
+        result = module(leaf)
+        result.backward(torch.ones_like(result))
     return [result.detach(), leaf.grad, *(p.grad for p in module.parameters())]
 
 
-def by_recording(module: nn.Module, x: torch.Tensor, *, splits: bool) -> tuple[list[torch.Tensor | None], str]:
-    """Return what autograd would, and the source of all parts."""
+def by_recording(
+    module: nn.Module, x: torch.Tensor, *, splits: bool, fuses: bool = False, times: int = 1
+) -> tuple[list[torch.Tensor | None], str]:
+    """Return what autograd would, and the source of all parts; weight gradients of so many microbatches."""
     module.zero_grad()
     known = set(linecache.cache)
     graph = fx.symbolic_trace(module)
-    leaf = x.clone().requires_grad_()
-    leaves, structure = flatten([leaf])
-    found = record(graph, leaves, structure, None, Seed())
+    leaves, structure = flatten([x.clone().requires_grad_()])
+    found = record(graph, leaves, structure, None, Seed(), fuses)
     weights = [p for _, p in graph.named_parameters()]
-    result, apart = run_forward(found, weights, [leaf])
-    assert isinstance(result, torch.Tensor)
-    roots, ones = [result], [torch.ones_like(result)]
-    if splits:
-        backward_input(apart, roots, ones)
-        backward_weight(apart, Accumulate(weights, [None] * len(weights)))
-    else:
-        backward(apart, roots, ones, Accumulate(weights, [None] * len(weights)))
+    for _ in range(times):
+        leaf = x.clone().requires_grad_()
+        result, apart = run_forward(found, weights, [leaf])
+        assert isinstance(result, torch.Tensor)
+        roots, ones = [result], [torch.ones_like(result)]
+        sink = Accumulate(weights, [None] * len(weights), fuses)
+        if splits:
+            backward_input(apart, roots, ones)
+            backward_weight(apart, sink)
+        else:
+            backward(apart, roots, ones, sink)
     files = [linecache.cache[name] for name in linecache.cache if name not in known and name.startswith(FILE)]
     of_name = dict(graph.named_parameters())
     gradients = [of_name[name].grad if name in of_name else None for name, _ in module.named_parameters()]
@@ -106,14 +111,16 @@ def same(ours: list[torch.Tensor | None], theirs: list[torch.Tensor | None]) -> 
 OPS = st.tuples(st.sampled_from([*UNARY, *BINARY, "linear"]), st.integers(0, 9), st.integers(0, 9))
 
 
-@given(st.lists(OPS, min_size=1, max_size=9), st.booleans())
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_results_and_gradients_of_a_recording_are_autograds(ops: list[tuple[str, int, int]], splits: bool) -> None:
+@given(st.lists(OPS, min_size=1, max_size=9), st.booleans(), st.booleans(), st.integers(1, 3))
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_results_and_gradients_of_a_recording_are_autograds(
+    ops: list[tuple[str, int, int]], splits: bool, fuses: bool, times: int
+) -> None:
     torch.manual_seed(0)
     module = Drawn(ops).double()
     x = torch.randn(ROWS, WIDTH, dtype=torch.float64)
-    expected = by_autograd(module, x)
-    found, _ = by_recording(module, x, splits=splits)
+    expected = by_autograd(module, x, times)
+    found, _ = by_recording(module, x, splits=splits, fuses=fuses, times=times)
     for ours, theirs in zip(found, expected, strict=True):
         if theirs is None:
             assert ours is None
@@ -183,3 +190,43 @@ def test_what_somebody_still_needs_is_not_written_over() -> None:
     x = torch.randn(ROWS, WIDTH, dtype=torch.float64)
     found, _ = by_recording(module, x, splits=False)
     assert same(found, by_autograd(module, x))
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 64), nn.Linear(64, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.second(torch.relu(self.first(x)))
+        return result
+
+
+def test_gradients_of_linear_layers_are_made_where_they_belong_and_added_as_autograd_adds() -> None:
+    for rows in (1, 700):  # of 700, a product that adds rounds otherwise
+        torch.manual_seed(0)
+        module, x = Layers(), torch.randn(rows, WIDTH)
+        found, source = by_recording(module, x, splits=False, times=3)
+        assert same(found, by_autograd(module, x, times=3)), rows
+        whole = source.rpartition("def part(")[2]
+        assert whole.count("_sink.add_product(") == 2, whole
+        assert whole.count("_sink.add(") == 1, whole
+
+
+def test_a_fused_sum_of_gradients_is_a_product_too() -> None:
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        torch.manual_seed(0)
+        module, x = Layers().to(dtype), torch.randn(700, WIDTH, dtype=dtype)
+        found, source = by_recording(module, x, splits=False, fuses=True, times=3)
+        torch.testing.assert_close(found, by_autograd(module, x, times=3), rtol=tolerance, atol=tolerance)
+        whole = source.rpartition("def part(")[2]
+        assert (whole.count("_sink.add_product("), whole.count("_sink.add_sums(")) == (2, 1), whole
+        assert "_sink.add(" not in whole, whole
+
+
+def test_many_rows_are_summed_in_a_tree() -> None:
+    torch.manual_seed(0)
+    module, x = Layers(), torch.randn(5000, WIDTH)
+    found, source = by_recording(module, x, splits=False, fuses=True)
+    assert "add_sums" not in source
+    assert torch.equal(found[3], by_autograd(module, x)[3])  # type: ignore[arg-type]
