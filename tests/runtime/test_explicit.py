@@ -284,8 +284,8 @@ def test_a_recording_that_does_not_run_is_left_to_autograd(monkeypatch: pytest.M
     model = model_of("pixels")
     state = copy.deepcopy(dict(model.named_buffers()))
 
-    def broken(joint: Any, n_weights: int) -> Parts:
-        parts = cut(joint, n_weights)
+    def broken(joint: Any, n_weights: int, fuses: bool) -> Parts:
+        parts = cut(joint, n_weights, fuses)
 
         def fails(*given: Any) -> list[Any]:
             raise RuntimeError("view size is not compatible with input tensor's size and stride")
