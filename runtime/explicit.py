@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..heap import give_freed_memory_back
 from ..structure import flatten
 from .apart import Apart, backward, backward_weight, run_forward
 from .parts import Untraceable
@@ -118,6 +119,7 @@ class Explicit:
                 return None
             try:
                 found = record(module, leaves, structure, autocast, self.seed, self._fuses)
+                give_freed_memory_back()  # what autograd left holes between is cut otherwise from now on
             except Untraceable as error:
                 found = str(error)
             while len(self._known) >= _MOST_RECORDED:
