@@ -1,12 +1,11 @@
 """Step time and memory of stagecut beside torch.distributed.pipelining: same stages, schedules and microbatches.
 
 Three models, two workers with one thread each, every schedule that both have. The two run in turn, some steps each,
-with one process of one thread that runs the unsplit model in the same microbatches; for the first schedule of each
-count of microbatches also with one that runs it in one piece. Reported is the median over the rounds of stagecut's step
-over theirs, and with ``--fused`` of the same pipeline's with gradient_accumulation_fusion, which takes part too.
-"Ideal" is (one process, same microbatches) / 2 / (1 - bubble), where the bubble is the schedule's with stages of equal
-time. Then data parallelism beside plain DDP, and two stages of two replicas each beside DDP over four processes. Run on
-an otherwise idle machine, up to three quarters of an hour a model:
+with one process of one thread that runs the unsplit model in the same microbatches, and one that runs it in one piece.
+Reported is the median over the rounds of stagecut's step over theirs, and with ``--fused`` of the same pipeline's with
+gradient_accumulation_fusion, which takes part too. "Ideal" is (one process, same microbatches) / 2 / (1 - bubble),
+where the bubble is the schedule's with stages of equal time. Then data parallelism beside plain DDP, and two stages of
+two replicas each beside DDP over four processes. Run on an otherwise idle machine, up to an hour a model:
 
     python benchmarks/step_time.py --model transformer
 """
@@ -98,8 +97,7 @@ class Row:
         ours_s, peer_s, pieces_s, whole_s: medians of stagecut, the peer, one process with the same microbatches, and
             one process with the batch in one piece.
         over_peer: stagecut over the peer by round: lower quartile, median, upper quartile.
-        over_ideal: the median of the rounds.
-        over_whole: of medians.
+        over_ideal, over_whole: medians by round.
         ours_bytes, peer_bytes: the larger peak of resident memory of the two workers.
     """
 
@@ -256,13 +254,8 @@ def ours(case: Case, plan: Plan, **wishes: Any) -> Iterator[tuple[Callable[[], f
         yield lambda: timed(pm, case), [worker.pid for worker in pm.stats().workers]
 
 
-def study(
-    case: Case, stages: Stages, name: str, count: int, rounds: int, whole_s: dict[int, float], fused: bool
-) -> Row:
-    """Run one schedule with one count of microbatches, everybody in turn.
-
-    One process with the batch in one piece takes part where ``whole_s`` does not know yet what it takes.
-    """
+def study(case: Case, stages: Stages, name: str, count: int, rounds: int, fused: bool) -> Row:
+    """Run one schedule with one count of microbatches, everybody in turn."""
     peers_name, groups = SCHEDULES[name]
     plan = stages.plan(groups, name, count)
     with tempfile.TemporaryDirectory() as folder:
@@ -272,9 +265,8 @@ def study(
         others = {
             "peer": Other(["--peer", "0", folder], ["--peer", "1", folder]),
             "pieces": Other(["--single", str(count), folder]),
+            "whole": Other(["--single", "1", folder]),
         }
-        if count not in whole_s:
-            others["whole"] = Other(["--single", "1", folder])
         stagecut.end_workers()  # new ones, whose peak of memory is this pipeline's
         with ours(case, plan) as (step, workers), ExitStack() as stack:
             contestants = {"ours": step, **{who: other.step for who, other in others.items()}}
@@ -286,10 +278,11 @@ def study(
         for other in others.values():
             other.close()
     medians = {who: statistics.median(values) for who, values in times.items()}
-    medians["whole"] = whole_s.setdefault(count, medians.get("whole", 0.0))
 
-    def over_ideal(who: str) -> float:
-        return quartiles(times[who], times["pieces"])[1] * 2 * (1 - bubble_of(plan))
+    def over_alone(who: str) -> tuple[float, float]:
+        _, over_pieces, _ = quartiles(times[who], times["pieces"])
+        _, over_whole, _ = quartiles(times[who], times["whole"])
+        return over_pieces * 2 * (1 - bubble_of(plan)), over_whole
 
     return Row(
         name,
@@ -299,12 +292,10 @@ def study(
         medians["pieces"],
         medians["whole"],
         quartiles(times["ours"], times["peer"]),
-        over_ideal("ours"),
-        medians["ours"] / medians["whole"],
+        *over_alone("ours"),
         ours_bytes,
         peers_bytes,
-        *((quartiles(times["fused"], times["peer"]), over_ideal("fused")) if fused else ()),
-        *([medians["fused"] / medians["whole"]] if fused else []),
+        *((quartiles(times["fused"], times["peer"]), *over_alone("fused")) if fused else ()),
     )
 
 
@@ -361,11 +352,10 @@ def main() -> None:
     torch.manual_seed(0)
     case = cases(options.model)
     rows: list[Row] = []
-    whole_s: dict[int, float] = {}
     for count in options.microbatches or COUNTS:
         stages = Stages(case.model, case.x, case.x.shape[0] // count)
         for name in options.schedule or SCHEDULES:
-            rows.append(study(case, stages, name, count, options.rounds, whole_s, options.fused))
+            rows.append(study(case, stages, name, count, options.rounds, options.fused))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
             if options.json:
                 options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
