@@ -4,8 +4,9 @@ Three models, two workers with one thread each, every schedule that both have. T
 with one process of one thread that runs the unsplit model in the same microbatches, and one that runs it in one piece.
 Reported is the median over the rounds of stagecut's step over theirs, and with ``--fused`` of the same pipeline's with
 gradient_accumulation_fusion, which takes part too. "Ideal" is (one process, same microbatches) / 2 / (1 - bubble),
-where the bubble is the schedule's with stages of equal time. Then data parallelism beside plain DDP, and two stages of
-two replicas each beside DDP over four processes. Run on an otherwise idle machine, up to an hour a model:
+where the bubble is the schedule's with stages of equal time. Then what two processes take that have nothing to do with
+each other, data parallelism beside plain DDP, and two stages of two replicas each beside DDP over four processes. Run
+on an otherwise idle machine, up to an hour a model:
 
     python benchmarks/step_time.py --model transformer
 """
@@ -315,6 +316,30 @@ def replicas(case: Case, rounds: int) -> dict[str, tuple[float, float, float]]:
     return found
 
 
+def machine(case: Case, rounds: int) -> dict[str, tuple[float, float, float]]:
+    """Compare two processes, which have nothing to do with each other, with one that does the work of both.
+
+    Two stages can be no faster than two processes that never wait: where these take more than half as long as one, it
+    is the machine that has no two whole cores for them.
+    """
+    half = Case(case.model, case.x[: len(case.x) // 2], case.y[: len(case.y) // 2], case.loss_fn)
+    with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as halves:
+        for folder, given in ((whole, case), (halves, half)):
+            Path(folder, "single.pkl").write_bytes(cloudpickle.dumps(given))
+        contestants = {
+            "whole": Other(["--single", "1", whole]),
+            "one half": Other(["--single", "1", halves]),
+            "two halves": Other(["--single", "1", halves], ["--single", "1", halves]),
+        }
+        times = in_turn({who: other.step for who, other in contestants.items()}, rounds)
+        for other in contestants.values():
+            other.close()
+    return {
+        "One process with half of the batch over one with the whole": quartiles(times["one half"], times["whole"]),
+        "Two such processes at once over one with the whole": quartiles(times["two halves"], times["whole"]),
+    }
+
+
 def table(rows: Sequence[Row]) -> str:
     """Write the rows as a Markdown table."""
     titles = ["schedule", "microbatches", "stagecut", "peer", "stagecut / peer (quartiles)", "/ ideal"]
@@ -345,6 +370,7 @@ def main() -> None:
     parser.add_argument("--schedule", action="append", choices=list(SCHEDULES))
     parser.add_argument("--microbatches", action="append", type=int)
     parser.add_argument("--fused", action="store_true", help="with gradient_accumulation_fusion too")
+    parser.add_argument("--data-parallel", action="store_true", help="only that, and what the machine has for two")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -352,17 +378,19 @@ def main() -> None:
     torch.manual_seed(0)
     case = cases(options.model)
     rows: list[Row] = []
-    for count in options.microbatches or COUNTS:
+    for count in [] if options.data_parallel else options.microbatches or COUNTS:
         stages = Stages(case.model, case.x, case.x.shape[0] // count)
         for name in options.schedule or SCHEDULES:
             rows.append(study(case, stages, name, count, options.rounds, options.fused))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
             if options.json:
                 options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    print(table(rows), flush=True)
+    if rows:
+        print(table(rows), flush=True)
     if not options.schedule:
-        for what, (low, middle, high) in replicas(case, options.rounds).items():
-            print(f"{what}: {middle:.3f} ({low:.3f} to {high:.3f})")
+        for study_of in (machine, replicas):
+            for what, (low, middle, high) in study_of(case, options.rounds).items():
+                print(f"{what}: {middle:.3f} ({low:.3f} to {high:.3f})", flush=True)
 
 
 if __name__ == "__main__":
