@@ -127,8 +127,9 @@ def compile(
             then, and results differ from the unsplit model's by rounding.
         gradient_accumulation_fusion: let the matrix products that are gradients of weights and biases add to those of
             the microbatches before, instead of adding afterwards: less time and memory traffic, most for small layers,
-            and other rounding than the unsplit model's, so that steps are no longer repeated to the bit. Stages that
-            compute activations again are not concerned.
+            and other rounding than the unsplit model's, so that steps are no longer repeated to the bit. It concerns
+            recorded stages (docs/schedules.md): none that compute activations again, have BatchNorms in
+            ``batchnorm="sync"`` or hooks, and of ``"inline"`` ones those alone whose backwards are split.
         batchnorm: ``"microbatch"`` updates running statistics with every microbatch, as the unsplit model run in the
             same microbatches does; ``"deferred"`` once a step, with those of the whole batch: each microbatch is
             normalised by its own either way. ``"sync"`` normalises the microbatches that replicas have at the same time
@@ -181,9 +182,10 @@ def compile(
         _check_shard(launch, compile_stages, comm_hook)
     check_weights(model, weights is not None)
     filled = None if weights is None else weights_of(weights, model)
-    if gradient_accumulation_fusion and compile_stages:
+    if gradient_accumulation_fusion and (compile_stages or recompute):
+        other, owner = ("compile_stages", "torch.compile") if compile_stages else ("recompute=True", "autograd")
         raise ConstraintError(
-            "gradient_accumulation_fusion was given, and compile_stages leaves the backward to torch.compile",
+            f"gradient_accumulation_fusion was given, and {other} leaves the backward to {owner}",
             hint="one of the two",
         )
     stage = StageOptions(_backend(compile_stages), batchnorm, check_finite == BOUNDARIES, gradient_accumulation_fusion)

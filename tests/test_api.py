@@ -106,6 +106,11 @@ def test_more_stages_than_ops_is_refused() -> None:
             stagecut.ConstraintError,
             "gradient_accumulation_fusion was given, and compile_stages leaves the backward to torch.compile",
         ),
+        (
+            {"devices": ["cpu"], "gradient_accumulation_fusion": True, "recompute": True},
+            stagecut.ConstraintError,
+            "gradient_accumulation_fusion was given, and recompute=True leaves the backward to autograd",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(

@@ -30,9 +30,9 @@ def simplify(graph: fx.Graph) -> None:
         if node.target is _aten.view.default and _only_drops_kept(node):
             kept = node.args[0]
             with graph.inserting_before(node):
-                bias = graph.call_function(_aten.sum.dim_IntList, (kept.args[0], kept.args[1]), kept.kwargs)
-            bias.meta = dict(node.meta)
-            node.replace_all_uses_with(bias)
+                sums = graph.call_function(_aten.sum.dim_IntList, (kept.args[0], kept.args[1]), kept.kwargs)
+            sums.meta = dict(node.meta)
+            node.replace_all_uses_with(sums)
             graph.erase_node(node)
             if not kept.users:
                 graph.erase_node(kept)
