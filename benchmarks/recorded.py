@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from stagecut.models.transformer import GPT
+from stagecut.runtime.parts import below_autograd
 from stagecut.runtime.recorded import record, state_of
 from stagecut.runtime.seeding import Seed
 from stagecut.runtime.sinks import Accumulate
@@ -56,7 +57,7 @@ def by_recording(module: nn.Module, x: torch.Tensor, fuses: bool) -> Callable[[]
     weights = list(state_of(graph).values())
 
     def run() -> None:
-        with torch.no_grad():
+        with below_autograd():
             found = parts.forward([*weights, x])
             given = [*found[parts.n_results :], ones.clone()]  # it may be written over
             del found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..structure import flatten, unflatten
-from .parts import Part, Parts, without_autocast
+from .parts import Part, Parts, below_autograd, without_autocast
 from .recorded import Recorded
 from .sinks import Only, Sink
 
@@ -33,7 +33,7 @@ def run_forward(recorded: Recorded, weights: list[torch.Tensor], values: Sequenc
     """Compute the stage's results, whose differentiable tensors are leaves of autograd graphs to come."""
     activations = [leaf for leaf in flatten(list(values))[0] if isinstance(leaf, torch.Tensor)]
     parts = recorded.parts
-    with torch.no_grad(), without_autocast(recorded.autocast):
+    with below_autograd(), without_autocast(recorded.autocast):
         found = parts.forward([*weights, *activations])
     results, saved = found[: parts.n_results], found[parts.n_results :]
     del found
@@ -69,7 +69,7 @@ def _run(apart: Apart, part: Part, tangents: list[torch.Tensor], sink: Sink | No
     tangents.clear()
     if not apart.given:
         return []
-    with torch.no_grad():
+    with below_autograd():
         return part(given) if sink is None else part(given, _sink_for(apart, sink))
 
 

@@ -22,11 +22,12 @@ from .weights import Weights, materialised, names_of, rehome
 
 @dataclass(frozen=True)
 class _Binding:
-    """A tensor of the user's model, its home, and the device that it came from."""
+    """A tensor of the user's model, its home and the address of that, and the device that it came from."""
 
     name: str
     tensor: torch.Tensor
     shared: torch.Tensor
+    address: int
     origin: torch.device
 
 
@@ -88,6 +89,7 @@ class SharedModel:
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # home and copy
         for name in self.state:
             self._settle(name)
+        self._parameters = [binding for binding in self._bindings if self.is_parameter(binding.name)]
         self._buffers = self.arena.bytes_of(buffers)
         self._device_buffers = [
             b.shared for b in self._bindings if not self.is_parameter(b.name) and b.shared.device.type != "cpu"
@@ -114,7 +116,8 @@ class SharedModel:
         home, *others = list(places.values()) or [self.arena]
         tensor = self.state[name]
         origin = torch.device("cpu") if tensor.is_meta else tensor.device
-        self._bindings.append(_Binding(name, tensor, home.view(name), origin))
+        shared = home.view(name)
+        self._bindings.append(_Binding(name, tensor, shared, shared.data_ptr(), origin))
         self._copies += [(self._bindings[-1].shared, other.view(name)) for other in others]
 
     def gradient_names(self, worker: int) -> tuple[str, ...]:
@@ -157,7 +160,7 @@ class SharedModel:
         """Make the arenas the home of every parameter and buffer; repairs what the user replaced since last time."""
         for binding in self._bindings:
             tensor, shared = binding.tensor, binding.shared
-            if tensor.data_ptr() == shared.data_ptr():
+            if tensor.data_ptr() == binding.address:
                 continue
             if tensor.shape != shared.shape or tensor.dtype != shared.dtype:
                 raise StageError(
@@ -184,22 +187,20 @@ class SharedModel:
         """Let what moved to an accelerator live where it came from: a model on several devices runs nowhere else."""
         for binding in self._bindings:
             tensor, shared = binding.tensor, binding.shared
-            if shared.device != binding.origin and tensor.data_ptr() == shared.data_ptr():
+            if shared.device != binding.origin and tensor.data_ptr() == binding.address:
                 _moved(tensor, tensor.detach().to(binding.origin))
 
     def trainable(self) -> frozenset[str]:
         """Name the parameters that require gradients now."""
-        return frozenset(
-            b.name for b in self._bindings if isinstance(b.tensor, nn.Parameter) and b.tensor.requires_grad
-        )
+        return frozenset([b.name for b in self._parameters if b.tensor.requires_grad])
 
     def versions(self) -> dict[str, int]:
         """Return how often each parameter was changed in place, as autograd counts it."""
-        return {b.name: b.tensor._version for b in self._bindings if isinstance(b.tensor, nn.Parameter)}
+        return {b.name: b.tensor._version for b in self._parameters}
 
     def release_gradient_slots(self) -> None:
         """Copy gradients that the user still holds in ``.grad`` out of the memory that this step will overwrite."""
-        for binding in self._bindings:
+        for binding in self._parameters:
             gradient = binding.tensor.grad
             if gradient is not None and gradient.data_ptr() in self._slot_pointers:
                 binding.tensor.grad = gradient.clone()
@@ -210,19 +211,20 @@ class SharedModel:
         for worker in sorted(has_gradient):
             for name in has_gradient[worker]:
                 parts.setdefault(name, []).append(self._slot_views[worker, name])
-        for binding in self._bindings:
+        for binding in self._parameters:
             if binding.name not in parts:
                 continue
-            first, *others = parts[binding.name]
-            first = first.to(binding.shared.device)
+            tensor, (first, *others) = binding.tensor, parts[binding.name]
+            if self.accelerators:
+                first = first.to(binding.shared.device)
             if unsynced is not None:
-                assert isinstance(binding.tensor, nn.Parameter)
-                unsynced.hold(binding.name, binding.tensor, first)
+                assert isinstance(tensor, nn.Parameter)
+                unsynced.hold(binding.name, tensor, first)
                 continue
             for other in others:
                 _add(first, other)
-            old = binding.tensor.grad
-            binding.tensor.grad = first if old is None else old.add_(first)
+            old = tensor.grad
+            tensor.grad = first if old is None else old.add_(first)
 
     def before_a_step(self, goes_on: Sequence[tuple[int, str]]) -> Before:
         """Keep what a step changes; ``goes_on`` says which gradients are added to, by worker and name."""

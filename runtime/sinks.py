@@ -8,9 +8,6 @@ from typing import Protocol
 import torch
 
 Arm = Callable[[list[torch.Tensor]], None]
-# The C++ entries of what is called for every weight and microbatch.
-_addmm_: Callable[..., torch.Tensor] = torch.ops.aten.addmm_.default._op
-_addmv_: Callable[..., torch.Tensor] = torch.ops.aten.addmv_.default._op
 
 
 class Sink(Protocol):
@@ -53,7 +50,7 @@ class Accumulate:
         if known is None:
             self._set(index, torch.mm(left, right, out=self._place(index)))
         elif self._fuses and known.dtype == left.dtype:
-            _addmm_(known, left, right)
+            known.addmm_(left, right)
         else:
             known.add_(torch.mm(left, right))
 
@@ -63,7 +60,7 @@ class Accumulate:
         if known is None:
             self._set(index, torch.mv(matrix, ones, out=self._place(index)))
         elif known.dtype == matrix.dtype:
-            _addmv_(known, matrix, ones)
+            known.addmv_(matrix, ones)
         else:
             known.add_(sums_of_rows(matrix, ones))
 

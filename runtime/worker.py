@@ -189,6 +189,7 @@ class _Server:
         self.gradients = GradientSlots({name: self.state[name] for name in own}, own)
         for stage in self.stages.values():
             stage.explicit.slots = {id(self.state[name]): slot for name, slot in own.items()}
+        self._read_here = self._read_by_parent()
         self.programs: dict[tuple[str, int], tuple[Instruction, ...]] = {}
         self.executor = self._make_executor()
         logs.WORKERS.info("set up: stages %s on %s, %d threads", sorted(self.stages), setup.device, setup.n_threads)
@@ -322,10 +323,13 @@ class _Server:
         """Name the gradients that the parent reads here: those of stages whose first replica this worker is."""
         if self.setup.with_accelerators:
             return self.gradients.written()
+        return tuple(name for name in self.gradients.written() if name in self._read_here)
+
+    def _read_by_parent(self) -> frozenset[str]:
         layout = self.setup.layout
         first = [stage for s, stage in self.stages.items() if layout.workers[s][0] == self.setup.worker]
         read = {id(parameter) for stage in first for parameter in stage.module.parameters()}
-        return tuple(name for name in self.gradients.written() if id(self.state[name]) in read)
+        return frozenset(name for name in self.setup.parameters if id(self.state[name]) in read)
 
     def _gathered(self, stage: int, row: torch.Tensor) -> list[torch.Tensor]:
         """Return the rows of all replicas of a stage of this worker."""

@@ -1,7 +1,7 @@
 """Python source for some nodes of a graph: one line per op, values dropped after their last use.
 
 ``torch.fx`` writes such functions too. These take their arguments in a list that they empty, so that nobody holds what
-they are done with; and they call an op's own entry point, which saves a third of what a small op costs.
+they are done with; and they call an op by the entry that costs least (entries.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import fx
 
 from ..parts import FILE, OP
 from ..sinks import Sink, sums_of_rows
+from .entries import entry
 from .reuse import over_arguments
 
 _n_files = 0
@@ -93,7 +94,7 @@ class _Writer:
         if node.op == "call_module":
             return f"{self._bound(self.owner.get_submodule(str(node.target)))}({', '.join(arguments)})"
         assert node.op == "call_function", node.op
-        return f"{self._bound(_entry(node.target if own else target))}({', '.join(arguments)})"
+        return f"{self._bound(entry(node.target if own else target))}({', '.join(arguments)})"
 
     def written(self, value: Any) -> str:
         """Write an argument."""
@@ -121,11 +122,6 @@ class _Writer:
         exec(compile(source, file, "exec"), self.names)
         part: Callable[..., list[Any]] = self.names["part"]
         return part
-
-
-def _entry(target: Any) -> Any:
-    """Return what runs an op: its C++ entry, or the target itself where there is none."""
-    return getattr(target, "_op", target) if isinstance(target, torch._ops.OpOverload) else target
 
 
 def _attribute(owner: torch.nn.Module, path: str) -> Any:
