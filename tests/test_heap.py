@@ -73,3 +73,33 @@ context.__exit__(None, None, None); print(during - before); print(mib() - before
     _, during, after = faults_of("own_blocks()", resident)
     assert during > 50
     assert after < 16
+
+
+def test_when_a_stage_is_recorded_what_was_free_before_goes_back() -> None:
+    recording = """
+from pathlib import Path
+import stagecut
+from torch import nn
+
+def mib():
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith('VmRSS'))) // 1024
+
+def step(schedule):
+    wishes = dict(microbatches=2, launch='inline', costs='analytic', loss_fn=nn.functional.mse_loss, schedule=schedule)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    with stagecut.compile(model, [['cpu'], ['cpu']], **wishes) as pm:
+        pm.prepare(torch.ones(4, 4))
+        blocks = [torch.ones(1 << 20) for _ in range(64)]  # 256 MiB
+        del blocks
+        before = mib()
+        pm.step(torch.ones(4, 4), target=torch.ones(4, 4))
+        print(before - mib())
+
+step('zb-h1')  # imports what records
+step('1f1b')
+step('zb-h1')
+"""
+    _, _, by_autograd, recorded = faults_of("keep_freed_memory()", recording)
+    assert by_autograd < 16
+    assert recorded > 200
