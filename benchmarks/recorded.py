@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
+from stagecut.entries import below_autograd
 from stagecut.models.transformer import GPT
-from stagecut.runtime.parts import below_autograd
 from stagecut.runtime.recorded import record, state_of
 from stagecut.runtime.seeding import Seed
 from stagecut.runtime.sinks import Accumulate

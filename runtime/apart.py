@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from ..entries import below_autograd
 from ..structure import flatten, unflatten
-from .parts import Part, Parts, below_autograd, without_autocast
+from .parts import Part, Parts, without_autocast
 from .recorded import Recorded
 from .sinks import Only, Sink
 

@@ -51,13 +51,3 @@ def without_autocast(autocast: tuple[str, torch.dtype] | None) -> Iterator[None]
     else:
         with torch.autocast(autocast[0], enabled=False):
             yield
-
-
-@contextlib.contextmanager
-def below_autograd() -> Iterator[None]:
-    """Run ops where they were recorded: below autograd, whose layer of each would only find that it has nothing to do.
-
-    With ops of a few microseconds, that layer takes 4 to 7 % of a stage.
-    """
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
-        yield

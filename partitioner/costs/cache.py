@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from ..cpu import cache_folder
 
-_CACHE_VERSION = 8
+_CACHE_VERSION = 9
 # Costs of now and of then can be compared only where the machine is as fast as it was: a plan once took 4 microbatches
 # whose costs were from a fast hour over 1 whose costs were from a slow one, and was 11 % slower.
 _SAME_COMPUTE = 1.15

@@ -1,7 +1,7 @@
 """Python source for some nodes of a graph: one line per op, values dropped after their last use.
 
 ``torch.fx`` writes such functions too. These take their arguments in a list that they empty, so that nobody holds what
-they are done with; and they call an op by the entry that costs least (entries.py).
+they are done with; and they call an op by the entry that costs least (../../entries.py).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...entries import entry
 from ..parts import FILE, OP
 from ..sinks import Sink, sums_of_rows
-from .entries import entry
 from .reuse import over_arguments
 
 _n_files = 0

@@ -131,3 +131,51 @@ def test_what_autograd_takes_to_start_is_no_op_s_cost(monkeypatch: pytest.Monkey
     stopwatch = measured._Stopwatch(torch.device("cpu"), 1 << 12)
     assert stopwatch.engine_s == 1.0
     assert stopwatch.time(Isolated(tanh, caught.graph_module, facts), []) == (1.0, 0.0, 0.0)
+
+
+def test_quick_ops_are_timed_as_recordings_run_them_and_others_as_autograd_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noted: dict[str, set[int]] = {}
+    same: list[bool] = []
+    record = measured._Run.record
+
+    def noting(run: measured._Run) -> None:
+        record(run)
+        assert isinstance(run.isolated, Isolated)
+        assert run.calls is not None
+        whole, without = (run.back_calls[weights_too].run() for weights_too in (True, False))
+        noted.setdefault(run.isolated.node.name, set()).add(len(whole) - len(without))
+        result, expected = run.calls.run()[-1], run.function(*run.args, **run.kwargs)
+        same.append(torch.equal(result, expected) and not result.requires_grad)
+        if run.given:
+            (gradient,) = torch.autograd.grad(expected, run.given, torch.ones_like(expected))
+            same.append(any(torch.equal(gradient, found) for found in without))
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.hooked = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.hooked.register_full_backward_hook(lambda *given: None)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.relu(self.hooked(self.first(x).tanh()).relu().sin(), inplace=True)
+
+    monkeypatch.setattr(measured._Run, "record", noting)
+    monkeypatch.setattr(measured, "_QUICK_S", 1.0)
+    costs = costs_of(Layers(), torch.randn(8, 16))
+    timed = {name for name, cost in costs.items() if cost.source == "measured"}
+    kept = {name for name in timed if "hooked" in name}
+    assert kept
+    assert same
+    assert all(same)
+    assert noted.keys() < timed - kept, "one writes over its input"
+    assert {"first", "tanh", "sin"} <= noted.keys()
+    assert min(noted["first"]) > 0, "a layer's backward has products for its parameters"
+    assert noted["tanh"] == {0}
+    assert not any(count for name, counts in noted.items() if name != "first" for count in counts)
+
+    noted.clear()
+    monkeypatch.setattr(measured, "_QUICK_S", 0.0)
+    costs_of(Layers(), torch.randn(4, 16))
+    assert not noted

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stagecut.runtime.joint.entries import _PYTHON, entry
+from stagecut.entries import _PYTHON, entry
 
 _aten = torch.ops.aten
 
