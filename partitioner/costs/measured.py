@@ -31,8 +31,8 @@ _MIN_TIMED_S = 5e-3  # per op; quick ops are repeated until they have run for so
 _MOST_RUNS = 64
 _ENGINE_RUNS = 50
 _SLOW_S = 0.1  # slower ops are timed twice only, once warm
-# Forward and backward of ops that are timed as recordings run them. Priced as autograd runs it, an MLP of 200 tiny layers
-# was predicted to take 1.7 to 2.4 times what it took.
+# Seconds, there and back, of the ops that are timed as recordings run them. Priced as autograd runs it, an MLP of 200
+# tiny layers was predicted to take 1.7 to 2.4 times what it took.
 _QUICK_S = 5e-4
 _RECORDED_ROUNDS = 5
 _MIB = 1 << 20
