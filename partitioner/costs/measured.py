@@ -261,9 +261,9 @@ class _Stopwatch:
         return self.now() - start
 
     def _is_quick(self, run: _Run, taken: float) -> bool:
-        """Say whether a run takes no longer than what is timed as recorded; the first runs of an op take longer."""
+        """Say whether an op is timed as recorded, by what a run takes at best: the first ones take longer."""
         tries = iter(range(_RECORDED_ROUNDS))
-        while taken > _QUICK_S and taken < 10 * _QUICK_S and next(tries, None) is not None:
+        while _QUICK_S < taken < 3 * _QUICK_S and next(tries, None) is not None:
             taken = self._seconds_once(run)
         return taken <= _QUICK_S
 
