@@ -63,6 +63,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 CHOSEN = "the planner's choice"
 TURNS = 2  # that each has in a sitting
 LOSSES = {"transformer": next_token_loss}
+MODELS = ("transformer", "resnet50", "mlp", "tiny")
 
 
 def models() -> dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]]:
@@ -74,10 +75,14 @@ def models() -> dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]]:
     wide = nn.Sequential(
         *(layer for _ in range(12) for layer in (nn.Linear(1024, 1024), nn.GELU())), nn.Linear(1024, 10)
     )
+    tiny = nn.Sequential(*(layer for _ in range(200) for layer in (nn.Linear(64, 64), nn.ReLU())))
+    for layer in tiny[::2]:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # else gradients become subnormal
     return {
         "transformer": (GPT(1024, 256, 6, 8, 128), tokens, torch.randint(1024, (16, 128))),
         "resnet50": (resnet50(), torch.randn(64, 3, 64, 64), torch.randint(1000, (64,))),
         "mlp": (wide, torch.randn(512, 1024), torch.randint(10, (512,))),
+        "tiny": (tiny, torch.randn(128, 64), torch.randint(64, (128,))),
     }
 
 
@@ -295,13 +300,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sittings", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="of each configuration in a turn; a sitting has two")
-    parser.add_argument("--model", action="append", choices=["transformer", "resnet50", "mlp"])
+    parser.add_argument("--model", action="append", choices=MODELS)
     parser.add_argument("--families", action="store_true", help="two stages under every schedule that runs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows: list[Row] = []
-    for name in options.model or ["transformer", "resnet50", "mlp"]:
+    for name in options.model or MODELS:
         found = run(name, options.sittings, options.steps, FAMILIES if options.families else CONFIGURATIONS)
         rows += found.rows
         measured = {row.configuration: row.measured_s for row in found.rows} | found.plain_s
