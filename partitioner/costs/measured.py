@@ -262,8 +262,9 @@ class _Stopwatch:
 
     def _is_quick(self, run: _Run, taken: float) -> bool:
         """Say whether an op is timed as recorded, by what a run takes at best: the first ones take longer."""
-        tries = iter(range(_RECORDED_ROUNDS))
-        while _QUICK_S < taken < 3 * _QUICK_S and next(tries, None) is not None:
+        for _ in range(_RECORDED_ROUNDS):
+            if not _QUICK_S < taken < 3 * _QUICK_S:
+                break
             taken = self._seconds_once(run)
         return taken <= _QUICK_S
 
