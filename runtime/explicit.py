@@ -8,6 +8,7 @@ does it, apart.py runs what was recorded.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,6 +120,7 @@ class Explicit:
                 return None
             try:
                 found = record(module, leaves, structure, autocast, self.seed, self._fuses)
+                gc.collect()  # graphs are cycles
                 give_freed_memory_back()  # what autograd left holes between is cut otherwise from now on
             except Untraceable as error:
                 found = str(error)

@@ -32,8 +32,9 @@ def cut(joint: Joint, n_weights: int, fuses: bool = False) -> Parts:
     Raises:
         Untraceable: the backward changes a value in place that both kinds of gradients use.
     """
-    whole = _Graph(joint, n_weights, fuses)
-    apart = _Graph(joint, n_weights, fuses, splits_convolutions=True)
+    copied = deepcopy(joint.module.graph)
+    whole = _Graph(joint, joint.module.graph, n_weights, fuses)
+    apart = _Graph(joint, copied, n_weights, fuses, splits_convolutions=True)
     for_inputs = apart.backward_nodes(apart.of_inputs.values(), ())
     for_weights = apart.backward_nodes(apart.of_weights.values(), for_inputs)
     changer = apart.effects.read_before_changed(for_weights, for_inputs)
@@ -66,11 +67,12 @@ def cut(joint: Joint, n_weights: int, fuses: bool = False) -> Parts:
 
 
 class _Graph:
-    """A copy of the joint graph, whose nodes have the names that they have in every copy."""
+    """The joint graph or a copy of it, simplified: its nodes have the names that they have in every copy."""
 
-    def __init__(self, joint: Joint, n_weights: int, fuses: bool, splits_convolutions: bool = False) -> None:
-        self.module = joint.module
-        self.graph = deepcopy(joint.module.graph)
+    def __init__(
+        self, joint: Joint, graph: fx.Graph, n_weights: int, fuses: bool, splits_convolutions: bool = False
+    ) -> None:
+        self.module, self.graph = joint.module, graph
         nodes = list(self.graph.nodes)
         placeholders = [node for node in nodes if node.op == "placeholder"]
         self.inputs, self.tangents = placeholders[: joint.n_inputs], placeholders[joint.n_inputs :]

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..parts import Untraceable
@@ -101,7 +102,7 @@ def trace(
                 )
             return [*results, *(gradients or [None] * len(wanted))]
 
-        with mode:
+        with mode, _use_lazy_graph_module(True):  # nobody calls the whole graph: it need not be compiled
             module = make_fx(joint, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes, *tangents)
     except Exception as error:
         raise Untraceable(f"{type(error).__name__}: {error}") from error
