@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
     from ..runtime.program import Timeline
 
 FORMAT = 6
-# glibc's heap after some steps, over what was in use of it at its fullest (there are holes between blocks of other
-# sizes): mallinfo2 said 1.46 for ResNet-50 and 1.40 for a transformer.
-_HEAP = 1.44
+# What a local worker holds beside weights, gradients and a bare process, fitted to peaks of four models in five
+# configurations each (docs/planner.md): its heap over what is in use of it at its fullest (there are holes between
+# blocks of other sizes), the code that each op was recorded as, and what libraries of mathematics work in.
+_HEAP = 1.12
+_RECORDING_BYTES = 48 << 10
+_SCRATCH_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -260,15 +264,18 @@ class Plan:
     def worker_bytes(self) -> tuple[int, ...]:
         """List what local CPU workers hold at their fullest, beside what any process does.
 
-        Weights, gradients, the part of the other replicas' gradients that this one sums, and a heap that is larger than
-        what is in use of it; optimizer state is in the parent process.
+        Weights, gradients, the part of the other replicas' gradients that this one sums, a heap that is larger than
+        what is in use of it, and what its ops are recorded as; optimizer state is in the parent process.
         """
         found = {}
+        n_ops = Counter(stage for op in self.ops for stage in (op.stage, *op.copies))
         for workers in dict.fromkeys(stage.workers for stage in self.stages):
             own, n = [stage for stage in self.stages if stage.workers == workers], len(workers)
             weights = sum(stage.parameter_bytes for stage in own)
             held = own[0].device_bytes - sum(stage.memory_bytes - stage.held_bytes for stage in own)
-            found.update(dict.fromkeys(workers, 2 * weights + (n - 1) * weights // n + int(_HEAP * held)))
+            recordings = _RECORDING_BYTES * sum(n_ops[stage.index] for stage in own)
+            tensors = 2 * weights + (n - 1) * weights // n + int(_HEAP * held)
+            found.update(dict.fromkeys(workers, tensors + recordings + _SCRATCH_BYTES))
         return tuple(found[worker] for worker in sorted(found))
 
     @property

@@ -24,7 +24,7 @@ from .recorded import Recorded, record, state_of
 from .seeding import Seed
 from .sinks import Accumulate, Arm, Sink, ThroughAutograd, finish, has_hooks
 
-_STEPS_BEFORE = 2  # that a signature comes up in, before it is recorded for steps that do not split backwards
+STEPS_BEFORE = 2  # that a signature comes up in, before it is recorded for steps that do not split backwards
 _MOST_RECORDED = 16
 _MOST_SEEN = 1024
 _MOST_OPS = 1000  # of a stage that is recorded though its backward is not split: of thousands it takes seconds
@@ -142,7 +142,7 @@ class Explicit:
         count = self._seen.setdefault(key, [0, 0])
         if count[1] != self._n_steps:
             count[:] = [count[0] + 1, self._n_steps]
-        return count[0] > _STEPS_BEFORE
+        return count[0] > STEPS_BEFORE
 
 
 def _settings_of(module: nn.Module) -> tuple[Any, ...]:

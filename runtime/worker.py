@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
@@ -21,13 +22,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..heap import give_freed_memory_back, keep_freed_memory
+from ..heap import give_freed_memory_back, keep_freed_memory, return_freed_memory
 from ..vision_compat import import_torchvision
 from . import accelerators
 from .arena import Arena, parameter_over
 from .device_arena import DeviceArena
 from .direct import DirectTransport, direct_pairs, groups_of
 from .executor import Executor
+from .explicit import STEPS_BEFORE
 from .instructions import Instruction
 from .local_messages import Claim, Done, Failed, Forget, Ready, Release, Run, Setup
 from .mailbox import Mailbox
@@ -55,7 +57,6 @@ def main(command_fd: int, lifeline_fd: int, stack_fd: int, parent_pid: int, n_th
     faulthandler.enable(stack_fd)
     faulthandler.register(STACK_SIGNAL, stack_fd)
     threading.Thread(target=_follow_parent, args=(lifeline_fd, parent_pid), daemon=True).start()
-    keep_freed_memory()
     torch.set_num_threads(n_threads)
     connection = Connection(command_fd)
     connection.send_bytes(dumps(Ready()))
@@ -154,6 +155,8 @@ class _Server:
         """Take the descriptors that follow ``setup`` from ``next_fd``."""
         self.setup = setup
         logs.configure(setup.logs, f"worker {setup.worker}")
+        return_freed_memory()
+        self._n_runs: Counter[str] = Counter()
         setup.surroundings.take_over()
         torch.set_num_threads(setup.n_threads)
         self.arena = Arena(next_fd(), setup.arena_bytes, setup.slots)
@@ -287,6 +290,7 @@ class _Server:
         self._prepare(command)
         self.executor.begin(command.request, self.programs[command.program])
         report = self.executor.run()
+        self._settle(command.request.kind)
         trains = command.request.kind in (TRAIN, BACKWARD)
         has_gradient = self._complete_gradients() if trains else ()
         parts = self.gradients.written() if trains and not command.request.sync else ()
@@ -296,6 +300,13 @@ class _Server:
             return Done(report, has_gradient, parts)
         accelerators.synchronize([self.device])
         return Done(report, has_gradient, parts, resident(self.setup.device))
+
+    def _settle(self, kind: str) -> None:
+        """Keep what steps free once they are recorded, if ever: from now on they allocate the same over and over."""
+        self._n_runs[kind] += 1
+        if self._n_runs[kind] == STEPS_BEFORE + 1:
+            give_freed_memory_back()
+            keep_freed_memory()
 
     def _prepare(self, command: Run) -> None:
         if command.request.kind in (TRAIN, BACKWARD):

@@ -1,18 +1,25 @@
-"""A worker keeps the memory that a step frees; a process that only measures gives it back."""
+"""A worker gives back what its first steps free and keeps what later ones do; a process that measures gives it back."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+import stagecut
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 PROGRAM = """
 import ctypes, resource, torch
-from stagecut.heap import freed_memory_kept, keep_freed_memory
+from stagecut.heap import freed_memory_kept, keep_freed_memory, return_freed_memory
 
 def own_blocks():
     ctypes.CDLL(None).mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: what is freed goes back at once
@@ -55,10 +62,45 @@ def test_memory_that_is_kept_is_not_faulted_in_again() -> None:
     assert kept < pages / 100
 
 
+def test_memory_that_is_returned_is_faulted_in_again() -> None:
+    (returned,) = faults_of("keep_freed_memory(); return_freed_memory()")
+    assert returned > 4 * (64 << 20) // os.sysconf("SC_PAGE_SIZE") / 2
+
+
 def test_the_choice_of_the_environment_stands() -> None:
     (chosen,) = faults_of("own_blocks(); keep_freed_memory()", MALLOC_TRIM_THRESHOLD_="131072")
     (kept,) = faults_of("own_blocks(); keep_freed_memory()")
     assert chosen > 10 * max(kept, 1)
+    keeps = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+    (chosen,) = faults_of("return_freed_memory()", **keeps)
+    (returned,) = faults_of("return_freed_memory()")
+    assert 10 * max(chosen, 1) < returned
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_a_worker_keeps_what_its_steps_free_once_they_are_recorded(schedule: str) -> None:
+    """The first steps leave no holes in its heap, and the later ones fault nothing in."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    x = torch.randn(1 << 15, 64)  # 4 MiB a value and microbatch
+    wishes = {"loss_fn": nn.functional.mse_loss, "costs": "analytic", "microbatches": 2, "schedule": schedule}
+    for _ in range(2):  # the second on the workers of the first
+        with stagecut.compile(copy.deepcopy(model), [["cpu"], ["cpu"]], **wishes) as pm:
+            pm.prepare(x)
+            pids = [worker.pid for worker in pm.stats().workers]
+            faults = [_faults_of(pids)]
+            for _ in range(8):
+                pm.step(x, target=x)
+                faults.append(_faults_of(pids))
+            each = [after - before for before, after in itertools.pairwise(faults)]
+            pages = (8 << 20) // os.sysconf("SC_PAGE_SIZE")  # of one value of a step
+            assert min(each[:3]) > 2 * pages, each
+            assert max(each[-2:]) < pages / 10, each
+
+
+def _faults_of(pids: list[int]) -> int:
+    """Count the pages that processes have asked for: field 10 of proc_pid_stat(5), after a name in parentheses."""
+    lines = [Path(f"/proc/{pid}/stat").read_text() for pid in pids]
+    return sum(int(line.rpartition(")")[2].split()[7]) for line in lines)
 
 
 def test_after_measuring_the_memory_is_given_back() -> None:

@@ -74,7 +74,7 @@ def test_forward_then_backward_of_the_callers_loss_gives_the_same(data: st.DataO
 def test_recorded_stages_give_the_same_whatever_the_schedule(data: st.DataObject) -> None:
     case = draw_case(Drawn(data), max_ops=6)
     with pytest.MonkeyPatch.context() as patch, compiled(case, "inline") as pm:
-        patch.setattr("stagecut.runtime.explicit._STEPS_BEFORE", 0)  # at once
+        patch.setattr("stagecut.runtime.explicit.STEPS_BEFORE", 0)  # at once
         pm.prepare(*case.args, **case.kwargs)
         for executor in pm._engine._executors:
             for stage in executor.stages.values():
