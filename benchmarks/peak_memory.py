@@ -2,7 +2,7 @@
 
 The models of prediction.py, which the constants behind ``plan.worker_bytes`` were fitted to, and two more, which they
 were not, in one device, two replicas, two stages, and both: eight steps each, planned with analytic costs. What runs
-beside it changes nothing, unlike steps. Ten minutes:
+beside it changes nothing, unlike steps. A quarter of an hour:
 
     python benchmarks/peak_memory.py
 """
