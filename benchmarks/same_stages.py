@@ -16,6 +16,7 @@ from stagecut.building import tensors_of
 from stagecut.partitioner.analysis import analyse
 from stagecut.partitioner.assemble import Decision, assemble
 from stagecut.partitioner.describe import describe
+from stagecut.partitioner.loss import Loss
 from stagecut.partitioner.plan import Plan
 from stagecut.partitioner.planner import random_ops
 from stagecut.partitioner.pricing import Pricer
@@ -55,17 +56,20 @@ def by_narrow_shares(graph: nx.DiGraph, seconds: Mapping[str, float], n_stages: 
 
 
 class Stages:
-    """A model cut into stages of equal measured time, at microbatches of ``rows`` rows."""
+    """A model cut into stages whose ops take equal measured time, at microbatches of ``rows`` rows.
 
-    def __init__(self, model: nn.Module, x: torch.Tensor, rows: int) -> None:
+    The seconds of ``loss`` belong to the last stage, but do not move the cut.
+    """
+
+    def __init__(self, model: nn.Module, x: torch.Tensor, rows: int, loss: Loss | None = None) -> None:
         self.captured = stagecut.capture(model, (x,))
         self.tensors = tensors_of(self.captured, (x,), {})
-        self.batch_rows, self._rows = x.shape[0], rows
+        self.batch_rows, self._rows, self._loss = x.shape[0], rows, loss
 
     def plan(self, groups: tuple[tuple[int, ...], ...], schedule: str, n_microbatches: int) -> Plan:
         """Plan for stages on the workers that ``groups`` name."""
         cluster = describe(["cpu"] * len({worker for group in groups for worker in group}), 1).with_groups(groups)
-        priced = Pricer(self.captured, self.tensors, cluster, "measured").at(self._rows, 1)
+        priced = Pricer(self.captured, self.tensors, cluster, "measured", loss=self._loss).at(self._rows, 1)
         seconds = {name: cost.forward_s + cost.backward_s for name, cost in priced.costs["cpu"].items()}
         stage_of = {str(name): s for name, s in by_narrow_shares(priced.graph, seconds, len(groups)).items()}
         decision = Decision(cluster, stage_of, (False,) * len(groups), schedule, n_microbatches)

@@ -4,7 +4,9 @@ Three models, two workers with one thread each, every schedule that both have. T
 with one process of one thread that runs the unsplit model in the same microbatches, and one that runs it in one piece.
 Reported is the median over the rounds of stagecut's step over theirs, and with ``--fused`` of the same pipeline's with
 gradient_accumulation_fusion, which takes part too. "Ideal" is (one process, same microbatches) / 2 / (1 - bubble),
-where the bubble is the schedule's with stages of equal time. Then what two processes take that have nothing to do with
+where the bubble is the schedule's with stages of equal time; the "ideal of these stages" has the bubble that stages of
+their own measured time leave, the loss on the last one: parts of one graph between which one value passes are not
+equal. Then what two processes take that have nothing to do with
 each other, data parallelism beside plain DDP, and two stages of two replicas each beside DDP over four processes. Run
 on an otherwise idle machine, up to an hour a model:
 
@@ -40,6 +42,7 @@ from torch.nn import functional as F
 import stagecut
 from stagecut.models.transformer import GPT, next_token_loss
 from stagecut.partitioner.cluster import Link
+from stagecut.partitioner.loss import Loss
 from stagecut.partitioner.plan import Plan
 from stagecut.partitioner.simulate import StepCosts, simulate
 from stagecut.runtime.program import lower
@@ -99,6 +102,7 @@ class Row:
             one process with the batch in one piece.
         over_peer: stagecut over the peer by round: lower quartile, median, upper quartile.
         over_ideal, over_whole: medians by round.
+        unequal: the ideal of stages of these times over that of equal ones.
         ours_bytes, peer_bytes: the larger peak of resident memory of the two workers.
     """
 
@@ -113,6 +117,7 @@ class Row:
     over_whole: float
     ours_bytes: int
     peer_bytes: int
+    unequal: float
     fused_over_peer: tuple[float, float, float] | None = None
     fused_over_ideal: float | None = None
     fused_over_whole: float | None = None
@@ -234,15 +239,25 @@ def quartiles(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, flo
     return low, middle, high
 
 
-def bubble_of(plan: Plan) -> float:
-    """Return the share of the step in which workers idle under the plan's schedule, if stages take equal times."""
+def bubble_of(plan: Plan, equal: bool = True) -> float:
+    """Return the share of the step in which workers idle under the plan's schedule.
+
+    Nothing but compute takes time: in stages of equal times, or of the times that they were measured to take.
+    """
     layout = plan.layout()
-    n, each = layout.n_stages, (1.0,) * layout.n_stages
     orders = schedule(plan.schedule, layout, plan.n_microbatches)
     program = lower(plan.schedule, layout, orders, plan.n_microbatches)
-    nothing = dict.fromkeys(layout.wires, 0.0)
-    costs = StepCosts(each, (2.0,) * n, nothing, Link(0.0, 1.0, "none"), backward_input_s=each, backward_weight_s=each)
+    one = (1.0,) * layout.n_stages
+    forward, weight = (one, one) if equal else (_seconds(plan, "forward_s"), _seconds(plan, "backward_weight_s"))
+    backward = (2.0,) * layout.n_stages if equal else _seconds(plan, "backward_s")
+    backward_input = tuple(whole - part for whole, part in zip(backward, weight))
+    nothing, link = dict.fromkeys(layout.wires, 0.0), Link(0.0, 1.0, "none")
+    costs = StepCosts(forward, backward, nothing, link, backward_input_s=backward_input, backward_weight_s=weight)
     return simulate(program, costs).bubble
+
+
+def _seconds(plan: Plan, what: str) -> tuple[float, ...]:
+    return tuple(getattr(stage, what) for stage in plan.stages)
 
 
 @contextmanager
@@ -296,6 +311,7 @@ def study(case: Case, stages: Stages, name: str, count: int, rounds: int, fused:
         *over_alone("ours"),
         ours_bytes,
         peers_bytes,
+        (1 - bubble_of(plan)) / (1 - bubble_of(plan, equal=False)),
         *((quartiles(times["fused"], times["peer"]), *over_alone("fused")) if fused else ()),
     )
 
@@ -343,13 +359,14 @@ def machine(case: Case, rounds: int) -> dict[str, tuple[float, float, float]]:
 def table(rows: Sequence[Row]) -> str:
     """Write the rows as a Markdown table."""
     titles = ["schedule", "microbatches", "stagecut", "peer", "stagecut / peer (quartiles)", "/ ideal"]
-    titles += ["/ one process, whole batch", "peak memory of a worker: stagecut", "peer"]
+    titles += ["/ ideal of these stages", "/ one process, whole batch", "peak memory of a worker: stagecut", "peer"]
     if any(row.fused_over_peer for row in rows):
         titles += ["fused / peer (quartiles)", "/ ideal", "/ one process, whole batch"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for r in rows:
         cells = [r.schedule, str(r.n_microbatches), f"{r.ours_s * 1e3:.1f} ms", f"{r.peer_s * 1e3:.1f} ms"]
-        cells += [_spread(r.over_peer), f"{r.over_ideal:.3f}", f"{r.over_whole:.3f}"]
+        cells += [_spread(r.over_peer), f"{r.over_ideal:.3f}"]
+        cells += [f"{r.over_ideal / r.unequal:.3f}", f"{r.over_whole:.3f}"]
         cells += [f"{r.ours_bytes / 2**20:.0f} MiB", f"{r.peer_bytes / 2**20:.0f} MiB"]
         if r.fused_over_peer:
             cells += [_spread(r.fused_over_peer), f"{r.fused_over_ideal:.3f}", f"{r.fused_over_whole:.3f}"]
@@ -379,7 +396,7 @@ def main() -> None:
     case = cases(options.model)
     rows: list[Row] = []
     for count in [] if options.data_parallel else options.microbatches or COUNTS:
-        stages = Stages(case.model, case.x, case.x.shape[0] // count)
+        stages = Stages(case.model, case.x, case.x.shape[0] // count, Loss(case.loss_fn, case.y, case.x.shape[0]))
         for name in options.schedule or SCHEDULES:
             rows.append(study(case, stages, name, count, options.rounds, options.fused))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,26 @@ def test_the_layout_numbers_workers_stage_by_stage_and_keeps_gradient_wires_apar
     assert make_plan().layout() == Layout(((0,), (1, 2), (3,)), ((0, 1), (0, 2), (1, 2)), ((0, 1), (0, 2)))
     assert make_plan().devices == ("cpu", "cpu", "cuda:1", "cpu")
     assert make_plan().stage_of == {"a": 0, "b": 1, "c": 2}
+
+
+def test_a_worker_holds_weights_gradients_activations_recordings_and_scratch() -> None:
+    plan, mib = make_plan(), 1 << 20
+    alone = 2 * 3 * mib + int(1.12 * 2 * 8192) + 48 * 1024 + 16 * mib
+    replica = alone + 3 * mib // 2  # the half of the other's gradients that it sums
+    assert plan.worker_bytes == (alone, replica, replica, alone)
+
+    copied = replace(plan, ops=(replace(plan.ops[0], copies=(2,)), *plan.ops[1:]))
+    assert copied.worker_bytes == (alone, replica, replica, alone + 48 * 1024)
+
+
+def test_a_worker_of_several_stages_holds_what_they_hold_at_once() -> None:
+    plan, state, held, at_once = make_plan(), 12 << 20, 2 * 8192, 40_000
+    stages = tuple(
+        replace(own, workers=workers, memory_bytes=state + held, beside_bytes=beside)
+        for own, workers, beside in zip(plan.stages, ((0,), (1, 2), (0,)), (state + at_once - held, 0) * 2)
+    )
+    expected = 2 * (6 << 20) + int(1.12 * at_once) + 2 * 48 * 1024 + (16 << 20)
+    assert replace(plan, stages=stages).worker_bytes[0] == expected
 
 
 def test_a_plan_prints_its_decision_and_prediction() -> None:

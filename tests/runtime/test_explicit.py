@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,7 +25,7 @@ from stagecut.partitioner.describe import describe
 from stagecut.partitioner.planner import make_plan, random_ops
 from stagecut.partitioner.split import split
 from stagecut.runtime import recorded
-from stagecut.runtime.joint import cut
+from stagecut.runtime.joint import Joint, cut
 from stagecut.runtime.parts import Parts, Untraceable
 from stagecut.runtime.recorded import _refuse_shared_memory
 from stagecut.runtime.stage import StageRuntime
@@ -304,6 +306,43 @@ def test_a_recording_that_does_not_run_is_left_to_autograd(monkeypatch: pytest.M
             F.cross_entropy(plain(xs), ys).backward()
         for (name, own), other in zip(model.named_buffers(), plain.buffers(), strict=True):
             torch.testing.assert_close(own, other, msg=name)
+
+
+def test_what_a_recording_was_made_of_is_gone_when_it_is_made() -> None:
+    x, y = batch()
+    with compiled(model_of("linear"), "1f1b") as pm:
+        pm.step(x, target=y)
+        gc.collect()
+        before = sum(type(thing) is FakeTensor for thing in gc.get_objects())
+        gc.disable()  # what is gone now is gone at once, and not by chance
+        try:
+            stages = stages_of(pm)
+            for stage in stages:
+                stage.steady = True
+            for _ in range(4):
+                pm.step(x, target=y)
+            assert all(stage.explicit._known for stage in stages)
+            kept = [type(thing) for thing in gc.get_objects()]
+        finally:
+            gc.enable()
+    assert Joint not in kept
+    assert kept.count(FakeTensor) <= before
+
+
+def test_the_whole_graph_of_a_recording_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = batch()
+    compiled_first: list[bool] = []
+
+    def looked_at(joint: Joint, n_weights: int, fuses: bool) -> Parts:
+        parts = cut(joint, n_weights, fuses)
+        assert isinstance(joint.module, _LazyGraphModule), "make_fx compiled it"
+        compiled_first.append(not joint.module._needs_recompile())
+        return parts
+
+    monkeypatch.setattr("stagecut.runtime.joint.cut", looked_at)
+    with compiled(model_of("linear")) as pm:
+        pm.step(x, target=y)
+    assert compiled_first == [False] * 4  # two stages, microbatches of two sizes
 
 
 def test_gradients_in_another_layout_are_brought_into_the_recorded_one() -> None:
