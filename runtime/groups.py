@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import gc
+import importlib
 import os
 import re
+import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,17 +30,29 @@ _GROUPS: dict[float, Any] = {}
 _WORLD: list[Any] = [None]
 
 
+class Holder(Protocol):
+    """What holds process groups until it is closed; closed again, it does nothing."""
+
+    def close(self) -> None:
+        """Let go of them."""
+
+
+_HOLDERS: weakref.WeakSet[Holder] = weakref.WeakSet()
+_IN_THE_MIDDLE: list[str] = []  # of what ranks did together, this one stopped
+_LEAVES: list[Any] = []  # what was registered for the interpreter's end
+
+
 def ensure_process_group(timeout_s: float) -> None:
     """Join the process group that torchrun describes, unless the script has done so.
 
     ``timeout_s`` is how long its collectives wait for a rank, a minute at least: all ranks have to come first.
     """
-    if not dist.is_initialized():
-        if not torch.cuda.is_available():
-            # Else gloo's threads are ended by the interpreter's end, which now and then aborts a rank that is done: of
-            # 32 scripts of two ranks that ended without it, 5 did, and torchrun takes that for a failure. NCCL's own
-            # end may wait for ranks that are gone.
-            atexit.register(_leave)
+    ours = not dist.is_initialized()
+    if (ours or not _LEAVES) and not torch.cuda.is_available():  # NCCL's own end may wait for ranks that are gone
+        _LEAVES.append(atexit.register(_leave, ours))
+    if ours:
+        # Imported later, its functions would hold the group that there is then, as what they take by default.
+        importlib.import_module("torch.distributed.nn")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         timeout = timedelta(seconds=max(timeout_s, JOIN_S))
         store = store_of_agents(timeout)
@@ -47,9 +63,28 @@ def ensure_process_group(timeout_s: float) -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks, timeout=timeout)
 
 
-def _leave() -> None:
-    if dist.is_initialized():
+def closed_at_exit(holder: Holder) -> None:
+    """Close what holds process groups before the interpreter ends, if it is still open then."""
+    _HOLDERS.add(holder)
+
+
+def _leave(ours: bool) -> None:
+    """End the threads of gloo while the interpreter can wait for them; also the group of all ranks, if it is ``ours``.
+
+    A thread that lets go of a tensor later needs the interpreter, finds it gone, and aborts a rank that is done, which
+    torchrun takes for a failure. A group's threads end with the last that holds it, and only when they are through with
+    what they were given: a rank that stopped in the middle of something would wait for the others, and ends as it is.
+    """
+    waits = not _IN_THE_MIDDLE and not hasattr(sys, "last_type")
+    if waits:
+        for holder in list(_HOLDERS):
+            holder.close()
+        _GROUPS.clear()
+        _WORLD[0] = None
+    if ours and dist.is_initialized():
         dist.destroy_process_group()
+    if waits:
+        gc.collect()  # DistributedDataParallel is part of cycles
 
 
 def make_group(ranks: Sequence[int] | None, backend: str, timeout_s: float | None) -> Any:
@@ -118,7 +153,10 @@ def peers_told(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (PeerGone, RuntimeError) as error:
+    except BaseException as error:
+        _IN_THE_MIDDLE.append(where)
+        if not isinstance(error, (PeerGone, RuntimeError)):
+            raise
         if not isinstance(error, PeerGone) and not _OF_GLOO.search(str(error)):
             raise
         told = _told(error, where)

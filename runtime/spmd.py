@@ -24,7 +24,7 @@ from .checkpoint.peers import Ranks
 from .engine import Programs, fresh_gradients, model_state
 from .executor import Executor
 from .gradients import joined_norm, own_norm
-from .groups import all_ranks, at_work, make_group, peers_told
+from .groups import all_ranks, at_work, closed_at_exit, make_group, peers_told
 from .instructions import Op
 from .neighbours import RoutedTransport, transport_of
 from .options import Options
@@ -156,6 +156,8 @@ class SpmdEngine:
             self._worker, layout, stages, self._transport, reducers, coupled=bool(synced), check_boundaries=self._look
         )
         self._ties = self._tie_groups()
+        self._is_open = True
+        closed_at_exit(self)
 
     def _compare_fingerprints(self) -> None:
         digest = hashlib.sha256(self._spec.fingerprint.encode()).digest()
@@ -537,6 +539,9 @@ class SpmdEngine:
         return gathered(text, self._timeout_s)
 
     def close(self) -> None:
-        """Give up the channels; the ranks belong to torchrun."""
-        if isinstance(self._transport, RoutedTransport):
+        """Give up the channels and the process groups; the ranks belong to torchrun."""
+        if self._is_open and isinstance(self._transport, RoutedTransport):
             self._transport.close()
+        self._is_open = False
+        for name in ("_transport", "_executor", "_sharding", "_ties", "_group", "replica_group", "peers"):
+            self.__dict__.pop(name, None)

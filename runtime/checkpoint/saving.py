@@ -33,16 +33,16 @@ class Saving:
         self._path: Path | None = None
         self._error: Exception | None = None
         self.told = False  # whether somebody has heard what it failed at
-        self._write = write
         if not in_background:
             self._path = write()
             return
-        self._thread = threading.Thread(target=self._run, name="stagecut-checkpoint")
-        self._thread.start()  # not a daemon: the interpreter waits for it
+        # Nobody else holds what is to be written. Not a daemon: the interpreter waits for it.
+        self._thread = threading.Thread(target=self._run, args=(write,), name="stagecut-checkpoint")
+        self._thread.start()
 
-    def _run(self) -> None:
+    def _run(self, write: Callable[[], Path]) -> None:
         try:
-            self._path = self._write()
+            self._path = write()
         except Exception as error:
             self._error = error
 
