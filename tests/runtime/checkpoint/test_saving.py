@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 
 import stagecut
 from stagecut.errors import CheckpointError
-from stagecut.runtime.checkpoint import folder, read_state
+from stagecut.runtime.checkpoint import Saving, folder, read_state
 from stagecut.runtime.checkpoint.folder import MANIFEST, checkpoints, newest
 
 INLINE: dict[str, Any] = {"launch": "inline", "costs": "analytic", "microbatches": 2}
@@ -289,6 +290,16 @@ def test_what_a_background_save_failed_at_is_not_lost(tmp_path: Path, monkeypatc
     pm.save(tmp_path, 1, wait=False)
     with pytest.raises(CheckpointError, match="full"):
         pm.close()
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_checkpoint_that_is_written_holds_nothing_of_what_was_saved(in_background: bool) -> None:
+    copy_of_weights = nn.Linear(2, 2)
+    alive = weakref.ref(copy_of_weights)
+    saving = Saving(lambda it=copy_of_weights: Path(f"step-{it.in_features}"), in_background)  # type: ignore[misc]
+    del copy_of_weights
+    assert saving.wait() == Path("step-2")
+    assert alive() is None
 
 
 def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
