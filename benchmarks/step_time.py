@@ -6,9 +6,8 @@ Reported is the median over the rounds of stagecut's step over theirs, and with 
 gradient_accumulation_fusion, which takes part too. "Ideal" is (one process, same microbatches) / 2 / (1 - bubble),
 where the bubble is the schedule's with stages of equal time; the "ideal of these stages" has the bubble that stages of
 their own measured time leave, the loss on the last one: parts of one graph between which one value passes are not
-equal. Then what two processes take that have nothing to do with
-each other, data parallelism beside plain DDP, and two stages of two replicas each beside DDP over four processes. Run
-on an otherwise idle machine, up to an hour a model:
+equal. Then what two processes take that have nothing to do with each other, data parallelism beside plain DDP, and two
+stages of two replicas each beside DDP over four processes. Run on an otherwise idle machine, up to an hour a model:
 
     python benchmarks/step_time.py --model transformer
 """
