@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from itertools import accumulate
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
-import networkx as nx
 import torch
-from rival_splits import by_places, legal_places, nearest
-from torch import nn
+from even_stages import EvenStages, crossings
+from rival_splits import by_places, legal_places
+from torch import fx, nn
 
 import stagecut
 from stagecut.building import tensors_of
 from stagecut.partitioner.analysis import analyse
 from stagecut.partitioner.assemble import Decision, assemble
+from stagecut.partitioner.cluster import Link
 from stagecut.partitioner.describe import describe
 from stagecut.partitioner.loss import Loss
 from stagecut.partitioner.plan import Plan
 from stagecut.partitioner.planner import random_ops
-from stagecut.partitioner.pricing import Pricer
+from stagecut.partitioner.pricing import Priced, Pricer
+from stagecut.partitioner.simulate import StepCosts, Timeline, simulate
 from stagecut.partitioner.split import split
+from stagecut.runtime.instructions import Layout
+from stagecut.runtime.program import lower
+from stagecut.runtime.schedules import schedule
 from stagecut.runtime.stage import Seed, build_module, input_names
+
+Groups = tuple[tuple[int, ...], ...]
+StageSeconds = tuple[float, float, float]  # forward, backward, and what of that makes gradients of weights
+SPLIT_BACKWARD = frozenset({"interleaved-zero-bubble", "zb-v", "dualpipe-v"})
+_BYTES_PER_S = 1e9  # at which a worker moves values in the search for stages: some cost more to pass than they even out
+_PARTS = 32  # that are timed by themselves
+_ROUNDS, _WARM_UP = 12, 2
 
 
 class StageModule(nn.Module):
@@ -40,44 +55,140 @@ class StageModule(nn.Module):
         return values[0] if len(values) == 1 else values
 
 
-def by_narrow_shares(graph: nx.DiGraph, seconds: Mapping[str, float], n_stages: int) -> dict[Hashable, int]:
-    """Part the graph's order nearest to equal times, where one value crosses.
+class _Watched(fx.Interpreter):
+    """Keeps the tensors that a graph computes."""
 
-    Stages of torch.distributed.pipelining pass values to the next stage only, and those that split a backward in two
-    fail on values that are passed on.
-    """
-    order = list(graph)
-    sums = [0.0, *accumulate(seconds[node] for node in order)]
-    index = {node: i for i, node in enumerate(order)}
-    last = {node: max((index[user] for user in graph.successors(node)), default=-1) for node in order}
-    places = [p for p in legal_places(graph) if sum(last[node] >= p for node in order[:p]) == 1]
-    chosen = nearest([sums[p] for p in places], [sums[-1] * s / n_stages for s in range(1, n_stages)])
-    return by_places(graph, [places[p] for p in chosen])
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            value.retain_grad()
+            self.tensors[n.name] = value
+        return value
+
+
+def sendable(module: fx.GraphModule, x: torch.Tensor, result: str) -> set[str]:
+    """Name the values of a graph that the peer sends: no views, contiguous, with contiguous gradients."""
+    watched = _Watched(copy.deepcopy(module))
+    watched.run(x)
+    watched.tensors[result].sum().backward()
+    made = ((name, value) for name, value in watched.tensors.items() if not value._is_view() and value.is_contiguous())
+    return {name for name, value in made if value.grad is not None and value.grad.is_contiguous()}
+
+
+def timeline(name: str, groups: Groups, n_microbatches: int) -> Callable[[Sequence[StageSeconds]], Timeline]:
+    """Return what simulates a step of a chain of stages, given their seconds; nothing but compute takes time."""
+    chain = tuple(pairwise(range(len(groups))))
+    layout = Layout(groups, chain, chain)
+    program = lower(name, layout, schedule(name, layout, n_microbatches), n_microbatches)
+    nothing, link = dict.fromkeys(chain, 0.0), Link(0.0, 1.0, "none")
+
+    def run(stages: Sequence[StageSeconds]) -> Timeline:
+        forward, backward, weight = zip(*stages)
+        rest = tuple(whole - part for whole, part in zip(backward, weight))
+        costs = StepCosts(forward, backward, nothing, link, backward_input_s=rest, backward_weight_s=weight)
+        return simulate(program, costs)
+
+    return run
+
+
+def seconds_of_parts(modules: Sequence[nn.Module], x: torch.Tensor) -> list[tuple[float, float]]:
+    """Time the forward and the backward of each of a chain of modules between which one value passes; medians."""
+    taken: list[list[tuple[float, float]]] = [[] for _ in modules]
+    for _ in range(_ROUNDS):
+        ends: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+        value = x
+        for module in modules:
+            value = value.detach().requires_grad_(bool(ends))
+            start = time.perf_counter()
+            result = module(value)
+            ends.append((value, result, time.perf_counter() - start))
+            value = result
+        gradient = torch.ones_like(value)
+        for seconds, (value, result, forward_s) in zip(reversed(taken), reversed(ends)):
+            start = time.perf_counter()
+            torch.autograd.backward(result, gradient)
+            seconds.append((forward_s, time.perf_counter() - start))
+            gradient = value.grad
+    forwards, backwards = zip(*(zip(*seconds[_WARM_UP:]) for seconds in taken))
+    return list(zip(map(statistics.median, forwards), map(statistics.median, backwards)))
 
 
 class Stages:
-    """A model cut into stages whose ops take equal measured time, at microbatches of ``rows`` rows.
+    """A model in stages that make a step at microbatches of ``rows`` rows short; the loss is on the last one.
 
-    The seconds of ``loss`` belong to the last stage, but do not move the cut.
+    Ops take the time that stagecut measures of each by itself, times how much longer a part of the model takes, with
+    autograd, than the sum of its ops: within a model caches are cold.
     """
 
     def __init__(self, model: nn.Module, x: torch.Tensor, rows: int, loss: Loss | None = None) -> None:
         self.captured = stagecut.capture(model, (x,))
         self.tensors = tensors_of(self.captured, (x,), {})
         self.batch_rows, self._rows, self._loss = x.shape[0], rows, loss
+        (leaf,) = self.captured.trained.leaves
+        self._result = str(leaf.node)
+        self._travels = sendable(self.captured.graph_module, x[:rows], self._result)
+        self._factors: dict[str, tuple[float, float]] = {}
+        self._factors = self._beside_ops(x[:rows])
 
-    def plan(self, groups: tuple[tuple[int, ...], ...], schedule: str, n_microbatches: int) -> Plan:
+    def plan(self, groups: Groups, name: str, n_microbatches: int) -> Plan:
         """Plan for stages on the workers that ``groups`` name."""
-        cluster = describe(["cpu"] * len({worker for group in groups for worker in group}), 1).with_groups(groups)
-        priced = Pricer(self.captured, self.tensors, cluster, "measured", loss=self._loss).at(self._rows, 1)
-        seconds = {name: cost.forward_s + cost.backward_s for name, cost in priced.costs["cpu"].items()}
-        stage_of = {str(name): s for name, s in by_narrow_shares(priced.graph, seconds, len(groups)).items()}
-        decision = Decision(cluster, stage_of, (False,) * len(groups), schedule, n_microbatches)
-        return assemble(self.captured, priced, decision, self.batch_rows)
+        priced = self._priced(len({worker for group in groups for worker in group}))
+        step = timeline(name, groups, n_microbatches)
+        ops = [priced.costs["cpu"][name] for name in priced.graph]
+        columns = zip(*((op.forward_s, op.backward_s, op.backward_weight_s) for op in ops))
+        sums = [[0.0, *accumulate(column)] for column in columns]
+        even = self._even(priced)
+        loss_s = priced.loss_s["cpu"]
+
+        def step_s(places: Sequence[int]) -> float:
+            cuts = (0, *places, len(ops))
+            moved = [sum(priced.ops[name].output_bytes for name in even.crossing[place]) for place in places]
+            sent = [n_bytes / _BYTES_PER_S for n_bytes in moved]
+            ends = zip([*sent, loss_s[0]], [0.0, *sent[:-1], sent[-1] + loss_s[1]])
+            stages = [tuple(s[end] - s[begin] for s in sums) for begin, end in pairwise(cuts)]
+            return step([(f + a, b + c, w) for (f, b, w), (a, c) in zip(stages, ends)]).makespan_s
+
+        places = even.search(len(groups), step_s, narrow=name in SPLIT_BACKWARD)
+        return self._cut(priced, places, groups, name, n_microbatches)
 
     def modules(self, plan: Plan) -> list[StageModule]:
         """Return the plan's stages as modules for torch.distributed.pipelining."""
         facts = analyse(self.captured, self.tensors, self.batch_rows)
         modules = [StageModule(stage) for stage in split(self.captured, plan, random_ops(facts)).stages]
-        assert all(len(module.names) == 1 == len(module.results) for module in modules)
+        if any(after.names != before.results for before, after in pairwise(modules)):
+            raise ValueError("a stage takes other values than the one before it makes")
         return modules
+
+    def _priced(self, n_workers: int) -> Priced:
+        cluster = describe(["cpu"] * n_workers, 1)
+        pricer = Pricer(self.captured, self.tensors, cluster, "measured", corrections=self._factors, loss=self._loss)
+        return pricer.at(self._rows, 1)
+
+    def _even(self, priced: Priced) -> EvenStages:
+        seconds = [op.forward_s + op.backward_s for op in map(priced.costs["cpu"].__getitem__, priced.graph)]
+        crossing = crossings(priced.ops, frozenset([self._result]))
+        legal = [place for place in legal_places(priced.graph) if crossing[place] <= self._travels]
+        return EvenStages(crossing, legal, seconds)
+
+    def _cut(self, priced: Priced, places: Sequence[int], groups: Groups, name: str, n_microbatches: int) -> Plan:
+        cluster = describe(["cpu"] * len({worker for group in groups for worker in group}), 1).with_groups(groups)
+        stage_of = {str(name): s for name, s in by_places(priced.graph, places).items()}
+        decision = Decision(cluster, stage_of, (False,) * len(groups), name, n_microbatches)
+        return assemble(self.captured, priced, decision, self.batch_rows)
+
+    def _beside_ops(self, x: torch.Tensor) -> dict[str, tuple[float, float]]:
+        """Return by which factors the ops of each part take longer in the model, forward and backward."""
+        priced = self._priced(1)
+        places = self._even(priced).narrow(_PARTS)
+        plan = self._cut(priced, places, ((0,),) * (len(places) + 1), "fill-drain", 1)
+        factors = {}
+        for part, taken in enumerate(seconds_of_parts(copy.deepcopy(self.modules(plan)), x)):
+            ops = [op for op in plan.ops if op.stage == part]
+            alone = sum(op.forward_s for op in ops), sum(op.backward_s for op in ops)
+            forward, backward = (whole / own if own > 0 else 1.0 for whole, own in zip(taken, alone))
+            factors |= {op.name: (forward, backward) for op in ops}
+        return factors

@@ -5,9 +5,10 @@ with one process of one thread that runs the unsplit model in the same microbatc
 Reported is the median over the rounds of stagecut's step over theirs, and with ``--fused`` of the same pipeline's with
 gradient_accumulation_fusion, which takes part too. "Ideal" is (one process, same microbatches) / 2 / (1 - bubble),
 where the bubble is the schedule's with stages of equal time; the "ideal of these stages" has the bubble that stages of
-their own measured time leave, the loss on the last one: parts of one graph between which one value passes are not
-equal. Then what two processes take that have nothing to do with each other, data parallelism beside plain DDP, and two
-stages of two replicas each beside DDP over four processes. Run on an otherwise idle machine, up to an hour a model:
+their own measured time leave, the loss on the last one: parts of one graph that the peer can run are not equal. The
+stages are those of the shortest step that were found (same_stages.py). Then what two processes take that have nothing
+to do with each other, data parallelism beside plain DDP, and two stages of two replicas each beside DDP over four
+processes. Run on an otherwise idle machine, up to an hour a model:
 
     python benchmarks/step_time.py --model transformer
 """
@@ -34,18 +35,14 @@ from typing import Any
 import cloudpickle
 import torch
 from plain import Plain
-from same_stages import Stages
+from same_stages import Stages, timeline
 from torch import nn
 from torch.nn import functional as F
 
 import stagecut
 from stagecut.models.transformer import GPT, next_token_loss
-from stagecut.partitioner.cluster import Link
 from stagecut.partitioner.loss import Loss
 from stagecut.partitioner.plan import Plan
-from stagecut.partitioner.simulate import StepCosts, simulate
-from stagecut.runtime.program import lower
-from stagecut.runtime.schedules import schedule
 from stagecut.vision_compat import import_torchvision
 
 CHAIN, LOOP, VEE = ((0,), (1,)), ((0,), (1,), (0,), (1,)), ((0,), (1,), (1,), (0,))
@@ -243,20 +240,10 @@ def bubble_of(plan: Plan, equal: bool = True) -> float:
 
     Nothing but compute takes time: in stages of equal times, or of the times that they were measured to take.
     """
-    layout = plan.layout()
-    orders = schedule(plan.schedule, layout, plan.n_microbatches)
-    program = lower(plan.schedule, layout, orders, plan.n_microbatches)
-    one = (1.0,) * layout.n_stages
-    forward, weight = (one, one) if equal else (_seconds(plan, "forward_s"), _seconds(plan, "backward_weight_s"))
-    backward = (2.0,) * layout.n_stages if equal else _seconds(plan, "backward_s")
-    backward_input = tuple(whole - part for whole, part in zip(backward, weight))
-    nothing, link = dict.fromkeys(layout.wires, 0.0), Link(0.0, 1.0, "none")
-    costs = StepCosts(forward, backward, nothing, link, backward_input_s=backward_input, backward_weight_s=weight)
-    return simulate(program, costs).bubble
-
-
-def _seconds(plan: Plan, what: str) -> tuple[float, ...]:
-    return tuple(getattr(stage, what) for stage in plan.stages)
+    groups = plan.layout().workers
+    own = [(stage.forward_s, stage.backward_s, stage.backward_weight_s) for stage in plan.stages]
+    seconds = [(1.0, 2.0, 1.0)] * len(groups) if equal else own
+    return timeline(plan.schedule, groups, plan.n_microbatches)(seconds).bubble
 
 
 @contextmanager
