@@ -99,6 +99,7 @@ class Row:
         over_peer: stagecut over the peer by round: lower quartile, median, upper quartile.
         over_ideal, over_whole: medians by round.
         unequal: the ideal of stages of these times over that of equal ones.
+        stages: per stage, its first op, and the seconds of its forward and backward that were measured.
         ours_bytes, peer_bytes: the larger peak of resident memory of the two workers.
     """
 
@@ -114,6 +115,7 @@ class Row:
     ours_bytes: int
     peer_bytes: int
     unequal: float
+    stages: tuple[tuple[str, float], ...]
     fused_over_peer: tuple[float, float, float] | None = None
     fused_over_ideal: float | None = None
     fused_over_whole: float | None = None
@@ -246,6 +248,10 @@ def bubble_of(plan: Plan, equal: bool = True) -> float:
     return timeline(plan.schedule, groups, plan.n_microbatches)(seconds).bubble
 
 
+def _first_op(plan: Plan, s: int) -> str:
+    return next(op.name for op in plan.ops if op.stage == s)
+
+
 @contextmanager
 def ours(case: Case, plan: Plan, **wishes: Any) -> Iterator[tuple[Callable[[], float], list[int]]]:
     """Compile the plan, on workers of its own; give what runs a step, and the workers' processes."""
@@ -298,6 +304,7 @@ def study(case: Case, stages: Stages, name: str, count: int, rounds: int, fused:
         ours_bytes,
         peers_bytes,
         (1 - bubble_of(plan)) / (1 - bubble_of(plan, equal=False)),
+        tuple((_first_op(plan, s), stage.forward_s + stage.backward_s) for s, stage in enumerate(plan.stages)),
         *((quartiles(times["fused"], times["peer"]), *over_alone("fused")) if fused else ()),
     )
 

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import stagecut
+from stagecut.partitioner.configurations import Wishes
+from stagecut.partitioner.describe import describe
+from stagecut.partitioner.planner import make_plan
 from stagecut.runtime.local import LocalEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -87,6 +90,19 @@ class Mixed(nn.Module):
         return {"out": self.layers[3](deep) + skip, "mask": state["mask"], "rows": 3}
 
 
+class Around(nn.Module):
+    """A value that goes to the next stage, and is kept for the backward of an op on its own stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        around = torch.tanh(self.first(x))
+        result: torch.Tensor = around + self.last(self.middle(around).tanh())
+        return result
+
+
 class Checkpointed(nn.Module):
     """Recomputes blocks of its own accord, and counts how often they run."""
 
@@ -132,6 +148,25 @@ def test_gradients_are_exact_in_every_step(name: str, schedule: str) -> None:
         for _ in range(2):
             assert pm.verify(x, target={"y": y}).worst <= 1e-10
             pm.step(x[:7], target={"y": y[:7]})
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_a_value_that_leaves_a_stage_may_be_used_on_it_too(schedule: str) -> None:
+    """The peer detaches what leaves a stage in place, and its backward in two parts then misses the graph of it."""
+    torch.manual_seed(0)
+    model = Around().double()
+    x, y = torch.randn(ROWS, 32, dtype=torch.float64), torch.randn(ROWS, 32, dtype=torch.float64)
+    captured = stagecut.capture(model, (x,))
+    names = [node.name for node in captured.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
+    stage_of = {name: int(index > 2) for index, name in enumerate(names)}
+    wishes = Wishes(n_microbatches=4, schedule=schedule, costs="analytic", assignment=stage_of)
+    plan = make_plan(captured, [x], describe([["cpu"], ["cpu"]]), wishes)
+    assert [wire.value for wire in plan.wires] == ["tanh", "middle"]
+    assert next(op for op in plan.ops if op.name == "middle").inputs == ("tanh",)
+    with stagecut.compile(model, [["cpu"], ["cpu"]], loss_fn=F.mse_loss, plan=plan, launch="inline") as pm:
+        for _ in range(3):
+            assert pm.verify(x, target=y).worst <= 1e-10
+            pm.step(x[:7], target=y[:7])
 
 
 def test_checkpointed_blocks_run_twice_a_microbatch_and_not_more() -> None:
