@@ -126,8 +126,7 @@ def refusals(model: nn.Module, x: torch.Tensor, limit_bytes: float) -> dict[str,
 
 def equal_stages(model: nn.Module, x: torch.Tensor, n_stages: int) -> list[StageModule]:
     """Cut the model into stages of equal measured time, as modules for torch.distributed.pipelining."""
-    stages = Stages(model, x, x.shape[0] // COUNTS[1])
-    return stages.modules(stages.plan(tuple((s,) for s in range(n_stages)), "fill-drain", COUNTS[1]))
+    return Stages(model, x, x.shape[0] // COUNTS[1]).equal(n_stages)
 
 
 def serve(rank: int, folder: str) -> None:

@@ -155,6 +155,18 @@ class Stages:
         places = even.search(len(groups), step_s, narrow=name in SPLIT_BACKWARD)
         return self._cut(priced, places, groups, name, n_microbatches)
 
+    def equal(self, n_stages: int) -> list[StageModule]:
+        """Return stages of nearly equal times between which one value passes, which any schedule of the peer runs.
+
+        Raises:
+            ValueError: there are not that many.
+        """
+        priced = self._priced(n_stages)
+        places = self._even(priced).narrow(n_stages)
+        if len(places) < n_stages - 1:
+            raise ValueError(f"one value passes at {len(places)} places, which are not enough for {n_stages} stages")
+        return self.modules(self._cut(priced, places, tuple((s,) for s in range(n_stages)), "fill-drain", 1))
+
     def modules(self, plan: Plan) -> list[StageModule]:
         """Return the plan's stages as modules for torch.distributed.pipelining."""
         facts = analyse(self.captured, self.tensors, self.batch_rows)

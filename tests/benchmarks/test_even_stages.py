@@ -117,6 +117,19 @@ def test_the_stages_one_after_the_other_are_the_model(schedule: str) -> None:
         assert all(len(before.results) == 1 == len(after.names) for before, after in pairwise(modules))
 
 
+def test_stages_for_any_schedule_pass_one_value_and_take_nearly_equal_times() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Residual() for _ in range(6)))
+    x = torch.randn(8, 16)
+    stages = Stages(model, x, 4)
+    modules = stages.equal(3)
+    assert len(modules) == 3
+    assert all(len(before.results) == 1 == len(after.names) for before, after in pairwise(modules))
+    assert torch.equal(nn.Sequential(*modules)(x), model(x))
+    with pytest.raises(ValueError, match="not enough for 40 stages"):
+        stages.equal(40)
+
+
 def test_a_view_and_a_value_with_strides_of_its_own_are_not_sent() -> None:
     class Turned(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
