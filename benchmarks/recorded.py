@@ -1,9 +1,9 @@
 """What a recorded stage takes beside autograd, and with gradient_accumulation_fusion: microbatches, there and back.
 
 One thread, no pipeline: 100 tiny layers (64 wide) on 16 and on 128 rows, and four blocks of a transformer (d 256,
-sequence 128) on two sequences. Each adds its gradients to those of the microbatch before. The three run in turn;
-reported is the median over the rounds of the best of four, and of its ratio to autograd's. On an otherwise idle core,
-two minutes:
+sequence 128) on two and on eight sequences. Each adds its gradients to those of the microbatch before. The three run in
+turn; reported is the median over the rounds of the best of four, and of its ratio to autograd's. On an otherwise idle
+core, four minutes:
 
     python benchmarks/recorded.py
 """
@@ -11,6 +11,7 @@ two minutes:
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ def cases() -> dict[str, tuple[nn.Module, torch.Tensor]]:
         "100 tiny layers, 16 rows": (tiny, torch.randn(16, 64)),
         "100 tiny layers, 128 rows": (tiny, torch.randn(128, 64)),
         "4 blocks of a transformer, 2 sequences": (blocks, torch.randn(2, 128, 256)),
+        "4 blocks of a transformer, 8 sequences": (copy.deepcopy(blocks), torch.randn(8, 128, 256)),
     }
 
 
