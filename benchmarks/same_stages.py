@@ -33,7 +33,7 @@ from stagecut.runtime.stage import Seed, build_module, input_names
 
 Groups = tuple[tuple[int, ...], ...]
 StageSeconds = tuple[float, float, float]  # forward, backward, and what of that makes gradients of weights
-SPLIT_BACKWARD = frozenset({"interleaved-zero-bubble", "zb-v", "dualpipe-v"})
+SPLIT_BACKWARD = frozenset({"interleaved-zero-bubble", "zb-v", "dualpipe-v"})  # where the peer splits backwards
 _BYTES_PER_S = 1e9  # at which a worker moves values in the search for stages: some cost more to pass than they even out
 _PARTS = 32  # that are timed by themselves
 _ROUNDS, _WARM_UP = 12, 2
@@ -56,27 +56,24 @@ class StageModule(nn.Module):
 
 
 class _Watched(fx.Interpreter):
-    """Keeps the tensors that a graph computes."""
+    """Names the values of a graph that are tensors of their own, with gradients and without strides of their own."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.tensors: dict[str, torch.Tensor] = {}
+        self.sendable: set[str] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            value.retain_grad()
-            self.tensors[n.name] = value
+        if isinstance(value, torch.Tensor) and value.requires_grad and not value._is_view() and value.is_contiguous():
+            self.sendable.add(n.name)
         return value
 
 
-def sendable(module: fx.GraphModule, x: torch.Tensor, result: str) -> set[str]:
-    """Name the values of a graph that the peer sends: no views, contiguous, with contiguous gradients."""
+def sendable(module: fx.GraphModule, x: torch.Tensor) -> set[str]:
+    """Name the values of a graph that the peer sends and gets gradients of: contiguous, and no views."""
     watched = _Watched(copy.deepcopy(module))
     watched.run(x)
-    watched.tensors[result].sum().backward()
-    made = ((name, value) for name, value in watched.tensors.items() if not value._is_view() and value.is_contiguous())
-    return {name for name, value in made if value.grad is not None and value.grad.is_contiguous()}
+    return watched.sendable
 
 
 def timeline(name: str, groups: Groups, n_microbatches: int) -> Callable[[Sequence[StageSeconds]], Timeline]:
@@ -130,7 +127,7 @@ class Stages:
         self.batch_rows, self._rows, self._loss = x.shape[0], rows, loss
         (leaf,) = self.captured.trained.leaves
         self._result = str(leaf.node)
-        self._travels = sendable(self.captured.graph_module, x[:rows], self._result)
+        self._travels = sendable(self.captured.graph_module, x[:rows])
         self._factors: dict[str, tuple[float, float]] = {}
         self._factors = self._beside_ops(x[:rows])
 
