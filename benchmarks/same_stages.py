@@ -140,11 +140,12 @@ class Stages:
         sums = [[0.0, *accumulate(column)] for column in columns]
         even = self._even(priced)
         loss_s = priced.loss_s["cpu"]
+        moves = [before != after for before, after in pairwise(groups)]  # else both stages are on one worker
 
         def step_s(places: Sequence[int]) -> float:
             cuts = (0, *places, len(ops))
             moved = [sum(priced.ops[name].output_bytes for name in even.crossing[place]) for place in places]
-            sent = [n_bytes / _BYTES_PER_S for n_bytes in moved]
+            sent = [n_bytes / _BYTES_PER_S * away for n_bytes, away in zip(moved, moves)]
             ends = zip([*sent, loss_s[0]], [0.0, *sent[:-1], sent[-1] + loss_s[1]])
             stages = [tuple(s[end] - s[begin] for s in sums) for begin, end in pairwise(cuts)]
             return step([(f + a, b + c, w) for (f, b, w), (a, c) in zip(stages, ends)]).makespan_s

@@ -1,14 +1,17 @@
 """Step time and memory of stagecut beside torch.distributed.pipelining: same stages, schedules and microbatches.
 
 Three models, two workers with one thread each, every schedule that both have. The two run in turn, some steps each,
-with one process of one thread that runs the unsplit model in the same microbatches, and one that runs it in one piece.
+with one process of one thread that runs the unsplit model in the same microbatches, with one that runs it in one piece,
+and with two that have half of these microbatches each and nothing to do with each other.
 Reported is the median over the rounds of stagecut's step over theirs, and with ``--fused`` of the same pipeline's with
 gradient_accumulation_fusion, which takes part too. "Ideal" is (one process, same microbatches) / 2 / (1 - bubble),
 where the bubble is the schedule's with stages of equal time; the "ideal of these stages" has the bubble that stages of
 their own measured time leave, the loss on the last one: parts of one graph that the peer can run are not equal. The
-stages are those of the shortest step that were found (same_stages.py). Then what two processes take that have nothing
-to do with each other, data parallelism beside plain DDP, and two stages of two replicas each beside DDP over four
-processes. Run on an otherwise idle machine, up to an hour a model:
+stages are those of the shortest step that were found (same_stages.py). "Two at once" is what each of the two processes
+takes over half of what the one takes that has the work of both: what is above 1 is the machine's, whose two cores are
+slower together, and no schedule's; "ideal of two at once" is theirs / (1 - bubble). Then what two such processes take
+over one with the whole batch in one piece, data parallelism beside plain DDP, and two stages of two replicas each
+beside DDP over four processes. Run on an otherwise idle machine, up to an hour a model:
 
     python benchmarks/step_time.py --model transformer
 """
@@ -70,6 +73,11 @@ class Case:
     y: torch.Tensor
     loss_fn: Callable[..., torch.Tensor]
 
+    def half(self) -> Case:
+        """Return the same with half of the batch."""
+        rows = len(self.x) // 2
+        return Case(self.model, self.x[:rows].clone(), self.y[:rows].clone(), self.loss_fn)
+
 
 def cases(name: str) -> Case:
     """Make a model by name, with its batch."""
@@ -94,10 +102,12 @@ class Row:
     """What one schedule took with one count of microbatches.
 
     Attributes:
-        ours_s, peer_s, pieces_s, whole_s: medians of stagecut, the peer, one process with the same microbatches, and
-            one process with the batch in one piece.
+        ours_s, peer_s, pieces_s, whole_s, pair_s: medians of stagecut, the peer, one process with the same
+            microbatches, one process with the batch in one piece, and two at once with half of the microbatches each.
         over_peer: stagecut over the peer by round: lower quartile, median, upper quartile.
-        over_ideal, over_whole: medians by round.
+        over_ideal, over_pair, over_whole: medians by round; over the ideal of one process with the same microbatches,
+            over that of two at once, and over one process with the batch in one piece.
+        two_at_once: the median by round of two at once over half of one process with the same microbatches.
         unequal: the ideal of stages of these times over that of equal ones.
         stages: per stage, its first op, and the seconds of its forward and backward that were measured.
         ours_bytes, peer_bytes: the larger peak of resident memory of the two workers.
@@ -109,8 +119,11 @@ class Row:
     peer_s: float
     pieces_s: float
     whole_s: float
+    pair_s: float
+    two_at_once: float
     over_peer: tuple[float, float, float]
     over_ideal: float
+    over_pair: float
     over_whole: float
     ours_bytes: int
     peer_bytes: int
@@ -118,6 +131,7 @@ class Row:
     stages: tuple[tuple[str, float], ...]
     fused_over_peer: tuple[float, float, float] | None = None
     fused_over_ideal: float | None = None
+    fused_over_pair: float | None = None
     fused_over_whole: float | None = None
 
 
@@ -157,11 +171,11 @@ def peer(rank: int, folder: str) -> None:
     serve(run)
 
 
-def single(folder: str, n_microbatches: int) -> None:
+def single(path: str, n_microbatches: int) -> None:
     """Be the unsplit model in one process with one thread, in microbatches or in one piece."""
     torch.set_num_threads(1)
     import_torchvision()
-    case = pickle.loads(Path(folder, "single.pkl").read_bytes())
+    case = pickle.loads(Path(path).read_bytes())
 
     def run() -> None:
         case.model.zero_grad(set_to_none=True)
@@ -202,6 +216,14 @@ class Other:
         """End the processes."""
         for process in self.processes:
             process.communicate()
+
+
+def alone(case: Case, folder: str, n_microbatches: int, n_processes: int = 1) -> Other:
+    """Return processes that run the unsplit model each by itself, all of them at once."""
+    handle, path = tempfile.mkstemp(dir=folder)
+    with open(handle, "wb") as file:
+        cloudpickle.dump(case, file)
+    return Other(*[["--single", str(n_microbatches), path]] * n_processes)
 
 
 def peak_bytes(pid: int) -> int:
@@ -269,11 +291,11 @@ def study(case: Case, stages: Stages, name: str, count: int, rounds: int, fused:
     with tempfile.TemporaryDirectory() as folder:
         given = (peers_name, count, groups, stages.modules(plan), case)
         Path(folder, "peers.pkl").write_bytes(cloudpickle.dumps(given))
-        Path(folder, "single.pkl").write_bytes(cloudpickle.dumps(case))
         others = {
             "peer": Other(["--peer", "0", folder], ["--peer", "1", folder]),
-            "pieces": Other(["--single", str(count), folder]),
-            "whole": Other(["--single", "1", folder]),
+            "pieces": alone(case, folder, count),
+            "whole": alone(case, folder, 1),
+            "pair": alone(case.half(), folder, count // 2, 2),
         }
         stagecut.end_workers()  # new ones, whose peak of memory is this pipeline's
         with ours(case, plan) as (step, workers), ExitStack() as stack:
@@ -287,10 +309,12 @@ def study(case: Case, stages: Stages, name: str, count: int, rounds: int, fused:
             other.close()
     medians = {who: statistics.median(values) for who, values in times.items()}
 
-    def over_alone(who: str) -> tuple[float, float]:
+    def over_alone(who: str) -> tuple[float, float, float]:
         _, over_pieces, _ = quartiles(times[who], times["pieces"])
+        _, over_pair, _ = quartiles(times[who], times["pair"])
         _, over_whole, _ = quartiles(times[who], times["whole"])
-        return over_pieces * 2 * (1 - bubble_of(plan)), over_whole
+        busy = 1 - bubble_of(plan)
+        return over_pieces * 2 * busy, over_pair * busy, over_whole
 
     return Row(
         name,
@@ -299,6 +323,8 @@ def study(case: Case, stages: Stages, name: str, count: int, rounds: int, fused:
         medians["peer"],
         medians["pieces"],
         medians["whole"],
+        medians["pair"],
+        quartiles(times["pair"], times["pieces"])[1] * 2,
         quartiles(times["ours"], times["peer"]),
         *over_alone("ours"),
         ours_bytes,
@@ -331,14 +357,11 @@ def machine(case: Case, rounds: int) -> dict[str, tuple[float, float, float]]:
     Two stages can be no faster than two processes that never wait: where these take more than half as long as one, it
     is the machine that has no two whole cores for them.
     """
-    half = Case(case.model, case.x[: len(case.x) // 2], case.y[: len(case.y) // 2], case.loss_fn)
-    with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as halves:
-        for folder, given in ((whole, case), (halves, half)):
-            Path(folder, "single.pkl").write_bytes(cloudpickle.dumps(given))
+    with tempfile.TemporaryDirectory() as folder:
         contestants = {
-            "whole": Other(["--single", "1", whole]),
-            "one half": Other(["--single", "1", halves]),
-            "two halves": Other(["--single", "1", halves], ["--single", "1", halves]),
+            "whole": alone(case, folder, 1),
+            "one half": alone(case.half(), folder, 1),
+            "two halves": alone(case.half(), folder, 1, 2),
         }
         times = in_turn({who: other.step for who, other in contestants.items()}, rounds)
         for other in contestants.values():
@@ -352,17 +375,20 @@ def machine(case: Case, rounds: int) -> dict[str, tuple[float, float, float]]:
 def table(rows: Sequence[Row]) -> str:
     """Write the rows as a Markdown table."""
     titles = ["schedule", "microbatches", "stagecut", "peer", "stagecut / peer (quartiles)", "/ ideal"]
-    titles += ["/ ideal of these stages", "/ one process, whole batch", "peak memory of a worker: stagecut", "peer"]
+    titles += ["/ ideal of these stages", "two at once", "/ ideal of two at once", "/ one process, whole batch"]
+    titles += ["peak memory of a worker: stagecut", "peer"]
     if any(row.fused_over_peer for row in rows):
-        titles += ["fused / peer (quartiles)", "/ ideal", "/ one process, whole batch"]
+        titles += ["fused / peer (quartiles)", "/ ideal", "/ ideal of two at once", "/ one process, whole batch"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for r in rows:
         cells = [r.schedule, str(r.n_microbatches), f"{r.ours_s * 1e3:.1f} ms", f"{r.peer_s * 1e3:.1f} ms"]
         cells += [_spread(r.over_peer), f"{r.over_ideal:.3f}"]
-        cells += [f"{r.over_ideal / r.unequal:.3f}", f"{r.over_whole:.3f}"]
+        cells += [f"{r.over_ideal / r.unequal:.3f}", f"{r.two_at_once:.3f}"]
+        cells += [f"{r.over_pair:.3f}", f"{r.over_whole:.3f}"]
         cells += [f"{r.ours_bytes / 2**20:.0f} MiB", f"{r.peer_bytes / 2**20:.0f} MiB"]
         if r.fused_over_peer:
-            cells += [_spread(r.fused_over_peer), f"{r.fused_over_ideal:.3f}", f"{r.fused_over_whole:.3f}"]
+            cells += [_spread(r.fused_over_peer), f"{r.fused_over_ideal:.3f}"]
+            cells += [f"{r.fused_over_pair:.3f}", f"{r.fused_over_whole:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -383,6 +409,8 @@ def main() -> None:
     parser.add_argument("--data-parallel", action="store_true", help="only that, and what the machine has for two")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if any(count < 2 or count % 2 for count in options.microbatches or ()):
+        parser.error("--microbatches takes even counts: two processes share them")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
