@@ -51,11 +51,11 @@ def by_autograd(module: nn.Module, x: torch.Tensor) -> Callable[[], None]:
     return run
 
 
-def by_recording(module: nn.Module, x: torch.Tensor, fuses: bool) -> Callable[[], None]:
+def by_recording(module: nn.Module, x: torch.Tensor, fuses: bool = False, onednn: bool = False) -> Callable[[], None]:
     """Return what runs one microbatch through the module's recording."""
     graph, ones = fx.symbolic_trace(module), torch.ones_like(module(x))
     leaves, structure = flatten([x.clone().requires_grad_()])
-    parts = record(graph, leaves, structure, None, Seed(), fuses).parts
+    parts = record(graph, leaves, structure, None, Seed(), fuses, onednn).parts
     weights = list(state_of(graph).values())
 
     def run() -> None:
@@ -88,15 +88,16 @@ def main() -> None:
     for what, (module, x) in cases().items():
         contestants = {
             "autograd": by_autograd(module, x),
-            "recorded": by_recording(module, x, fuses=False),
+            "recorded": by_recording(module, x),
             "fused": by_recording(module, x, fuses=True),
+            "onednn": by_recording(module, x, onednn=True),
         }
         times: dict[str, list[float]] = {who: [] for who in contestants}
         for _ in range(options.rounds):
             for who, run in contestants.items():
                 times[who].append(min(seconds(run) for _ in range(4)))
         cells = [f"{statistics.median(times['autograd']) * 1e3:.2f} ms"]
-        for who in ("recorded", "fused"):
+        for who in ("recorded", "fused", "onednn"):
             ratios = [a / b for a, b in zip(times[who], times["autograd"])]
             low, middle, high = statistics.quantiles(ratios, n=4)
             cells += [f"{statistics.median(times[who]) * 1e3:.2f} ms", f"{middle:.3f} ({low:.3f} to {high:.3f})"]

@@ -2,16 +2,16 @@
 
 Three models, two workers with one thread each, every schedule that both have. The two run in turn, some steps each,
 with one process of one thread that runs the unsplit model in the same microbatches, with one that runs it in one piece,
-and with two that have half of these microbatches each and nothing to do with each other.
-Reported is the median over the rounds of stagecut's step over theirs, and with ``--fused`` of the same pipeline's with
-gradient_accumulation_fusion, which takes part too. "Ideal" is (one process, same microbatches) / 2 / (1 - bubble),
-where the bubble is the schedule's with stages of equal time; the "ideal of these stages" has the bubble that stages of
-their own measured time leave, the loss on the last one: parts of one graph that the peer can run are not equal. The
-stages are those of the shortest step that were found (same_stages.py). "Two at once" is what each of the two processes
-takes over half of what the one takes that has the work of both: what is above 1 is the machine's, whose two cores are
-slower together, and no schedule's; "ideal of two at once" is theirs / (1 - bubble). Then what two such processes take
-over one with the whole batch in one piece, data parallelism beside plain DDP, and two stages of two replicas each
-beside DDP over four processes. Run on an otherwise idle machine, up to an hour a model:
+and with two that have half of these microbatches each and nothing to do with each other. Reported is the median over
+the rounds of stagecut's step over theirs, and with ``--fused`` and ``--onednn`` of the same pipeline's with
+gradient_accumulation_fusion and with onednn_matmul, which take part too. "Ideal" is (one process, same microbatches) /
+2 / (1 - bubble), where the bubble is the schedule's with stages of equal time; the "ideal of these stages" has the
+bubble that stages of their own measured time leave, the loss on the last one: parts of one graph that the peer can run
+are not equal. The stages are those of the shortest step that were found (same_stages.py). "Two at once" is what each of
+the two processes takes over half of what the one takes that has the work of both: what is above 1 is the machine's,
+whose two cores are slower together, and no schedule's; "ideal of two at once" is theirs / (1 - bubble). Then what two
+such processes take over one with the whole batch in one piece, data parallelism beside plain DDP, and two stages of two
+replicas each beside DDP over four processes. Run on an otherwise idle machine, up to an hour a model:
 
     python benchmarks/step_time.py --model transformer
 """
@@ -60,8 +60,10 @@ SCHEDULES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
     "dualpipe-v": ("ScheduleDualPipeV", VEE),
 }
 COUNTS = (4, 8, 16)
+VARIANTS = {"fused": "gradient_accumulation_fusion", "onednn": "onednn_matmul"}  # options of compile
 _STEPS = 2  # of each in a round
 _WARM_UP = 4  # a signature is recorded when it has come up twice
+_ALONE = ("pieces", "whole", "pair")  # the unsplit model, which has nothing to prepare after its first step
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,21 @@ def cases(name: str) -> Case:
     return Case(model, torch.randn(128, 64), torch.randn(128, 64), F.mse_loss)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """The same pipeline with another option: over the peer by round, as in a row, and over the others.
+
+    Attributes:
+        over_peer: lower quartile, median, upper quartile.
+        over_ideal, over_pair, over_whole: as in a row.
+    """
+
+    over_peer: tuple[float, float, float]
+    over_ideal: float
+    over_pair: float
+    over_whole: float
+
+
 @dataclass
 class Row:
     """What one schedule took with one count of microbatches.
@@ -111,6 +128,7 @@ class Row:
         unequal: the ideal of stages of these times over that of equal ones.
         stages: per stage, its first op, and the seconds of its forward and backward that were measured.
         ours_bytes, peer_bytes: the larger peak of resident memory of the two workers.
+        variants: by name, the same with another option.
     """
 
     schedule: str
@@ -129,10 +147,7 @@ class Row:
     peer_bytes: int
     unequal: float
     stages: tuple[tuple[str, float], ...]
-    fused_over_peer: tuple[float, float, float] | None = None
-    fused_over_ideal: float | None = None
-    fused_over_pair: float | None = None
-    fused_over_whole: float | None = None
+    variants: dict[str, Variant]
 
 
 def serve(run: Callable[[], None]) -> None:
@@ -147,8 +162,8 @@ def serve(run: Callable[[], None]) -> None:
         print(seconds, flush=True)
 
 
-def peer(rank: int, folder: str) -> None:
-    """Be one rank of torch.distributed.pipelining."""
+def peer(rank: int, folder: str) -> tuple[Callable[[], None], dict[int, nn.Module]]:
+    """Be one rank of torch.distributed.pipelining; return what runs a step, and this rank's stages."""
     import torch.distributed as dist
     from torch.distributed import pipelining
 
@@ -168,7 +183,7 @@ def peer(rank: int, folder: str) -> None:
             modules[s].zero_grad(set_to_none=True)
         runner.step(*inputs, **results)
 
-    serve(run)
+    return run, {s: modules[s] for s in mine}
 
 
 def single(path: str, n_microbatches: int) -> None:
@@ -183,6 +198,13 @@ def single(path: str, n_microbatches: int) -> None:
             (case.loss_fn(case.model(xs), ys) / n_microbatches).backward()
 
     serve(run)
+
+
+def hand_to_peer(folder: str, plan: Plan, stages: Stages, case: Case) -> None:
+    """Write what its two ranks read."""
+    name, groups = SCHEDULES[plan.schedule]
+    given = (name, plan.n_microbatches, groups, stages.modules(plan), case)
+    Path(folder, "peers.pkl").write_bytes(cloudpickle.dumps(given))
 
 
 class Other:
@@ -243,8 +265,8 @@ def timed(pm: stagecut.Pipeline, case: Case) -> float:
 def in_turn(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Run some steps of each, round by round; return the seconds of the median step of each round."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for step in contestants.values():
-        for _ in range(_WARM_UP):
+    for who, step in contestants.items():
+        for _ in range(0 if who in _ALONE else _WARM_UP):
             step()
     for _ in range(rounds):
         for name, step in contestants.items():
@@ -284,13 +306,11 @@ def ours(case: Case, plan: Plan, **wishes: Any) -> Iterator[tuple[Callable[[], f
         yield lambda: timed(pm, case), [worker.pid for worker in pm.stats().workers]
 
 
-def study(case: Case, stages: Stages, name: str, count: int, rounds: int, fused: bool) -> Row:
+def study(case: Case, stages: Stages, name: str, count: int, rounds: int, variants: Sequence[str]) -> Row:
     """Run one schedule with one count of microbatches, everybody in turn."""
-    peers_name, groups = SCHEDULES[name]
-    plan = stages.plan(groups, name, count)
+    plan = stages.plan(SCHEDULES[name][1], name, count)
     with tempfile.TemporaryDirectory() as folder:
-        given = (peers_name, count, groups, stages.modules(plan), case)
-        Path(folder, "peers.pkl").write_bytes(cloudpickle.dumps(given))
+        hand_to_peer(folder, plan, stages, case)
         others = {
             "peer": Other(["--peer", "0", folder], ["--peer", "1", folder]),
             "pieces": alone(case, folder, count),
@@ -300,8 +320,8 @@ def study(case: Case, stages: Stages, name: str, count: int, rounds: int, fused:
         stagecut.end_workers()  # new ones, whose peak of memory is this pipeline's
         with ours(case, plan) as (step, workers), ExitStack() as stack:
             contestants = {"ours": step, **{who: other.step for who, other in others.items()}}
-            if fused:
-                contestants["fused"], _ = stack.enter_context(ours(case, plan, gradient_accumulation_fusion=True))
+            for variant in variants:
+                contestants[variant], _ = stack.enter_context(ours(case, plan, **{VARIANTS[variant]: True}))
             times = in_turn(contestants, rounds)
             ours_bytes = max(map(peak_bytes, workers))
             peers_bytes = others["peer"].peak_bytes()
@@ -309,13 +329,12 @@ def study(case: Case, stages: Stages, name: str, count: int, rounds: int, fused:
             other.close()
     medians = {who: statistics.median(values) for who, values in times.items()}
 
-    def over_alone(who: str) -> tuple[float, float, float]:
-        _, over_pieces, _ = quartiles(times[who], times["pieces"])
-        _, over_pair, _ = quartiles(times[who], times["pair"])
-        _, over_whole, _ = quartiles(times[who], times["whole"])
+    def compared(who: str) -> Variant:
+        over = {other: quartiles(times[who], times[other]) for other in others}
         busy = 1 - bubble_of(plan)
-        return over_pieces * 2 * busy, over_pair * busy, over_whole
+        return Variant(over["peer"], over["pieces"][1] * 2 * busy, over["pair"][1] * busy, over["whole"][1])
 
+    found = compared("ours")
     return Row(
         name,
         count,
@@ -325,13 +344,15 @@ def study(case: Case, stages: Stages, name: str, count: int, rounds: int, fused:
         medians["whole"],
         medians["pair"],
         quartiles(times["pair"], times["pieces"])[1] * 2,
-        quartiles(times["ours"], times["peer"]),
-        *over_alone("ours"),
+        found.over_peer,
+        found.over_ideal,
+        found.over_pair,
+        found.over_whole,
         ours_bytes,
         peers_bytes,
         (1 - bubble_of(plan)) / (1 - bubble_of(plan, equal=False)),
         tuple((_first_op(plan, s), stage.forward_s + stage.backward_s) for s, stage in enumerate(plan.stages)),
-        *((quartiles(times["fused"], times["peer"]), *over_alone("fused")) if fused else ()),
+        {variant: compared(variant) for variant in variants},
     )
 
 
@@ -377,8 +398,8 @@ def table(rows: Sequence[Row]) -> str:
     titles = ["schedule", "microbatches", "stagecut", "peer", "stagecut / peer (quartiles)", "/ ideal"]
     titles += ["/ ideal of these stages", "two at once", "/ ideal of two at once", "/ one process, whole batch"]
     titles += ["peak memory of a worker: stagecut", "peer"]
-    if any(row.fused_over_peer for row in rows):
-        titles += ["fused / peer (quartiles)", "/ ideal", "/ ideal of two at once", "/ one process, whole batch"]
+    for variant in rows[0].variants:
+        titles += [f"{variant} / peer (quartiles)", "/ ideal", "/ ideal of two at once", "/ one process, whole batch"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for r in rows:
         cells = [r.schedule, str(r.n_microbatches), f"{r.ours_s * 1e3:.1f} ms", f"{r.peer_s * 1e3:.1f} ms"]
@@ -386,9 +407,8 @@ def table(rows: Sequence[Row]) -> str:
         cells += [f"{r.over_ideal / r.unequal:.3f}", f"{r.two_at_once:.3f}"]
         cells += [f"{r.over_pair:.3f}", f"{r.over_whole:.3f}"]
         cells += [f"{r.ours_bytes / 2**20:.0f} MiB", f"{r.peer_bytes / 2**20:.0f} MiB"]
-        if r.fused_over_peer:
-            cells += [_spread(r.fused_over_peer), f"{r.fused_over_ideal:.3f}"]
-            cells += [f"{r.fused_over_pair:.3f}", f"{r.fused_over_whole:.3f}"]
+        for own in r.variants.values():
+            cells += [_spread(own.over_peer), f"{own.over_ideal:.3f}", f"{own.over_pair:.3f}", f"{own.over_whole:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -405,7 +425,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--schedule", action="append", choices=list(SCHEDULES))
     parser.add_argument("--microbatches", action="append", type=int)
-    parser.add_argument("--fused", action="store_true", help="with gradient_accumulation_fusion too")
+    for variant, option in VARIANTS.items():
+        parser.add_argument(f"--{variant}", action="store_true", help=f"with {option} too")
     parser.add_argument("--data-parallel", action="store_true", help="only that, and what the machine has for two")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -416,10 +437,11 @@ def main() -> None:
     torch.manual_seed(0)
     case = cases(options.model)
     rows: list[Row] = []
+    variants = [variant for variant in VARIANTS if getattr(options, variant)]
     for count in [] if options.data_parallel else options.microbatches or COUNTS:
         stages = Stages(case.model, case.x, case.x.shape[0] // count, Loss(case.loss_fn, case.y, case.x.shape[0]))
         for name in options.schedule or SCHEDULES:
-            rows.append(study(case, stages, name, count, options.rounds, options.fused))
+            rows.append(study(case, stages, name, count, options.rounds, variants))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
             if options.json:
                 options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
@@ -433,7 +455,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peer"]:
-        peer(int(sys.argv[2]), sys.argv[3])
+        serve(peer(int(sys.argv[2]), sys.argv[3])[0])
     elif sys.argv[1:2] == ["--single"]:
         single(sys.argv[3], int(sys.argv[2]))
     else:

@@ -32,6 +32,7 @@ class Wishes:
         all_devices: every device must be used (under torchrun, where each is a rank that waits).
         orders: the order of each worker of one replica, where ``schedule`` is ``"given"``.
         optimizer: whose step is part of a training step.
+        onednn_matmul: whether stages leave large products to oneDNN, so that they are measured that way.
     """
 
     n_microbatches: int | None = None
@@ -43,6 +44,7 @@ class Wishes:
     all_devices: bool = False
     orders: Orders = ()
     optimizer: str | None = None
+    onednn_matmul: bool = False
 
     @property
     def family(self) -> str | None:

@@ -64,7 +64,17 @@ def choose(
         raise ConstraintError("the example batch has no rows", hint="plan with a batch of the size to be trained with")
     _check_pieces(capture, cluster, wishes)
     _check_optimizer(cluster, wishes.optimizer)
-    pricer = Pricer(capture, tensors, cluster, wishes.costs, progress, corrections, loss, wishes.optimizer)
+    pricer = Pricer(
+        capture,
+        tensors,
+        cluster,
+        wishes.costs,
+        progress,
+        corrections,
+        loss,
+        wishes.optimizer,
+        wishes.onednn_matmul,
+    )
     threads_of = threads_of or _share_of_cores(cluster)
     return _Planner(Task(capture, pricer, cluster, wishes, batch_rows, threads_of, progress)).run()
 

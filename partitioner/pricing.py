@@ -75,10 +75,12 @@ class Pricer:
         corrections: Corrections | None = None,
         loss: Loss | None = None,
         optimizer: str | None = None,
+        onednn: bool = False,
     ) -> None:
         """Take the tensor leaves of an example call.
 
-        ``corrections`` multiply the costs of ops, as a profile of whole stages asks for; ``loss`` is priced too.
+        ``corrections`` multiply the costs of ops, as a profile of whole stages asks for; ``loss`` is priced too. With
+        ``onednn`` large products are measured as oneDNN computes them.
 
         Raises:
             ConstraintError: ``source`` is not ``"measured"`` or ``"analytic"``.
@@ -87,7 +89,7 @@ class Pricer:
             raise ConstraintError(f"costs must be 'measured' or 'analytic', got {source!r}")
         self._capture, self._tensors, self._cluster = capture, list(tensors), cluster
         self._source, self._progress, self._corrections = source, progress, corrections or {}
-        self._loss, self._optimizer = loss, optimizer
+        self._loss, self._optimizer, self._onednn = loss, optimizer, onednn
         self._facts: dict[int, dict[str, OpFacts]] = {}
         self._known: dict[tuple[int, int], Priced] = {}
         self._warned: set[str] = set()
@@ -173,7 +175,13 @@ class Pricer:
                 self._progress(f"measuring ops at {rows} rows{threads}", done, total)
 
             return measured_costs(
-                module, dict(facts), kind, n_threads, touched_bytes=touched_bytes(module, facts), progress=tell
+                module,
+                dict(facts),
+                kind,
+                n_threads,
+                touched_bytes=touched_bytes(module, facts),
+                progress=tell,
+                onednn=self._onednn,
             )
         if self._source == "measured" and not self._cluster.simulated and why not in self._warned:
             self._warned.add(why)

@@ -58,7 +58,8 @@ def better_plan(
     groups = _groups_of(current, cluster)
     own = cluster.with_groups(groups)
     rows = rows_of(groups, current.n_microbatches, current.batch_rows)
-    priced = Pricer(capture, tensors, own, wishes.costs, progress, loss=loss).at(rows, current.n_threads)
+    pricer = Pricer(capture, tensors, own, wishes.costs, progress, loss=loss, onednn=wishes.onednn_matmul)
+    priced = pricer.at(rows, current.n_threads)
     decision = Decision(
         own,
         current.stage_of,
@@ -71,7 +72,8 @@ def better_plan(
     best = make_plan(
         capture, tensors, cluster, wishes, threads_of=threads_of, progress=progress, corrections=corrections, loss=loss
     )
-    known = Pricer(capture, tensors, own, wishes.costs, progress, corrections, loss).at(rows, current.n_threads)
+    pricer = Pricer(capture, tensors, own, wishes.costs, progress, corrections, loss, onednn=wishes.onednn_matmul)
+    known = pricer.at(rows, current.n_threads)
     now_s = assemble(capture, known, decision, current.batch_rows).prediction.step_s
     return best if best.prediction.step_s < (1 - gain) * now_s else None
 

@@ -37,15 +37,16 @@ class Explicit:
     has come up in a few steps: explicit graphs do the same work as autograd, with less to do per op, and put weight
     gradients where they belong without a copy; but recording takes as long as some steps.
 
-    With ``fuses``, weight gradients are added by the product that makes them, which rounds as no autograd does.
+    With ``fuses``, weight gradients are added by the product that makes them, which rounds as no autograd does. With
+    ``onednn``, large products are oneDNN's, which rounds otherwise than the BLAS that autograd calls.
 
     Attributes:
         slots: by id of a parameter, where its gradient belongs.
         why_not: why the latest forward was not recorded, if it was to be.
     """
 
-    def __init__(self, seed: Seed, fuses: bool = False) -> None:
-        self.seed, self._fuses = seed, fuses
+    def __init__(self, seed: Seed, fuses: bool = False, onednn: bool = False) -> None:
+        self.seed, self._fuses, self._onednn = seed, fuses, onednn
         self.slots: dict[int, torch.Tensor] = {}
         self.why_not: str | None = None
         self._known: dict[Any, Recorded | str] = {}  # or why there is none
@@ -119,7 +120,7 @@ class Explicit:
             if not self._at_once and not self._is_worth_it(key):
                 return None
             try:
-                found = record(module, leaves, structure, autocast, self.seed, self._fuses)
+                found = record(module, leaves, structure, autocast, self.seed, self._fuses, self._onednn)
                 gc.collect()  # graphs are cycles
                 give_freed_memory_back()  # what autograd left holes between is cut otherwise from now on
             except Untraceable as error:

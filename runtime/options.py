@@ -18,12 +18,14 @@ class StageOptions:
         batchnorm: where its BatchNorms take their statistics from, one of :data:`batchnorm.MODES`.
         check_boundaries: whether what crosses stages is looked at for values that are not finite.
         fuses_accumulation: whether products add to gradients, where its backward is recorded.
+        onednn_matmul: whether oneDNN computes large products of 32-bit floats, where it is recorded.
     """
 
     compiler: str | None = None
     batchnorm: str = MICROBATCH
     check_boundaries: bool = False
     fuses_accumulation: bool = False
+    onednn_matmul: bool = False
 
 
 @dataclass(frozen=True)

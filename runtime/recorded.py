@@ -36,10 +36,12 @@ def record(
     autocast: tuple[str, torch.dtype] | None,
     seed: Seed,
     fuses: bool = False,
+    onednn: bool = False,
 ) -> Recorded:
     """Record ``module`` for arguments like ``leaves``, which ``structure`` nests, in an autocast region if given.
 
-    With ``fuses``, the sums that are gradients of biases are left to the sink as products.
+    With ``fuses``, the sums that are gradients of biases are left to the sink as products; with ``onednn``, large
+    products to oneDNN.
 
     Raises:
         Untraceable: it cannot be recorded.
@@ -65,7 +67,7 @@ def record(
 
     tensors = [*state.values(), *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
     joint = trace(function, tensors, seed, autocast)
-    parts = cut(joint, len(state), fuses)
+    parts = cut(joint, len(state), fuses, onednn)
     with without_autocast(autocast):
         _rehearse(parts, tensors, len(state), joint.differentiable)
     return Recorded(parts, made["structure"], made["leaves"], made["is_tensor"], joint.differentiable, autocast)

@@ -184,7 +184,7 @@ class StageRuntime:
         self.steady = steady and self._whole_because is None
         self._compiler = options.compiler
         self._compiled: dict[int, Callable[..., Any]] = {}
-        self.explicit = Explicit(self.seed, options.fuses_accumulation)
+        self.explicit = Explicit(self.seed, options.fuses_accumulation, options.onednn_matmul)
         self._changed = True  # since begin() last looked at the modules
 
     @property

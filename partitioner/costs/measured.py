@@ -80,18 +80,20 @@ def measured_costs(
     *,
     touched_bytes: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    onednn: bool = False,
 ) -> dict[str, OpCost]:
     """Time every distinct op once on this machine's device of ``kind``, by itself: the memory of one op at a time.
 
     ``touched_bytes`` is the memory that a microbatch touches, all ops together: an op finds the caches accordingly.
     Results are kept on disk (``$STAGECUT_CACHE``, by default ``~/.cache/stagecut``) by op, shapes, dtypes, strides,
     device, threads and torch version, and are good as long as the machine is as fast as then. Ops that do not run on
-    made-up inputs are priced analytically.
+    made-up inputs are priced analytically. With ``onednn`` large products are oneDNN's, as recordings have them, so
+    that all ops which can be recorded are timed in recordings.
     """
     device = _device_of(kind)
     assert device is not None, can_measure(kind)
     ring_bytes = _ring_bytes(touched_bytes)
-    context = _context(device, n_threads, ring_bytes)
+    context = _context(device, n_threads, ring_bytes) + ("/onednn" if onednn else "")
     cache = Cache(_pace_of(device))
     nodes = [n for n in graph_module.graph.nodes if n.op != "output"]
     work = {n.name: Isolated(n, graph_module, facts) for n in nodes if not is_free(facts[n.name])}
@@ -101,7 +103,7 @@ def measured_costs(
     signatures = {name: own.signature(f"{context}/weights at {places[name]}") for name, own in work.items()}
     fresh = {signatures[name]: isolated for name, isolated in work.items() if signatures[name] not in cache.known}
     with threads(n_threads), untouched(graph_module):
-        found, failed = _timed(fresh, weights, _Stopwatch(device, ring_bytes), progress)
+        found, failed = _timed(fresh, weights, _Stopwatch(device, ring_bytes, onednn), progress)
     cache.known.update(found)
     cache.save()
     estimates = analytic_costs(graph_module, facts, kind)
@@ -216,8 +218,8 @@ class _Memory:
 class _Stopwatch:
     """Times single ops on a device, warm, on memory as cold as in a step that touches ``ring_bytes``."""
 
-    def __init__(self, device: torch.device, ring_bytes: int) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, ring_bytes: int, onednn: bool = False) -> None:
+        self.device, self.onednn = device, onednn
         self.ring_bytes = ring_bytes if device.type == "cpu" else 0
         self.engine_s = self._engine_s()
 
@@ -235,8 +237,8 @@ class _Stopwatch:
     def time(self, isolated: Timed, weights: Sequence[str], recorded: bool = False) -> tuple[float, float, float]:
         """Return median seconds of the forward, of the backward, and of that the part for parameters' gradients.
 
-        ``weights`` names the inputs that come from parameters alone. A quick op on a CPU is timed as a recording of its
-        stage runs it, if it can be ``recorded``.
+        ``weights`` names the inputs that come from parameters alone. A quick op on a CPU, any op if products are
+        oneDNN's, is timed as a recording of its stage runs it, if it can be ``recorded``.
         """
         first = _Run(isolated, weights, self)
         first.once(weights_too=True)  # libraries set themselves up in a first run
@@ -245,7 +247,8 @@ class _Stopwatch:
         n_sets = max(1, min(n_runs, math.ceil(self.ring_bytes / max(1, first.held_bytes))))
         ring = [first, *(_Run(isolated, weights, self) for _ in range(n_sets - 1))]
         n_rounds = math.ceil(n_runs / n_sets)
-        if recorded and self.device.type == "cpu" and not isolated.writes_inputs and self._is_quick(first, taken):
+        recorded = recorded and self.device.type == "cpu" and not isolated.writes_inputs
+        if recorded and (self.onednn or self._is_quick(first, taken)):
             n_rounds = max(n_rounds, _RECORDED_ROUNDS)
             for run in ring:
                 run.record()
@@ -330,7 +333,7 @@ class _Run:
     def record(self) -> None:
         """Note what a forward and its backwards call."""
         for weights_too in (True, False):
-            self.calls, self.back_calls[weights_too] = Calls(), Calls()
+            self.calls, self.back_calls[weights_too] = (Calls(self.stopwatch.onednn) for _ in range(2))
             with self.calls:
                 outputs = self.function(*self.args, **self.kwargs)
             roots = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]

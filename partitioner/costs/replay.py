@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...entries import below_autograd, entry
+from ...products import by_onednn
 from ...structure import map_leaves
 
 _aten = torch.ops.aten
@@ -21,15 +22,20 @@ _NOTHING = (_aten.detach.default, _aten.alias.default)  # of autograd's own; rec
 
 
 class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the ATen calls of what runs inside, with their arguments, to be run again."""
+    """Notes the ATen calls of what runs inside, with their arguments, to be run again.
 
-    def __init__(self) -> None:
+    With ``onednn``, large products are run again by oneDNN.
+    """
+
+    def __init__(self, onednn: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._onednn = onednn
         self._noted: list[tuple[Callable[..., Any], Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _NOTHING:
-            self._noted.append((entry(func), *map_leaves(_alone, (args, kwargs or {}))))
+            products = by_onednn(func, args) if self._onednn and not kwargs else None
+            self._noted.append((products or entry(func), *map_leaves(_alone, (args, kwargs or {}))))
         return func(*args, **(kwargs or {}))
 
     def run(self) -> list[Any]:

@@ -17,6 +17,7 @@ from torch import fx
 from ..parts import Part, Parts, Untraceable
 from .effects import Effects
 from .fusing import sum_by_products
+from .products import multiply_by_onednn
 from .simplify import simplify
 from .source import function_of
 from .trace import Joint
@@ -24,17 +25,18 @@ from .trace import Joint
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
 
-def cut(joint: Joint, n_weights: int, fuses: bool = False) -> Parts:
+def cut(joint: Joint, n_weights: int, fuses: bool = False, onednn: bool = False) -> Parts:
     """Cut ``joint``, whose first ``n_weights`` inputs are weights and buffers, and whose others are activations.
 
-    With ``fuses``, gradients of biases are products, which a sink can add where they belong; they round otherwise.
+    With ``fuses``, gradients of biases are products, which a sink can add where they belong; they round otherwise. With
+    ``onednn`` large products are left to oneDNN, which rounds otherwise too.
 
     Raises:
         Untraceable: the backward changes a value in place that both kinds of gradients use.
     """
     copied = deepcopy(joint.module.graph)
-    whole = _Graph(joint, joint.module.graph, n_weights, fuses)
-    apart = _Graph(joint, copied, n_weights, fuses, splits_convolutions=True)
+    whole = _Graph(joint, joint.module.graph, n_weights, fuses, onednn)
+    apart = _Graph(joint, copied, n_weights, fuses, onednn, splits_convolutions=True)
     for_inputs = apart.backward_nodes(apart.of_inputs.values(), ())
     for_weights = apart.backward_nodes(apart.of_weights.values(), for_inputs)
     changer = apart.effects.read_before_changed(for_weights, for_inputs)
@@ -70,7 +72,13 @@ class _Graph:
     """The joint graph or a copy of it, simplified: its nodes have the names that they have in every copy."""
 
     def __init__(
-        self, joint: Joint, graph: fx.Graph, n_weights: int, fuses: bool, splits_convolutions: bool = False
+        self,
+        joint: Joint,
+        graph: fx.Graph,
+        n_weights: int,
+        fuses: bool,
+        onednn: bool,
+        splits_convolutions: bool = False,
     ) -> None:
         self.module, self.graph = joint.module, graph
         nodes = list(self.graph.nodes)
@@ -81,6 +89,8 @@ class _Graph:
         simplify(self.graph)
         if fuses:
             sum_by_products(self.graph, self.module)
+        if onednn:
+            multiply_by_onednn(self.graph)
         if splits_convolutions:
             _split_convolutions(self.graph)
         self.forward_names = {node.name for node in self.graph.nodes if node.meta["forward"]}

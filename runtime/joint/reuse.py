@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...products import PRODUCTS
 from ..sinks import sums_of_rows
 from .effects import aliased
 from .pieces import joined
@@ -47,6 +48,7 @@ _INTO = {
 _FRESH = {
     joined,
     sums_of_rows,
+    *PRODUCTS,
     *_IN_PLACE,
     *_INTO,
     _aten.mm.default,
