@@ -14,7 +14,17 @@ NOT_PACKAGED = {"tests", "benchmarks", "examples", "docs", "build", "dist", "dem
 MAX_LINES = 600
 
 # Modules that every room but models may use, and that use only each other.
-SHARED = ("entries", "errors", "heap", "randomness", "records", "representation", "structure", "vision_compat")
+SHARED = (
+    "entries",
+    "errors",
+    "heap",
+    "products",
+    "randomness",
+    "records",
+    "representation",
+    "structure",
+    "vision_compat",
+)
 # Which modules of the package a room may import; a room that is not listed may import anything but tools.
 ALLOWED = {
     **dict.fromkeys(SHARED, SHARED),
