@@ -46,26 +46,31 @@ def added_product(bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     return linear(left, right.t(), bias)
 
 
-# By op and count of its arguments: no scale of either term is given.
-_PRODUCTS: dict[tuple[Any, int], Callable[..., torch.Tensor]] = {
-    (_aten.mm.default, 2): product,
-    (_aten.addmm.default, 3): added_product,
-}
 PRODUCTS = (product, linear, added_product)
 
 
 def by_onednn(target: Any, arguments: Sequence[Any]) -> Callable[..., torch.Tensor] | None:
     """Return what computes an ATen op by oneDNN from the same arguments; None where that is not for oneDNN."""
-    if (target, len(arguments)) in _PRODUCTS:
-        left, right = arguments[-2:]
-        return _PRODUCTS[target, len(arguments)] if _is_large(left, right, right.shape[-1]) else None
-    if target is _aten.linear.default and len(arguments) in (2, 3):
-        rows, weight = arguments[:2]
-        return linear if _is_large(rows, weight, weight.shape[0]) else None
+    known = (target, len(arguments))
+    if known == (_aten.mm.default, 2):
+        left, right = arguments
+        return product if _is_large(left, right) else None
+    if known == (_aten.addmm.default, 3):
+        bias, left, right = arguments
+        return added_product if _is_large(left, right) and _is_row(bias, right.shape[1]) else None
+    if known in ((_aten.linear.default, 2), (_aten.linear.default, 3)):
+        rows, weight, *given = arguments
+        fits = all(bias is None or _is_row(bias, weight.shape[0]) for bias in given)
+        return linear if fits and weight.dim() == 2 and _is_large(rows, weight.t()) else None
     return None
 
 
-def _is_large(left: torch.Tensor, right: torch.Tensor, n_columns: int) -> bool:
-    """Say whether two matrices are such that oneDNN multiplies them sooner; ``n_columns`` has their product."""
+def _is_large(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Say whether two factors are matrices that oneDNN multiplies sooner."""
     both = all(m.dim() == 2 and m.dtype == torch.float32 and m.device.type == "cpu" for m in (left, right))
-    return both and left.shape[0] * left.shape[1] * n_columns >= _LEAST
+    return both and left.shape[0] * left.shape[1] * right.shape[1] >= _LEAST
+
+
+def _is_row(bias: torch.Tensor, n_columns: int) -> bool:
+    """Say whether a bias has one 32-bit float for each column; addmm takes any that can be expanded to the result."""
+    return tuple(bias.shape) == (n_columns,) and bias.dtype == torch.float32
