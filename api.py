@@ -134,7 +134,7 @@ def compile(
             ``batchnorm="sync"`` or hooks, and of ``"inline"`` ones those alone whose backwards are split.
         onednn_matmul: let oneDNN compute large matrix products of 32-bit floats on CPUs, in the same recorded stages,
             where torch calls its BLAS (MKL on x86, which uses AVX-512 on Intel's processors only): on an AMD EPYC with
-            AVX-512 a transformer's stage takes 0.55 of the time. Products round otherwise than the unsplit model's, so
+            AVX-512 a transformer's step takes 0.6 of the time. Products round otherwise than the unsplit model's, so
             steps are repeated to rounding; float64 and bfloat16 are as they are without. Measured costs know of it.
         batchnorm: ``"microbatch"`` updates running statistics with every microbatch, as the unsplit model run in the
             same microbatches does; ``"deferred"`` once a step, with those of the whole batch: each microbatch is

@@ -1,9 +1,10 @@
 """Matrix products of 32-bit floats on CPUs by oneDNN (https://github.com/uxlfoundation/oneDNN) instead of the BLAS.
 
 PyTorch's builds for x86 multiply by MKL, which uses AVX-512 on Intel's processors only; oneDNN, which is in the same
-builds for convolutions, uses what the processor has. On an AMD EPYC of family 26 a thread multiplies at 230 GFLOP/s by
-oneDNN and at 100 by MKL. Both sum a row in an order of their own, so results differ by rounding. PyTorch itself has no
-setting for that: its dispatch to oneDNN in products is for lower precisions. The op here is what Inductor calls.
+builds for convolutions, uses what the processor has. On an AMD EPYC of family 26 a thread multiplies at 210 GFLOP/s by
+oneDNN and at 100 by MKL (benchmarks/matrix_products.py). Both sum a row in an order of their own, so results differ by
+rounding. PyTorch itself has no setting for that: its dispatch to oneDNN in products is for lower precisions. The op
+here is what Inductor calls.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a recorded stage takes beside autograd, and with gradient_accumulation_fusion: microbatches, there and back.
+"""What a recorded stage takes beside autograd, and with options that round otherwise: microbatches, there and back.
 
 One thread, no pipeline: 100 tiny layers (64 wide) on 16 and on 128 rows, and four blocks of a transformer (d 256,
-sequence 128) on two and on eight sequences. Each adds its gradients to those of the microbatch before. The three run in
-turn; reported is the median over the rounds of the best of four, and of its ratio to autograd's. On an otherwise idle
-core, four minutes:
+sequence 128) on two and on eight sequences. Each adds its gradients to those of the microbatch before. "Fused" is with
+gradient_accumulation_fusion, "oneDNN" with onednn_matmul. They run in turn; reported is the median over the rounds of
+the best of four, and of its ratio to autograd's. On an otherwise idle core, three minutes:
 
     python benchmarks/recorded.py
 """
@@ -82,22 +82,23 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(
-        "| | autograd | recorded | / autograd (quartiles) | fused | / autograd (quartiles) |\n|---|---|---|---|---|---|"
-    )
+    titles = ["", "autograd"]
+    for who in ("recorded", "fused", "oneDNN"):
+        titles += [who, "/ autograd (quartiles)"]
+    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
     for what, (module, x) in cases().items():
         contestants = {
             "autograd": by_autograd(module, x),
             "recorded": by_recording(module, x),
             "fused": by_recording(module, x, fuses=True),
-            "onednn": by_recording(module, x, onednn=True),
+            "oneDNN": by_recording(module, x, onednn=True),
         }
         times: dict[str, list[float]] = {who: [] for who in contestants}
         for _ in range(options.rounds):
             for who, run in contestants.items():
                 times[who].append(min(seconds(run) for _ in range(4)))
         cells = [f"{statistics.median(times['autograd']) * 1e3:.2f} ms"]
-        for who in ("recorded", "fused", "onednn"):
+        for who in ("recorded", "fused", "oneDNN"):
             ratios = [a / b for a, b in zip(times[who], times["autograd"])]
             low, middle, high = statistics.quantiles(ratios, n=4)
             cells += [f"{statistics.median(times[who]) * 1e3:.2f} ms", f"{middle:.3f} ({low:.3f} to {high:.3f})"]
