@@ -286,10 +286,10 @@ def test_a_recording_that_does_not_run_is_left_to_autograd(monkeypatch: pytest.M
     model = model_of("pixels")
     state = copy.deepcopy(dict(model.named_buffers()))
 
-    def broken(joint: Any, n_weights: int, fuses: bool) -> Parts:
-        parts = cut(joint, n_weights, fuses)
+    def broken(*given: Any) -> Parts:
+        parts = cut(*given)
 
-        def fails(*given: Any) -> list[Any]:
+        def fails(*values: Any) -> list[Any]:
             raise RuntimeError("view size is not compatible with input tensor's size and stride")
 
         return replace(parts, backward_weight=fails)
@@ -333,8 +333,8 @@ def test_the_whole_graph_of_a_recording_is_not_compiled(monkeypatch: pytest.Monk
     x, y = batch()
     compiled_first: list[bool] = []
 
-    def looked_at(joint: Joint, n_weights: int, fuses: bool) -> Parts:
-        parts = cut(joint, n_weights, fuses)
+    def looked_at(joint: Joint, *given: Any) -> Parts:
+        parts = cut(joint, *given)
         assert isinstance(joint.module, _LazyGraphModule), "make_fx compiled it"
         compiled_first.append(not joint.module._needs_recompile())
         return parts
